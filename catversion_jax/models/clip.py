@@ -1,0 +1,246 @@
+"""CLIP's text and vision encoders; the text encoder has a hook for the prefix in each self-attention layer.
+
+Parameter trees are those of FlaxCLIPTextModel(WithProjection) and FlaxCLIPVisionModelWithProjection.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from catversion_jax.adapter import LayerPrefix, Prefix, attend
+from catversion_jax.types import Array, Bool, Float, Int
+
+ACTIVATIONS: dict[str, Callable] = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP: SD 1.x
+    "gelu": partial(nn.gelu, approximate=False),  # OpenCLIP: SD 2.x
+}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """The fields of transformers' CLIPTextConfig that shape the network."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int | None = None  # None: the tree has no text_projection
+    eos_token_id: int = 2
+    dtype: Any = jnp.float32  # of the computation
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """The fields of transformers' CLIPVisionConfig that shape the network."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    projection_dim: int = 512
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+CLIPConfig = CLIPTextConfig | CLIPVisionConfig
+
+
+class CLIPAttention(nn.Module):
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B Q c"], mask: Bool[Array, "Q Q"], prefix: LayerPrefix | None
+    ) -> Float[Array, "B Q c"]:
+        cfg = self.config
+        heads = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
+        query, key, value = (
+            nn.Dense(cfg.hidden_size, dtype=cfg.dtype, name=name)(x).reshape(heads)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        x = attend(query, key, value, mask, prefix).reshape(x.shape)
+        return nn.Dense(cfg.hidden_size, dtype=cfg.dtype, name="out_proj")(x)
+
+
+class CLIPMLP(nn.Module):
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Q c"]) -> Float[Array, "B Q c"]:
+        x = nn.Dense(self.config.intermediate_size, dtype=self.config.dtype, name="fc1")(x)
+        x = ACTIVATIONS[self.config.hidden_act](x)
+        return nn.Dense(self.config.hidden_size, dtype=self.config.dtype, name="fc2")(x)
+
+
+def layer_norm(config: CLIPConfig, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=config.dtype, name=name)
+
+
+class CLIPEncoderLayer(nn.Module):
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B Q c"], mask: Bool[Array, "Q Q"], prefix: LayerPrefix | None
+    ) -> Float[Array, "B Q c"]:
+        y = layer_norm(self.config, "layer_norm1")(x)
+        x = x + CLIPAttention(self.config, name="self_attn")(y, mask, prefix)
+        y = layer_norm(self.config, "layer_norm2")(x)
+        return x + CLIPMLP(self.config, name="mlp")(y)
+
+
+class CLIPLayers(nn.Module):
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B Q c"], mask: Bool[Array, "Q Q"], prefix: Prefix | None, start: int, stop: int
+    ) -> list[Float[Array, "B Q c"]]:
+        states = [x]
+        for i in range(start, stop):
+            hook = prefix and prefix.at(i)
+            states.append(CLIPEncoderLayer(self.config, name=str(i))(states[-1], mask, hook))
+        return states
+
+
+class CLIPEncoder(nn.Module):
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(self, x, mask, prefix=None, start=0, stop=None) -> list[Float[Array, "B Q c"]]:
+        """Layers start..stop-1; returns the input and the output of each."""
+        stop = self.config.num_hidden_layers if stop is None else stop
+        return CLIPLayers(self.config, name="layers")(x, mask, prefix, start, stop)
+
+
+class CLIPTextEmbeddings(nn.Module):
+    config: CLIPTextConfig
+
+    @nn.compact
+    def __call__(self, token_ids: Int[Array, "B Q"]) -> Float[Array, "B Q c"]:
+        cfg = self.config
+        init = nn.initializers.normal(0.02)
+        tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, embedding_init=init, dtype=cfg.dtype, name="token_embedding")
+        positions = nn.Embed(
+            cfg.max_position_embeddings,
+            cfg.hidden_size,
+            embedding_init=init,
+            dtype=cfg.dtype,
+            name="position_embedding",
+        )
+        return tokens(token_ids) + positions(jnp.arange(token_ids.shape[-1]))
+
+
+class CLIPTextTransformer(nn.Module):
+    config: CLIPTextConfig
+
+    def setup(self):
+        self.embeddings = CLIPTextEmbeddings(self.config)
+        self.encoder = CLIPEncoder(self.config)
+        self.final_layer_norm = nn.LayerNorm(epsilon=self.config.layer_norm_eps, dtype=self.config.dtype)
+
+
+class CLIPTextModel(nn.Module):
+    """The text encoder in parts, so that the layers below the prefix run once per prompt and never again.
+
+    `__call__` is `embed`, then all `layers`, then `finish`.
+    """
+
+    config: CLIPTextConfig
+
+    def setup(self):
+        self.text_model = CLIPTextTransformer(self.config)
+        if self.config.projection_dim is not None:
+            self.text_projection = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.config.dtype)
+
+    def embed(self, token_ids: Int[Array, "B Q"]) -> Float[Array, "B Q c"]:
+        return self.text_model.embeddings(token_ids)
+
+    def layers(
+        self, x: Float[Array, "B Q c"], prefix: Prefix | None = None, start: int = 0, stop: int | None = None
+    ) -> list[Float[Array, "B Q c"]]:
+        """Layers start..stop-1 under the causal mask; returns the input and the output of each."""
+        mask = jnp.tril(jnp.ones((x.shape[-2], x.shape[-2]), bool))
+        return self.text_model.encoder(x, mask, prefix, start, stop)
+
+    def finish(self, x: Float[Array, "B Q c"]) -> Float[Array, "B Q c"]:
+        """The final layer norm: what the UNet is conditioned on."""
+        return self.text_model.final_layer_norm(x)
+
+    def project(self, x: Float[Array, "B Q c"], token_ids: Int[Array, "B Q"]) -> Float[Array, "B e"]:
+        """The finished state at the end token, in the space that CLIP's image encoder shares."""
+        # Configs from before the end token was recorded say 2; there it is the largest id of the sequence.
+        is_end = token_ids == self.config.eos_token_id
+        end = jnp.argmax(token_ids if self.config.eos_token_id == 2 else is_end, axis=-1)
+        return self.text_projection(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
+
+    def __call__(
+        self, token_ids: Int[Array, "B Q"], prefix: Prefix | None = None
+    ) -> dict[str, Float[Array, "..."] | list[Float[Array, "B Q c"]]]:
+        """Returns hidden_states (as in transformers, the last one before the final norm), last_hidden_state and,
+        where the model has a projection, text_embeds."""
+        out = {"hidden_states": self.layers(self.embed(token_ids), prefix)}
+        out["last_hidden_state"] = self.finish(out["hidden_states"][-1])
+        if self.config.projection_dim is not None:
+            out["text_embeds"] = self.project(out["last_hidden_state"], token_ids)
+        return out
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    config: CLIPVisionConfig
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B Q c"]:
+        cfg = self.config
+        patch = (cfg.patch_size, cfg.patch_size)
+        class_embedding = self.param("class_embedding", nn.initializers.normal(0.02), (cfg.hidden_size,))
+        x = nn.Conv(
+            cfg.hidden_size, patch, patch, padding="VALID", use_bias=False, dtype=cfg.dtype, name="patch_embedding"
+        )(pixels)
+        x = x.reshape(x.shape[0], -1, cfg.hidden_size)
+        first = jnp.broadcast_to(class_embedding.astype(x.dtype), (x.shape[0], 1, cfg.hidden_size))
+        x = jnp.concatenate([first, x], axis=1)
+        positions = nn.Embed(x.shape[1], cfg.hidden_size, dtype=cfg.dtype, name="position_embedding")
+        return x + positions(jnp.arange(x.shape[1]))
+
+
+class CLIPVisionTransformer(nn.Module):
+    config: CLIPVisionConfig
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B c"]:
+        x = CLIPVisionEmbeddings(self.config, name="embeddings")(pixels)
+        x = layer_norm(self.config, "pre_layrnorm")(x)  # sic: the published checkpoints spell it so
+        everywhere = jnp.ones((x.shape[1], x.shape[1]), bool)
+        x = CLIPEncoder(self.config, name="encoder")(x, everywhere)[-1]
+        return layer_norm(self.config, "post_layernorm")(x[:, 0])
+
+
+class CLIPVisionModel(nn.Module):
+    config: CLIPVisionConfig
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B e"]:
+        """Image embeddings (not normalized) of pixels with CLIP's mean and standard deviation removed."""
+        cfg = self.config
+        x = CLIPVisionTransformer(cfg, name="vision_model")(pixels)
+        return nn.Dense(cfg.projection_dim, use_bias=False, dtype=cfg.dtype, name="visual_projection")(x)

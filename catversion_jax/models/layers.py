@@ -1,0 +1,128 @@
+"""What the UNet and the VAE are built of: residual blocks, resampling and the spatial transformer (NHWC)."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from catversion_jax.models.attention import dot_product_attention
+from catversion_jax.types import Array, Float
+
+# Both are the PyTorch values. The last Flax classes used 1e-5 and tanh-GELU in the transformer; the published
+# weights were trained with these.
+TRANSFORMER_GROUP_NORM_EPS = 1e-6
+gelu = partial(nn.gelu, approximate=False)
+
+
+def conv3x3(channels: int, dtype: Any, name: str, strides: int = 1, padding: Any = 1) -> nn.Conv:
+    return nn.Conv(channels, (3, 3), strides=(strides, strides), padding=padding, dtype=dtype, name=name)
+
+
+class ResnetBlock2D(nn.Module):
+    channels: int
+    groups: int
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B h w c"], time: Float[Array, "B t"] | None = None
+    ) -> Float[Array, "B h w {self.channels}"]:
+        norm = partial(nn.GroupNorm, self.groups, epsilon=self.eps, dtype=self.dtype)
+        y = conv3x3(self.channels, self.dtype, "conv1")(nn.silu(norm(name="norm1")(x)))
+        if time is not None:
+            y += nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))[:, None, None]
+        y = conv3x3(self.channels, self.dtype, "conv2")(nn.silu(norm(name="norm2")(y)))
+        if x.shape[-1] != self.channels:
+            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+        return x + y
+
+
+class Downsample2D(nn.Module):
+    channels: int
+    padding: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h/2 w/2 {self.channels}"]:
+        return conv3x3(self.channels, self.dtype, "conv", strides=2, padding=self.padding)(x)
+
+
+class Upsample2D(nn.Module):
+    channels: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B 2h 2w {self.channels}"]:
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        return conv3x3(self.channels, self.dtype, "conv")(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over `context`; softmax in float32."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Q c"], context: Float[Array, "B K e"]) -> Float[Array, "B Q c"]:
+        channels = x.shape[-1]
+
+        def project(name, inputs):
+            y = nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
+            return y.reshape(*inputs.shape[:2], self.heads, channels // self.heads)
+
+        y = dot_product_attention(project("to_q", x), project("to_k", context), project("to_v", context))
+        return nn.Dense(channels, dtype=self.dtype, name="to_out_0")(y.reshape(x.shape))
+
+
+class GEGLU(nn.Module):
+    channels: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Q c"]) -> Float[Array, "B Q {self.channels}"]:
+        x, gate = jnp.split(nn.Dense(2 * self.channels, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        return x * gelu(gate)
+
+
+class FeedForward(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Q c"]) -> Float[Array, "B Q c"]:
+        channels = x.shape[-1]
+        x = GEGLU(4 * channels, self.dtype, name="net_0")(x)
+        return nn.Dense(channels, dtype=self.dtype, name="net_2")(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Q c"], context: Float[Array, "B K e"]) -> Float[Array, "B Q c"]:
+        norm = partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
+        y = norm(name="norm1")(x)
+        x = x + Attention(self.heads, self.dtype, name="attn1")(y, y)
+        x = x + Attention(self.heads, self.dtype, name="attn2")(norm(name="norm2")(x), context)
+        return x + FeedForward(self.dtype, name="ff")(norm(name="norm3")(x))
+
+
+class Transformer2D(nn.Module):
+    heads: int
+    groups: int
+    linear_projection: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"], context: Float[Array, "B K e"]) -> Float[Array, "B h w c"]:
+        b, h, w, c = x.shape
+        # A 1x1 convolution is a matrix product; only the shape of the stored kernel differs.
+        project = partial(nn.Dense, c) if self.linear_projection else partial(nn.Conv, c, (1, 1))
+        y = nn.GroupNorm(self.groups, epsilon=TRANSFORMER_GROUP_NORM_EPS, dtype=self.dtype, name="norm")(x)
+        y = project(dtype=self.dtype, name="proj_in")(y).reshape(b, h * w, c)
+        y = BasicTransformerBlock(self.heads, self.dtype, name="transformer_blocks_0")(y, context)
+        return x + project(dtype=self.dtype, name="proj_out")(y.reshape(b, h, w, c))

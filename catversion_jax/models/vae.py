@@ -1,0 +1,156 @@
+"""The image autoencoder of Stable Diffusion (diffusers' AutoencoderKL), NHWC, images in [-1, 1]."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from catversion_jax.models.attention import dot_product_attention
+from catversion_jax.models.config import from_json
+from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
+from catversion_jax.types import Array, Float
+
+NORM_EPS = 1e-6
+FIXED = {
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The fields of diffusers' AutoencoderKL config that shape the network."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215  # latents = scaling_factor x a sample of the posterior
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def from_json(cls, json: dict, **overrides) -> "VAEConfig":
+        return from_json(cls, json, FIXED, **overrides)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def resnet(config: VAEConfig, channels: int, j: int) -> ResnetBlock2D:
+    return ResnetBlock2D(channels, config.norm_num_groups, NORM_EPS, config.dtype, name=f"resnets_{j}")
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over the pixels."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        b, h, w, c = x.shape
+        y = nn.GroupNorm(self.config.norm_num_groups, epsilon=NORM_EPS, dtype=self.config.dtype, name="group_norm")(x)
+        y = y.reshape(b, h * w, 1, c)
+        query, key, value = (nn.Dense(c, dtype=self.config.dtype, name=name)(y) for name in ("query", "key", "value"))
+        y = dot_product_attention(query, key, value).reshape(b, h, w, c)
+        return x + nn.Dense(c, dtype=self.config.dtype, name="proj_attn")(y)
+
+
+class MidBlock(nn.Module):
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        x = resnet(self.config, x.shape[-1], 0)(x)
+        x = AttentionBlock(self.config, name="attentions_0")(x)
+        return resnet(self.config, x.shape[-1], 1)(x)
+
+
+class DownEncoderBlock(nn.Module):
+    config: VAEConfig
+    channels: int
+    downsample: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ {self.channels}"]:
+        for j in range(self.config.layers_per_block):
+            x = resnet(self.config, self.channels, j)(x)
+        if self.downsample:  # padded on the right and the bottom alone
+            x = Downsample2D(self.channels, ((0, 1), (0, 1)), self.config.dtype, name="downsamplers_0")(x)
+        return x
+
+
+class UpDecoderBlock(nn.Module):
+    config: VAEConfig
+    channels: int
+    upsample: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ {self.channels}"]:
+        for j in range(self.config.layers_per_block + 1):
+            x = resnet(self.config, self.channels, j)(x)
+        return Upsample2D(self.channels, self.config.dtype, name="upsamplers_0")(x) if self.upsample else x
+
+
+class Encoder(nn.Module):
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w 3"]) -> Float[Array, "B h/f w/f 2*c"]:
+        cfg = self.config
+        x = conv3x3(cfg.block_out_channels[0], cfg.dtype, "conv_in")(x)
+        for i, channels in enumerate(cfg.block_out_channels):
+            x = DownEncoderBlock(cfg, channels, i < len(cfg.block_out_channels) - 1, name=f"down_blocks_{i}")(x)
+        x = MidBlock(cfg, name="mid_block")(x)
+        x = nn.silu(nn.GroupNorm(cfg.norm_num_groups, epsilon=NORM_EPS, dtype=cfg.dtype, name="conv_norm_out")(x))
+        return conv3x3(2 * cfg.latent_channels, cfg.dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h*f w*f 3"]:
+        cfg = self.config
+        x = conv3x3(cfg.block_out_channels[-1], cfg.dtype, "conv_in")(x)
+        x = MidBlock(cfg, name="mid_block")(x)
+        for i, channels in enumerate(reversed(cfg.block_out_channels)):
+            x = UpDecoderBlock(cfg, channels, i < len(cfg.block_out_channels) - 1, name=f"up_blocks_{i}")(x)
+        x = nn.silu(nn.GroupNorm(cfg.norm_num_groups, epsilon=NORM_EPS, dtype=cfg.dtype, name="conv_norm_out")(x))
+        return conv3x3(cfg.out_channels, cfg.dtype, "conv_out")(x)
+
+
+class AutoencoderKL(nn.Module):
+    config: VAEConfig
+
+    def setup(self):
+        cfg = self.config
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.quant_conv = nn.Conv(2 * cfg.latent_channels, (1, 1), dtype=cfg.dtype)
+        self.post_quant_conv = nn.Conv(cfg.latent_channels, (1, 1), dtype=cfg.dtype)
+
+    def encode(
+        self, images: Float[Array, "B h w 3"]
+    ) -> tuple[Float[Array, "B h/f w/f c"], Float[Array, "B h/f w/f c"]]:
+        """Mean and log-variance of the posterior, float32, not scaled."""
+        mean, logvar = jnp.split(self.quant_conv(self.encoder(images)).astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B h*f w*f 3"]:
+        """Images of latents that are not scaled."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    def __call__(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B h w 3"]:
+        """Encode and decode the posterior's mean: what `init` traces."""
+        return self.decode(self.encode(images)[0])

@@ -1,0 +1,18 @@
+"""Array annotations used in every signature: `Float[Array, "batch query channels"]`.
+
+Axis letters, the same everywhere:
+    C concepts          B batch            T prompts           N photos
+    P prefix length     L prefixed layers  H attention heads   D channels of a head
+    Q, K query and key positions (77 tokens in CLIP's text encoder)
+    h, w, c height, width and channels; images and latents are NHWC inside
+"""
+
+from typing import Any
+
+from jax import Array
+from jaxtyping import Bool, Float, Int, Key, UInt8, UInt32
+
+Params = dict[str, Any]
+"""A nested dict of arrays, named as in the last Flax releases of diffusers and transformers."""
+
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "UInt8", "UInt32"]
