@@ -1,0 +1,1 @@
+"""Checkpoints of other layouts into our parameter trees, by tables that must cover everything."""

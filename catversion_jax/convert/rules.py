@@ -1,0 +1,163 @@
+"""PyTorch's names and layouts to Flax's, as tables: one rule a line, nothing guessed.
+
+A rule is (module in PyTorch, module in Flax, kind). `{i}`, `{j}` stand for numbers and are carried over; the kind
+names the tensors a module holds and what is done to each (LEAVES). Old and new spellings of the same module are two
+rules with one target; a checkpoint that holds both is refused by `convert.apply`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Rule(NamedTuple):
+    torch: str
+    flax: str | None  # None: the tensor is known and not needed
+    kind: str
+
+
+def dense(w: np.ndarray) -> np.ndarray:
+    """[out, in] -> [in, out]; a 1x1 convolution that Flax holds as a matrix, [out, in, 1, 1], too."""
+    return w.reshape(w.shape[:2]).T
+
+
+def conv(w: np.ndarray) -> np.ndarray:
+    """[out, in, h, w] -> [h, w, in, out]."""
+    return w.transpose(2, 3, 1, 0)
+
+
+def dense_or_conv(w: np.ndarray) -> np.ndarray:
+    """The transformer's projections: matrices where use_linear_projection is set, 1x1 convolutions elsewhere."""
+    return w.T if w.ndim == 2 else conv(w)
+
+
+def same(w: np.ndarray) -> np.ndarray:
+    return w
+
+
+LEAVES: dict[str, dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]] = {
+    "dense": {"weight": ("kernel", dense), "bias": ("bias", same)},
+    "conv": {"weight": ("kernel", conv), "bias": ("bias", same)},
+    "dense_or_conv": {"weight": ("kernel", dense_or_conv), "bias": ("bias", same)},
+    "norm": {"weight": ("scale", same), "bias": ("bias", same)},
+    "embedding": {"weight": ("embedding", same)},
+    "array": {"": ("", same)},
+}
+"""kind -> {tensor of the PyTorch module: (leaf of the Flax module, layout op)}."""
+
+
+def under(torch: str, flax: str, rules: list[Rule]) -> list[Rule]:
+    """The rules of a sub-module at its place in a larger one."""
+    return [Rule(f"{torch}.{r.torch}", f"{flax}/{r.flax}", r.kind) for r in rules]
+
+
+RESNET = [
+    Rule("norm1", "norm1", "norm"),
+    Rule("conv1", "conv1", "conv"),
+    Rule("time_emb_proj", "time_emb_proj", "dense"),
+    Rule("norm2", "norm2", "norm"),
+    Rule("conv2", "conv2", "conv"),
+    Rule("conv_shortcut", "conv_shortcut", "conv"),
+]
+
+ATTENTION = [
+    Rule("to_q", "to_q", "dense"),
+    Rule("to_k", "to_k", "dense"),
+    Rule("to_v", "to_v", "dense"),
+    Rule("to_out.0", "to_out_0", "dense"),
+]
+
+TRANSFORMER = [
+    Rule("norm", "norm", "norm"),
+    Rule("proj_in", "proj_in", "dense_or_conv"),
+    Rule("proj_out", "proj_out", "dense_or_conv"),
+    *(Rule(f"transformer_blocks.{{k}}.norm{n}", f"transformer_blocks_{{k}}/norm{n}", "norm") for n in (1, 2, 3)),
+    *under("transformer_blocks.{k}.attn1", "transformer_blocks_{k}/attn1", ATTENTION),
+    *under("transformer_blocks.{k}.attn2", "transformer_blocks_{k}/attn2", ATTENTION),
+    Rule("transformer_blocks.{k}.ff.net.0.proj", "transformer_blocks_{k}/ff/net_0/proj", "dense"),
+    Rule("transformer_blocks.{k}.ff.net.2", "transformer_blocks_{k}/ff/net_2", "dense"),
+]
+
+ENDS = [
+    Rule("conv_in", "conv_in", "conv"),
+    Rule("conv_norm_out", "conv_norm_out", "norm"),
+    Rule("conv_out", "conv_out", "conv"),
+]
+DOWN = [Rule("down_blocks.{i}.downsamplers.0.conv", "down_blocks_{i}/downsamplers_0/conv", "conv")]
+UP = [Rule("up_blocks.{i}.upsamplers.0.conv", "up_blocks_{i}/upsamplers_0/conv", "conv")]
+
+UNET = [
+    *ENDS,
+    Rule("time_embedding.linear_1", "time_embedding/linear_1", "dense"),
+    Rule("time_embedding.linear_2", "time_embedding/linear_2", "dense"),
+    *(
+        r
+        for block in ("down_blocks", "up_blocks")
+        for r in under(f"{block}.{{i}}.resnets.{{j}}", f"{block}_{{i}}/resnets_{{j}}", RESNET)
+    ),
+    *(
+        r
+        for block in ("down_blocks", "up_blocks")
+        for r in under(f"{block}.{{i}}.attentions.{{j}}", f"{block}_{{i}}/attentions_{{j}}", TRANSFORMER)
+    ),
+    *under("mid_block.resnets.{j}", "mid_block/resnets_{j}", RESNET),
+    *under("mid_block.attentions.{j}", "mid_block/attentions_{j}", TRANSFORMER),
+    *DOWN,
+    *UP,
+]
+
+VAE_ATTENTION = [
+    Rule("group_norm", "group_norm", "norm"),
+    *(Rule(old, old, "dense") for old in ("query", "key", "value", "proj_attn")),  # before diffusers 0.17
+    Rule("to_q", "query", "dense"),
+    Rule("to_k", "key", "dense"),
+    Rule("to_v", "value", "dense"),
+    Rule("to_out.0", "proj_attn", "dense"),
+]
+
+VAE_MIDDLE = [
+    *under("mid_block.resnets.{j}", "mid_block/resnets_{j}", RESNET),
+    *under("mid_block.attentions.{j}", "mid_block/attentions_{j}", VAE_ATTENTION),
+]
+
+VAE = [
+    *under(
+        "encoder",
+        "encoder",
+        ENDS + VAE_MIDDLE + DOWN + under("down_blocks.{i}.resnets.{j}", "down_blocks_{i}/resnets_{j}", RESNET),
+    ),
+    *under(
+        "decoder",
+        "decoder",
+        ENDS + VAE_MIDDLE + UP + under("up_blocks.{i}.resnets.{j}", "up_blocks_{i}/resnets_{j}", RESNET),
+    ),
+    Rule("quant_conv", "quant_conv", "conv"),
+    Rule("post_quant_conv", "post_quant_conv", "conv"),
+]
+
+CLIP_LAYER = [
+    *(Rule(f"self_attn.{p}", f"self_attn/{p}", "dense") for p in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    *(Rule(f"layer_norm{n}", f"layer_norm{n}", "norm") for n in (1, 2)),
+    *(Rule(f"mlp.fc{n}", f"mlp/fc{n}", "dense") for n in (1, 2)),
+]
+
+CLIP_TEXT = [
+    Rule("text_model.embeddings.token_embedding", "text_model/embeddings/token_embedding", "embedding"),
+    Rule("text_model.embeddings.position_embedding", "text_model/embeddings/position_embedding", "embedding"),
+    Rule("text_model.embeddings.position_ids", None, "array"),  # 0..76, written by transformers before 4.31
+    *under("text_model.encoder.layers.{i}", "text_model/encoder/layers/{i}", CLIP_LAYER),
+    Rule("text_model.final_layer_norm", "text_model/final_layer_norm", "norm"),
+    Rule("text_projection", "text_projection", "dense"),
+]
+
+CLIP_VISION = [
+    Rule("vision_model.embeddings.class_embedding", "vision_model/embeddings/class_embedding", "array"),
+    Rule("vision_model.embeddings.patch_embedding", "vision_model/embeddings/patch_embedding", "conv"),
+    Rule("vision_model.embeddings.position_embedding", "vision_model/embeddings/position_embedding", "embedding"),
+    Rule("vision_model.embeddings.position_ids", None, "array"),
+    Rule("vision_model.pre_layrnorm", "vision_model/pre_layrnorm", "norm"),
+    *under("vision_model.encoder.layers.{i}", "vision_model/encoder/layers/{i}", CLIP_LAYER),
+    Rule("vision_model.post_layernorm", "vision_model/post_layernorm", "norm"),
+    Rule("visual_projection", "visual_projection", "dense"),
+]

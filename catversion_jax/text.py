@@ -1,0 +1,86 @@
+"""Prompts to text states: tokens, the class word's place among them, and the encoder below and above the prefix."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import flax.struct
+import jax
+import numpy as np
+
+from catversion_jax.adapter import Prefix
+from catversion_jax.errors import UserError
+from catversion_jax.models.clip import CLIPTextModel
+from catversion_jax.types import Array, Bool, Float, Int, Params
+
+
+class Tokenizer:
+    """CLIP's tokenizer, read from a diffusers folder; token ids are padded or cut to the model's length (77)."""
+
+    def __init__(self, folder: Path):
+        from transformers import CLIPTokenizer  # here: a second of import that half of the commands do not need
+
+        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder}: no {' and no '.join(missing)}; expected a CLIP tokenizer of a diffusers folder")
+        config = folder / "tokenizer_config.json"
+        self.length = json.loads(config.read_text())["model_max_length"] if config.is_file() else 77
+        self._tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    def __call__(self, prompts: list[str]) -> Int[np.ndarray, "T Q"]:
+        out = self._tokenizer(prompts, padding="max_length", max_length=self.length, truncation=True)
+        return np.asarray(out["input_ids"], np.int32)
+
+    def word(self, word: str) -> tuple[int, ...]:
+        """The token ids of a word or several, without start and end token."""
+        return tuple(self._tokenizer(word, add_special_tokens=False)["input_ids"])
+
+    def is_cut(self, prompt: str) -> bool:
+        """Whether the prompt is longer than the text encoder reads."""
+        return len(self.word(prompt)) > self.length - 2
+
+
+def find_word(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Int[np.ndarray, "T"]:
+    """The position of the word's last token at its first occurrence in each prompt; -1 where it does not occur.
+
+    The word is matched as its whole token sequence: tokens are case-folded, and a plural is another token.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(token_ids, len(word), axis=1)
+    hits = (windows == np.asarray(word)).all(-1)
+    return np.where(hits.any(1), hits.argmax(1) + len(word) - 1, -1)
+
+
+def visibility(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...], scope: str) -> Bool[np.ndarray, "T Q"]:
+    """Which query positions see the prefix in a scope of `adapter.SCOPES`."""
+    if scope == "all":
+        return np.ones(token_ids.shape, bool)
+    place = find_word(token_ids, word)[:, None]
+    return (place >= 0) & (np.arange(token_ids.shape[1]) >= place)
+
+
+class PromptStates(flax.struct.PyTreeNode):
+    """Prompts up to the first layer with a prefix: what training and sampling start from."""
+
+    hidden: Float[Array, "T Q c"]  # the input of the first layer with a prefix
+    visible: Bool[Array, "T Q"]
+
+
+@partial(jax.jit, static_argnames=("text", "stop"))
+def lower(text: CLIPTextModel, params: Params, token_ids: Int[Array, "T Q"], *, stop: int) -> Float[Array, "T Q c"]:
+    """The layers below `stop`, which no prefix reaches: once per prompt."""
+
+    def run(model: CLIPTextModel):
+        return model.layers(model.embed(token_ids), stop=stop)[-1]
+
+    return text.apply({"params": params}, method=run)
+
+
+def upper(
+    text: CLIPTextModel, params: Params, hidden: Float[Array, "B Q c"], prefix: Prefix | None, *, start: int
+) -> Float[Array, "B Q c"]:
+    """The layers from `start` on, with the prefix, and the final norm: what the UNet is conditioned on."""
+
+    def run(model: CLIPTextModel):
+        return model.finish(model.layers(hidden, prefix, start=start)[-1])
+
+    return text.apply({"params": params}, method=run)
