@@ -1,0 +1,70 @@
+"""The photos of a run as a TFDS dataset in ArrayRecord: what a resumed run reads, wherever the originals went.
+
+Pictures are stored as encoded PNG bytes in scalar features: TFDS's Image feature would need TensorFlow.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from catversion_jax.data.photos import Photo
+from catversion_jax.errors import UserError
+
+
+def encode(array: np.ndarray | None) -> bytes:
+    """PNG bytes; none for no picture."""
+    if array is None:
+        return b""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def decode(data: bytes) -> np.ndarray | None:
+    return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",))) if data else None
+
+
+class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """One split, `train`, of the features name, image and mask (bytes; no mask: empty)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, photos: list[Photo] | None = None, **kwargs):
+        self._photos = photos
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        scalar = tfds.features.Tensor(shape=(), dtype=np.object_)
+        features = tfds.features.FeaturesDict({"name": scalar, "image": scalar, "mask": scalar})
+        return tfds.core.DatasetInfo(builder=self, features=features, description="Photos of one concept.")
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for photo in self._photos:
+            yield photo.name, {"name": photo.name.encode(), "image": encode(photo.image), "mask": encode(photo.mask)}
+
+
+def write(folder: Path, photos: list[Photo]) -> None:
+    """Write the dataset; a complete one that is there already stays as it is."""
+    tfds.disable_progress_bar()
+    config = tfds.download.DownloadConfig(compute_stats="skip", try_download_gcs=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download
+        Photos(photos, data_dir=folder).download_and_prepare(download_config=config)
+
+
+def read(folder: Path) -> list[Photo]:
+    """The photos by name. Raises UserError where there is no complete dataset."""
+    try:
+        source = Photos(data_dir=folder).as_data_source("train")
+        records = sorted((record["name"].decode(), record) for record in source)
+    except Exception as error:  # TFDS and ArrayRecord raise types of their own
+        raise UserError(
+            f"{folder}: not a readable photo dataset ({error}); start the run anew in another run_dir"
+        ) from None
+    return [Photo(name, decode(record["image"]), decode(record["mask"])) for name, record in records]
