@@ -1,0 +1,182 @@
+"""One training step, pure: draw photos, noise and timesteps, predict the noise, move the prefix alone.
+
+`train_step` is what runs, `chunk` is several of them in one dispatch, `compile_chunk` puts it on a mesh.
+"""
+
+from dataclasses import dataclass
+from functools import cache, partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from catversion_jax import diffusion, text
+from catversion_jax.adapter import AdapterConfig, Prefix
+from catversion_jax.pipeline import Networks
+from catversion_jax.sharding import sharding
+from catversion_jax.state import ConceptData, Frozen, TrainState
+from catversion_jax.types import Array, Bool, Float, Int
+
+DECAYS = {
+    "constant": lambda progress: jnp.ones_like(progress),
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+}
+"""Schedules of the learning rate by the progress in [0, 1] after the warm-up."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on the prefix."""
+
+    learning_rate: float = 1e-2  # the peak, and the rate that is really used: nothing multiplies it
+    decay: str = "constant"  # a key of DECAYS
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float | None = None  # of each concept's gradient; None: not clipped
+
+    def transformation(self) -> optax.GradientTransformation:
+        """AdamW at rate 1: `learning_rate_at` scales its updates, since each concept has a schedule of its own."""
+        clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
+        return optax.chain(clip, optax.adamw(1.0, self.b1, self.b2, self.eps, weight_decay=self.weight_decay))
+
+    def learning_rate_at(self, step: Int[Array, "C"], steps: Int[Array, "C"]) -> Float[Array, "C"]:
+        """The rate of update `step` (from 0) in a schedule of `steps` updates."""
+        warmup = jnp.minimum(1.0, (step + 1) / max(1, self.warmup_steps))
+        progress = jnp.clip((step - self.warmup_steps) / jnp.maximum(1, steps - self.warmup_steps), 0, 1)
+        return self.learning_rate * warmup * DECAYS[self.decay](progress)
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """All that is static in the step."""
+
+    networks: Networks
+    adapter: AdapterConfig
+    optimizer: OptimizerConfig
+    batch_size: int
+    mesh: Mesh
+
+
+class Batch(flax.struct.PyTreeNode):
+    """What one concept's step looks at."""
+
+    latents: Float[Array, "B h w c"]
+    noise: Float[Array, "B h w c"]
+    timesteps: Int[Array, "B"]
+    hidden: Float[Array, "B Q c"]
+    visible: Bool[Array, "B Q"]
+
+
+def draw(state: TrainState, data: ConceptData, config: StepConfig) -> Batch:
+    """One concept's batch (no concept axis): photos, mirror images, prompts and timesteps uniformly, a fresh sample
+    of each posterior. A function of seed and step alone, so a resumed run draws what an unbroken one does."""
+    batch = (config.batch_size,)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(state.seed), state.step), 6)
+    photo = jax.random.randint(keys[0], batch, 0, data.photos)
+    flip = jax.random.randint(keys[1], batch, 0, data.mean.shape[1])
+    prompt = jax.random.randint(keys[2], batch, 0, data.prompts)
+    mean, std = data.mean[photo, flip], data.std[photo, flip]
+    return Batch(
+        latents=mean + std * jax.random.normal(keys[3], mean.shape),
+        noise=jax.random.normal(keys[4], mean.shape),
+        timesteps=jax.random.randint(keys[5], batch, 0, config.networks.schedule.num_train_timesteps),
+        hidden=data.hidden[prompt],
+        visible=data.visible[prompt],
+    )
+
+
+def condition(
+    prefix: Float[Array, "P L 2 H D"],
+    hidden: Float[Array, "B Q c"],
+    visible: Bool[Array, "B Q"],
+    logit_bias: Float[Array, ""],
+    text_params,
+    networks: Networks,
+    layers: tuple[int, ...],
+) -> Float[Array, "B Q c"]:
+    """Text states with the prefix, from the states below it."""
+    hook = Prefix(prefix, logit_bias, visible[..., None], layers)
+    return text.upper(networks.text, text_params, hidden, hook, start=layers[0])
+
+
+def denoising_loss(
+    prefix: Float[Array, "C P L 2 H D"], frozen: Frozen, batch: Batch, config: StepConfig
+) -> Float[Array, "C"]:
+    """Each concept's mean squared error of the UNet's prediction, float32. `batch` has the concept axis in front."""
+    net = config.networks
+    bias = jnp.float32(config.adapter.logit_bias)
+
+    def encode(prefix, hidden, visible):
+        return condition(prefix, hidden, visible, bias, frozen.text, net, config.adapter.layers)
+
+    context = jax.vmap(encode)(prefix, batch.hidden, batch.visible)
+    concepts, size = batch.timesteps.shape
+    split = partial(jax.lax.with_sharding_constraint, shardings=sharding(config.mesh, "batch"))
+    flat = lambda x: split(x.reshape(concepts * size, *x.shape[2:]))  # noqa: E731
+    latents, noise, timesteps, context = map(flat, (batch.latents, batch.noise, batch.timesteps, context))
+    alpha = frozen.alphas_cumprod[timesteps]
+    noisy = diffusion.add_noise(latents, noise, alpha)
+    prediction = net.unet.apply({"params": frozen.unet}, noisy, timesteps, context).astype(jnp.float32)
+    target = diffusion.TARGETS[net.schedule.prediction_type](latents, noise, alpha)
+    return jnp.mean(jnp.square(prediction - target).reshape(concepts, -1), axis=1)
+
+
+def update(
+    state: TrainState, frozen: Frozen, batch: Batch, steps: Int[Array, "C"], config: StepConfig
+) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
+    """Move each concept's prefix by its own loss's gradient; a concept whose loss or gradient is not finite stays
+    at its last good state, and its `step` does not advance."""
+
+    def total(prefix):
+        losses = denoising_loss(prefix, frozen, batch, config)
+        return losses.sum(), losses  # concepts share nothing, so the sum's gradient is each one's own
+
+    grads, losses = jax.grad(total, has_aux=True)(state.prefix)
+    learning_rate = config.optimizer.learning_rate_at(state.step, steps)
+
+    def one(state: TrainState, grad, loss, learning_rate) -> tuple[TrainState, Float[Array, ""]]:
+        norm = optax.global_norm(grad)
+        updates, opt_state = config.optimizer.transformation().update(grad, state.opt_state, state.prefix)
+        moved = state.replace(step=state.step + 1, prefix=state.prefix + learning_rate * updates, opt_state=opt_state)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state), norm
+
+    moved, norms = jax.vmap(one)(state, grads, losses, learning_rate)
+    metrics = {"loss": losses, "grad_norm": norms, "learning_rate": learning_rate, "step": moved.step}
+    return moved, metrics
+
+
+def train_step(
+    state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig
+) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
+    """One update of every concept. Metrics per concept: loss, grad_norm, learning_rate and the step reached."""
+    batch = jax.vmap(lambda state, data: draw(state, data, config))(state, data)
+    return update(state, frozen, batch, data.steps, config)
+
+
+def chunk(
+    state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig, length: int
+) -> tuple[TrainState, dict[str, Float[Array, "length C"]]]:
+    """`length` steps in one dispatch. A single step is unrolled: XLA's CPU convolutions are 3 to 28 times slower in
+    a loop body."""
+    return jax.lax.scan(
+        lambda state, _: train_step(state, frozen, data, config=config), state, length=length, unroll=length == 1
+    )
+
+
+@cache
+def compile_chunk(config: StepConfig, length: int):
+    """`chunk(state, frozen, data)` jitted over the config's mesh; the state's buffers are donated."""
+    concept, frozen = sharding(config.mesh, "concept"), sharding(config.mesh, "frozen")
+    return jax.jit(
+        partial(chunk, config=config, length=length),
+        in_shardings=(concept, frozen, concept),
+        out_shardings=(concept, None),
+        donate_argnums=0,
+    )
