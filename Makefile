@@ -1,0 +1,43 @@
+# make demo: install into .venv and personalize the shipped teapot.   make test: all tests.
+# PYTHON chooses the interpreter (3.11 or later).
+
+PYTHON ?= python3
+BIN := .venv/bin
+PARITY := .venv-parity/bin
+
+TEAPOT := catversion_jax/concepts/teapot
+DEMO := --config.run_dir=runs/demo --config.concept.class_word=teapot \
+	--config.data.dir=$(TEAPOT)/train --config.data.masks_dir=$(TEAPOT)/train_masks
+
+.PHONY: demo test parity lint clean
+
+demo: .venv/installed
+	$(BIN)/catversion train --config=configs/mini.py $(DEMO) --resume
+
+test: .venv/tested
+	$(BIN)/python -m pytest tests --ignore=tests/parity -n 2 --dist loadgroup --durations=15
+
+parity: .venv-parity/installed
+	$(PARITY)/python -m pytest tests/parity
+
+lint: .venv/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv || { echo "the venv module is missing: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+.venv-parity/installed: setup.py
+	$(PYTHON) -m venv .venv-parity
+	$(PARITY)/python -m pip install --quiet -e '.[parity]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-parity build *.egg-info

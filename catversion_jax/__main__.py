@@ -1,0 +1,5 @@
+"""`python -m catversion_jax`."""
+
+from catversion_jax.main import run
+
+run()

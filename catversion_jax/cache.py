@@ -1,0 +1,53 @@
+"""XLA's persistent compilation cache, on by default, and a count of how often it helped."""
+
+import atexit
+import contextlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import jax
+
+COUNTS = "catversion_counts.json"
+EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
+
+
+def folder() -> Path:
+    """$JAX_COMPILATION_CACHE_DIR, or catversion_jax below the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(home) / "catversion_jax" / "xla")
+
+
+def enable() -> None:
+    """Keep compiled programs between runs; at exit, note this process's hits and misses for `doctor`."""
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home is no reason not to run
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    counts = Counter()
+
+    def listen(event: str, **_) -> None:
+        if event in EVENTS:
+            counts[EVENTS[event]] += 1
+
+    jax.monitoring.register_event_listener(listen)
+    atexit.register(note, counts)
+
+
+def read_counts() -> dict[str, dict[str, int]]:
+    """Hits and misses of the last process that compiled anything (`last`) and of all (`total`)."""
+    try:
+        return json.loads((folder() / COUNTS).read_text())
+    except (OSError, ValueError):
+        return {"last": {}, "total": {}}
+
+
+def note(counts: Counter) -> None:
+    if not counts:
+        return
+    total = Counter(read_counts()["total"]) + counts
+    with contextlib.suppress(OSError):  # statistics are not worth an error
+        (folder() / COUNTS).write_text(json.dumps({"last": counts, "total": total}))

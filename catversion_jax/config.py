@@ -1,0 +1,137 @@
+"""Every setting and its default, in one place; a file in configs/ changes what it must and says what came of it."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict, config_dict
+
+from catversion_jax.adapter import SCOPES, AdapterConfig, resolve_layers
+from catversion_jax.errors import UserError
+from catversion_jax.pipeline import DTYPES, Networks
+from catversion_jax.train_step import DECAYS, OptimizerConfig
+
+
+def default() -> ConfigDict:
+    """The paper's setting, on the embedded mini model. Unset values are "" (text) and None (numbers)."""
+    return ConfigDict({
+        "run_dir": "",  # where everything is written; required
+        "seed": 0,
+        "model": {
+            "path": "",  # a Stable Diffusion folder in diffusers layout; "": the embedded mini model
+            "variant": "",  # "fp16" reads the .fp16.safetensors files
+            "dtype": "float32",  # of the text encoder's and the UNet's computation; or bfloat16
+        },
+        "data": {
+            "dir": "",  # a folder of 1 to 100 photos; required
+            "masks_dir": "",  # the subject's masks, matched by file stem; "": <dir>/masks where it exists
+            "flip": True,  # half of the photos are seen as their mirror image
+        },
+        "concept": {
+            "class_word": "",  # the base class, as you would name it in a prompt; required
+            "article": "",  # "": a or an, by the class word's first letter
+            "templates": ("a photo of {concept}",),  # training prompts; {concept} is article and class word
+        },
+        "adapter": {
+            "layers": (-3, -2, -1),  # text encoder layers; negative: from the last one that reaches the UNet
+            "length": 1,  # P, prefix positions per layer
+            "init_std": 1.0,
+            "logit_bias": 0.0,  # 1 in the authors' files
+            "scope": "all",  # or trigger: only from the class word on
+        },
+        "train": {
+            "steps": 1000,
+            "batch_size": 2,
+            "learning_rate": 1e-2,  # the rate used: nothing multiplies it
+            "decay": "constant",  # or linear, cosine
+            "warmup_steps": 0,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "clip_norm": config_dict.placeholder(float),  # of the gradient; None: not clipped
+            "steps_per_dispatch": config_dict.placeholder(int),  # None: 1 on a CPU, 10 elsewhere
+        },
+        "checkpoint": {"every": 100, "keep": 3},
+        "sample": {
+            "every": 0,  # validation pictures every N steps; 0: none
+            "prompts": ("a photo of {concept} on the beach", "a photo of {concept} in the snow"),
+            "steps": 50,  # of DDIM
+            "guidance": 7.5,
+            "batch_size": 4,
+        },
+    })  # fmt: skip
+
+
+def check(config: ConfigDict) -> None:
+    """Raise UserError for the first value that cannot work, before anything is read or compiled."""
+    rules = [
+        ("run_dir", bool(config.run_dir), "expected a folder to write to"),
+        ("data.dir", bool(config.data.dir), "expected a folder of photos"),
+        ("concept.class_word", bool(config.concept.class_word.strip()), "expected the base class, such as teapot"),
+        ("model.dtype", config.model.dtype in DTYPES, f"expected one of {', '.join(DTYPES)}"),
+        ("adapter.scope", config.adapter.scope in SCOPES, f"expected one of {', '.join(SCOPES)}"),
+        ("adapter.length", config.adapter.length >= 1, "expected at least 1"),
+        ("adapter.init_std", config.adapter.init_std >= 0, "expected 0 or more"),
+        ("train.decay", config.train.decay in DECAYS, f"expected one of {', '.join(DECAYS)}"),
+        ("train.steps", config.train.steps >= 1, "expected at least 1"),
+        ("train.batch_size", config.train.batch_size >= 1, "expected at least 1"),
+        ("train.learning_rate", config.train.learning_rate > 0, "expected more than 0"),
+        ("train.steps_per_dispatch", (config.train.steps_per_dispatch or 1) >= 1, "expected at least 1"),
+        ("checkpoint.every", config.checkpoint.every >= 1, "expected at least 1"),
+        ("checkpoint.keep", config.checkpoint.keep >= 1, "expected at least 1"),
+        ("sample.every", config.sample.every >= 0, "expected 0 (none) or more"),
+        ("sample.steps", 1 <= config.sample.steps <= 1000, "expected 1 to 1000"),
+        ("sample.batch_size", config.sample.batch_size >= 1, "expected at least 1"),
+        ("seed", 0 <= config.seed < 2**32, "expected 0 to 2^32 - 1"),
+        ("concept.templates", bool(config.concept.templates), "expected at least one prompt"),
+    ]
+    values = flat(config)
+    for key, good, expected in rules:
+        if not good:
+            raise UserError(f"config.{key}={values[key]!r}: {expected}; set --config.{key}=...")
+    for template in (*config.concept.templates, *config.sample.prompts):
+        fill(template, config.concept.class_word, "a")
+
+
+def flat(config: ConfigDict) -> dict:
+    """Dotted keys and plain values."""
+    return {
+        f"{key}.{name}" if name else key: inner
+        for key, value in config.items()
+        for name, inner in (flat(value) if isinstance(value, ConfigDict) else {"": value}).items()
+    }
+
+
+def expand(path: str) -> Path:
+    """A path as a shell would read it: flags keep a leading ~."""
+    return Path(path).expanduser()
+
+
+def article(class_word: str) -> str:
+    return "an" if class_word[:1].lower() in "aeiou" else "a"
+
+
+def fill(template: str, class_word: str, article: str) -> str:
+    """The prompt of a template: {concept} becomes article and class word, {class_word} the word alone."""
+    prompt = template.replace("{concept}", f"{article} {class_word}").replace("{class_word}", class_word)
+    if "{" in prompt or "}" in prompt:
+        raise UserError(f"prompt template {template!r}: the only fields are {{concept}} and {{class_word}}")
+    return prompt
+
+
+def prompts(templates: tuple[str, ...], config: ConfigDict) -> list[str]:
+    concept = config.concept
+    return [fill(t, concept.class_word, concept.article or article(concept.class_word)) for t in templates]
+
+
+def adapter_config(config: ConfigDict, networks: Networks) -> AdapterConfig:
+    """The config's adapter with its layers resolved against the text encoder."""
+    try:
+        layers = resolve_layers(config.adapter.layers, networks.text.config.num_hidden_layers)
+    except ValueError as error:
+        raise UserError(f"config.adapter.{error}") from None
+    return AdapterConfig(**(config.adapter.to_dict() | {"layers": layers}))
+
+
+def optimizer_config(config: ConfigDict) -> OptimizerConfig:
+    names = OptimizerConfig.__dataclass_fields__
+    return OptimizerConfig(**{name: config.train[name] for name in names})

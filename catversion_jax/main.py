@@ -1,0 +1,118 @@
+"""The `catversion` command: finds the sub-command, parses its flags, and turns mistakes into one line."""
+
+import difflib
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from absl import flags, logging
+
+from catversion_jax import __version__
+from catversion_jax.errors import UserError
+
+# Before anything imports them: JAX's C++ log and transformers' advice are not for our users.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+COMMANDS = {
+    "train": "learn a concept from a folder of photos",
+    "generate": "draw pictures with a learned concept",
+    "doctor": "devices, versions, memory, cache: what is there and what is missing",
+}
+"""Sub-command -> what it does. Each is the module catversion_jax.NAME with define_flags() and main(flags)."""
+
+
+def usage() -> str:
+    lines = [f"  {name:10} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"catversion {__version__}: usage: catversion COMMAND [--FLAG=VALUE ...]",
+            "",
+            *lines,
+            "",
+            "catversion COMMAND --help lists the command's flags.",
+        ]
+    )
+
+
+def nearest(word: str, words) -> str:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.0)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def command_help(name: str) -> str:
+    """The flags that the command's module defines."""
+    defined = flags.FLAGS.get_flags_for_module(f"catversion_jax.{name}")
+    lines = [f"  --{flag.name}: {flag.help} (default: {flag.default})" for flag in defined]
+    return "\n".join([f"catversion {name}: {COMMANDS[name]}", "", *lines])
+
+
+def parse(name: str, arguments: list[str]) -> flags.FlagValues:
+    """The command's flags. Raises UserError for what is not one of them."""
+    # config_flags finds --config.KEY overrides in sys.argv, and nowhere else.
+    sys.argv = [f"catversion {name}", *arguments]
+    for argument in arguments:
+        if argument.startswith("--config=") and not Path(argument.removeprefix("--config=").split(":")[0]).is_file():
+            raise UserError(f"{argument.removeprefix('--config=')}: no such config file; those shipped are in configs/")
+    try:
+        rest = flags.FLAGS(sys.argv)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    except (AttributeError, KeyError) as error:
+        raise UserError(unknown_key(arguments) or str(error)) from None
+    if rest:
+        raise UserError(f"{rest[0]}: expected only flags; they begin with --")
+    return flags.FLAGS
+
+
+def unknown_key(arguments: list[str]) -> str | None:
+    """What to say of the first --config.KEY that the config file does not have."""
+    from catversion_jax.config import default, flat
+
+    keys = list(flat(default()))
+    for argument in arguments:
+        key = argument.split("=")[0].removeprefix("--config.")
+        if argument.startswith("--config.") and key not in keys:
+            return f"config.{key}: no such key{nearest(key, keys)}"
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `catversion ARGV`; returns the exit status."""
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["help"]
+    if name in ("help", "--help", "-h"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"{name}: no such command{nearest(name, COMMANDS)}")
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.WARNING)
+        module = importlib.import_module(f"catversion_jax.{name}")
+        module.define_flags()
+        if {"--help", "-h", "-help"} & set(arguments):
+            print(command_help(name))
+            return 0
+        parsed = parse(name, arguments)
+        from catversion_jax import cache
+
+        cache.enable()
+        return module.main(parsed)
+    except UserError as error:
+        print(f"catversion: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,257 @@
+"""`catversion train`: learn a concept from a folder of photos. The loop; all of its mathematics is in train_step."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from catversion_jax import artifact, sampling, text
+from catversion_jax import config as config_lib
+from catversion_jax.checkpoint import Checkpoints
+from catversion_jax.data import dataset
+from catversion_jax.data.photos import Photo, read_photos
+from catversion_jax.data.posteriors import bucket, pad, posteriors
+from catversion_jax.errors import UserError
+from catversion_jax.files import write_atomically
+from catversion_jax.grid import grid
+from catversion_jax.journal import Journal
+from catversion_jax.pipeline import Pipeline, load
+from catversion_jax.run_dir import RunDir, plain
+from catversion_jax.sharding import make_mesh, sharding
+from catversion_jax.state import ConceptData, Frozen, TrainState, init_state
+from catversion_jax.train_step import StepConfig, compile_chunk
+
+VALIDATION_PROMPTS = 4  # of config.sample.prompts, drawn every config.sample.every steps
+ACCELERATOR_STEPS_PER_DISPATCH = 10  # hides the host's work behind the device's
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "A file of configs/; --config.KEY=VALUE changes any key.")
+    flags.DEFINE_bool("resume", False, "Continue the run in config.run_dir from its last checkpoint.")
+
+
+def main(arguments: flags.FlagValues) -> int:
+    if arguments.config is None:
+        raise UserError("--config: missing; expected a config file, such as --config=configs/mini.py")
+    return train(arguments.config, resume=arguments.resume)
+
+
+def train(config: ConfigDict, resume: bool = False) -> int:
+    """Run, or continue, the training that `config` describes. Returns the exit status: 0, or 128 + the number of
+    the signal that interrupted it. Raises UserError for a user's mistake, before anything is compiled."""
+    config_lib.check(config)
+    run = RunDir(path=config_lib.expand(config.run_dir))
+    run.check(config, resume)
+    if run.finished:
+        print(f"{run.path}: finished already; nothing to do")
+        return 0
+    pipeline = load(config.model.path or None, config.model.dtype, config.model.variant or None)
+    photos = stored_or_read(run, config, pipeline.networks.resolution)
+    run.claim(config)
+    dataset.write(run.data, photos)
+    step_config = make_step_config(config, pipeline)
+    data = prepare(config, step_config, pipeline, photos)
+    paint = partial(paint_prompts, config, pipeline)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+    try:
+        state, interrupted_by = loop(config, step_config, pipeline, data, run, checkpoints, paint)
+    finally:
+        checkpoints.close()
+    if interrupted_by:
+        print(f"{run.path}: stopped at step {int(state.step[0])} of {config.train.steps}; continue with --resume")
+        return 128 + interrupted_by
+    concept = to_concept(config, step_config, pipeline, state)
+    artifact.save(run.artifact, concept)
+    image = sample_grid(photos, paint(concept, strength=0.0), paint(concept), config)
+    write_atomically(run.samples, image.save)
+    print(f"concept:  {run.artifact}\npictures: {run.samples}")
+    print(f"curves:   tensorboard --logdir {run.events}")
+    return 0
+
+
+def stored_or_read(run: RunDir, config: ConfigDict, resolution: int) -> list[Photo]:
+    """A run that is resumed reads the photos it stored: the folder may have changed or gone."""
+    if run.config.is_file() and run.data.is_dir():
+        with contextlib.suppress(UserError):
+            return dataset.read(run.data)
+    return read_photos(config.data.dir, resolution, config.data.masks_dir)
+
+
+def make_step_config(config: ConfigDict, pipeline: Pipeline) -> StepConfig:
+    return StepConfig(
+        networks=pipeline.networks,
+        adapter=config_lib.adapter_config(config, pipeline.networks),
+        optimizer=config_lib.optimizer_config(config),
+        batch_size=config.train.batch_size,
+        mesh=make_mesh(1, config.train.batch_size),
+    )
+
+
+def prepare(config: ConfigDict, step_config: StepConfig, pipeline: Pipeline, photos: list[Photo]) -> ConceptData:
+    """Latents and text states of one concept, padded to their buckets, with a concept axis of size 1."""
+    networks, params = pipeline.networks, pipeline.params
+    images = np.stack([photo.image for photo in photos])
+    mean, std = posteriors(networks.vae, params["vae"], images, config.data.flip)
+    prompts = config_lib.prompts(config.concept.templates, config)
+    token_ids = pipeline.tokenizer(prompts)
+    word = pipeline.tokenizer.word(config.concept.class_word)
+    for prompt, place in zip(prompts, text.find_word(token_ids, word), strict=True):
+        if place < 0:
+            logging.warning("the training prompt %r does not hold the class word %r", prompt, config.concept.class_word)
+    hidden = text.lower(networks.text, params["text"], token_ids, stop=step_config.adapter.layers[0])
+    visible = text.visibility(token_ids, word, step_config.adapter.scope)
+    size, length = bucket(len(photos)), bucket(len(prompts))
+    data = ConceptData(
+        mean=pad(mean, size),
+        std=pad(std, size),
+        photos=np.int32(len(photos)),
+        hidden=pad(np.asarray(hidden), length),
+        visible=pad(visible, length),
+        prompts=np.int32(len(prompts)),
+        steps=np.int32(config.train.steps),
+    )
+    return jax.tree.map(lambda x: np.asarray(x)[None], data)
+
+
+def loop(
+    config: ConfigDict,
+    step_config: StepConfig,
+    pipeline: Pipeline,
+    data: ConceptData,
+    run: RunDir,
+    checkpoints: Checkpoints,
+    paint: Callable[..., list[np.ndarray]],
+) -> tuple[TrainState, int | None]:
+    """Train from the last checkpoint, or from the start, to the last step. Returns the state and, where a signal
+    ended it early, the signal's number. Raises UserError at a loss that is not finite, the last good state saved."""
+    networks, mesh = pipeline.networks, step_config.mesh
+    on_concepts, on_frozen = sharding(mesh, "concept"), sharding(mesh, "frozen")
+    clip = networks.text.config
+    state = init_state(
+        [config.seed],
+        step_config.adapter,
+        clip.num_attention_heads,
+        clip.head_dim,
+        step_config.optimizer.transformation(),
+    )
+    state = jax.device_put(state, on_concepts)
+    if checkpoints.latest is not None:
+        state = checkpoints.restore(state)
+    frozen = Frozen(pipeline.params["unet"], pipeline.params["text"], networks.schedule.alphas_cumprod)
+    frozen, data = jax.device_put(frozen, on_frozen), jax.device_put(data, on_concepts)
+
+    total, step = config.train.steps, int(state.step[0])
+    on_cpu = jax.default_backend() == "cpu"
+    per_dispatch = config.train.steps_per_dispatch or (1 if on_cpu else ACCELERATOR_STEPS_PER_DISPATCH)
+    journal = Journal(run.metrics, run.events, step)
+    save = lambda: checkpoints.save(step, state, plain(config))  # noqa: E731
+    try:
+        with (
+            signals() as received,
+            tqdm(total=total, initial=step, unit=" steps", desc="training", smoothing=0.1) as bar,
+        ):
+            while step < total and not received:
+                length = min(
+                    [
+                        per_dispatch,
+                        *(until(step, n) for n in (total, config.checkpoint.every, config.sample.every) if n),
+                    ]
+                )
+                state, metrics = compile_chunk(step_config, length)(state, frozen, data)
+                start, step = step, int(state.step[0])
+                record(journal, bar, start, step, jax.device_get(metrics))
+                if step < start + length:
+                    save()
+                    raise UserError(not_finite(run, step, config))
+                if step % config.checkpoint.every == 0 or step == total:
+                    save()
+                if config.sample.every and step % config.sample.every == 0:
+                    concept = to_concept(config, step_config, pipeline, state)
+                    images = paint(concept, count=VALIDATION_PROMPTS)
+                    journal.picture(step, "validation", np.concatenate(images, axis=1))
+            save()
+    finally:
+        journal.close()
+    return state, received[0] if received and step < total else None
+
+
+def until(step: int, multiple: int) -> int:
+    """Steps from `step` to the next multiple."""
+    return multiple - step % multiple
+
+
+def record(journal: Journal, bar: tqdm, start: int, step: int, metrics: dict[str, np.ndarray]) -> None:
+    """Write the good steps start+1..step."""
+    for i in range(step - start):
+        names = ("loss", "learning_rate", "grad_norm")
+        journal.scalars(start + 1 + i, {name: float(metrics[name][i, 0]) for name in names})
+    if step > start:
+        bar.set_postfix(loss=f"{metrics['loss'][: step - start, 0].mean():.4f}", refresh=False)
+    bar.update(step - start)
+
+
+def not_finite(run: RunDir, step: int, config: ConfigDict) -> str:
+    return (
+        f"{run.path}: loss or gradient not finite after step {step}; "
+        f"the last good state is in {run.checkpoints / str(step)}; "
+        f"lower train.learning_rate ({config.train.learning_rate}) or set train.clip_norm, in a new run_dir"
+    )
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT, so that the step under way ends and is saved; a second one acts at once."""
+    received: list[int] = []
+    previous = {}
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def to_concept(config: ConfigDict, step_config: StepConfig, pipeline: Pipeline, state: TrainState) -> artifact.Concept:
+    """The learned prefix with its metadata."""
+    return artifact.Concept(
+        prefix=np.asarray(state.prefix[0]),
+        class_word=config.concept.class_word,
+        templates=tuple(config.concept.templates),
+        layers=step_config.adapter.layers,
+        logit_bias=step_config.adapter.logit_bias,
+        scope=step_config.adapter.scope,
+        fingerprint=pipeline.fingerprint,
+        model_path=config.model.path,
+        steps=int(state.step[0]),
+        learning_rate=config.train.learning_rate,
+        seed=config.seed,
+    )
+
+
+def paint_prompts(
+    config: ConfigDict, pipeline: Pipeline, concept: artifact.Concept, strength: float = 1.0, count: int | None = None
+) -> list[np.ndarray]:
+    """The pictures of the first `count` (None: all) of the config's prompts, with the config's seed."""
+    prompts = config_lib.prompts(config.sample.prompts, config)[:count]
+    sample = config.sample
+    sampler = sampling.SamplerConfig(sample.steps, sample.guidance, sample.batch_size)
+    return list(sampling.paint(pipeline, prompts, [config.seed] * len(prompts), sampler, concept, strength))
+
+
+def sample_grid(photos: list[Photo], base: list[np.ndarray], personalized: list[np.ndarray], config: ConfigDict):
+    """What was learned at a glance: the photos, the base model's answers, the personalized ones."""
+    rows = [[photo.image for photo in photos[: len(base)]], base, personalized]
+    labels = ["your photos", "base model", f"your {config.concept.class_word}"]
+    return grid(rows, labels, config_lib.prompts(config.sample.prompts, config), captions_above=1)

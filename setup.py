@@ -1,0 +1,51 @@
+"""Packaging; each runtime dependency with its reason."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+REQUIRES = [
+    "jax>=0.10",  # everything that is computed
+    "flax>=0.12",  # linen: the modules and their parameter trees
+    "optax>=0.2.5",  # AdamW and gradient clipping
+    "orbax-checkpoint>=0.11",  # checkpoints that a crash leaves whole
+    "tensorflow-datasets>=4.9.10",  # the photos of a run as a dataset (ArrayRecord, without TensorFlow)
+    "array-record>=0.8",  # TFDS's file format; TFDS does not require it by itself
+    "importlib-resources>=6",  # TFDS 4.9.10 imports it without requiring it
+    "ml-collections>=1.0",  # the configs and their flags
+    "transformers>=4.57,<6",  # CLIP's tokenizer, nothing else
+    "safetensors>=0.5",  # weights and concepts, read without executing anything
+    "absl-py>=2.1",  # flags
+    "pillow>=11",  # photos in, pictures and grids out
+    "numpy>=2",  # arrays on the host
+    "jaxtyping>=0.3",  # shapes in signatures
+    "tqdm>=4.66",  # the progress bar
+    "tensorboardX>=2.6",  # event files without TensorFlow
+    "psutil>=5.9",  # memory, for `catversion doctor`
+]
+
+EXTRAS = {
+    "cuda": ["jax[cuda12]>=0.10"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"],
+    "parity": ["diffusers==0.39.0", "transformers==4.57.6", "pytest>=8"],  # the last releases with Flax classes
+}
+
+setup(
+    name="catversion-jax",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "catversion_jax" / "__init__.py").read_text())[1],
+    description="CatVersion in JAX: concatenated embeddings for text-to-image personalization, on TPU, GPU and CPU",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    packages=find_packages(include=["catversion_jax*"]),
+    package_data={"catversion_jax": ["mini/**/*", "mini/*", "concepts/**/*"]},
+    python_requires=">=3.11",
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["catversion = catversion_jax.main:run"]},
+)
