@@ -154,7 +154,7 @@ def loop(
     try:
         with (
             signals() as received,
-            tqdm(total=total, initial=step, unit=" steps", desc="training", smoothing=0.1) as bar,
+            tqdm(total=total, initial=step, unit=" steps", desc="compiling") as bar,
         ):
             while step < total and not received:
                 length = min(
@@ -165,6 +165,9 @@ def loop(
                 )
                 state, metrics = compile_chunk(step_config, length)(state, frozen, data)
                 start, step = step, int(state.step[0])
+                if bar.desc.startswith("compiling"):
+                    bar.unpause()  # the rate and the time left are those of the steps alone
+                    bar.set_description("training", refresh=False)
                 record(journal, bar, start, step, jax.device_get(metrics))
                 if step < start + length:
                     save()

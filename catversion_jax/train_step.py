@@ -141,7 +141,7 @@ def update(
     learning_rate = config.optimizer.learning_rate_at(state.step, steps)
 
     def one(state: TrainState, grad, loss, learning_rate) -> tuple[TrainState, Float[Array, ""]]:
-        norm = optax.global_norm(grad)
+        norm = optax.tree.norm(grad)
         updates, opt_state = config.optimizer.transformation().update(grad, state.opt_state, state.prefix)
         moved = state.replace(step=state.step + 1, prefix=state.prefix + learning_rate * updates, opt_state=opt_state)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -1,0 +1,57 @@
+"""Shared by all tests: two fake CPU devices, one compilation cache, models that are loaded once."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before JAX is imported. The cache is shared by the test processes and the commands they start, and new each time.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ.setdefault("CATVERSION_TEST_CACHE", tempfile.mkdtemp(prefix="catversion-test-cache-"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["CATVERSION_TEST_CACHE"]
+
+import jax
+import numpy as np
+import pytest
+
+from catversion_jax import cache, pipeline
+from tests import tiny
+
+GOLDEN = Path(__file__).parent / "golden" / "mini_torch.npz"
+cache.enable()
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """What PyTorch computes on the mini model; pictures and latents moved to NHWC."""
+    arrays = dict(np.load(GOLDEN))
+    nchw = {"unet.sample", "unet.eps", "vae.mean", "vae.logvar", "vae.decoded", "image.pixel_values", "train.latents"}
+    nchw |= {"ddim.x_T", "ddim.x_0_guidance5_prefix_p1_bias0", "train.noise"}
+    return {key: np.moveaxis(array, -3, -1) if key in nchw else array for key, array in arrays.items()}
+
+
+@pytest.fixture(scope="session")
+def mini() -> pipeline.Pipeline:
+    return pipeline.load()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Stable Diffusion of a few hundred kilobytes, written in diffusers layout."""
+    return tiny.write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_model) -> pipeline.Pipeline:
+    return pipeline.load(tiny_model)
+
+
+@pytest.fixture
+def one_device() -> list[jax.Device]:
+    return jax.devices()[:1]
+
+
+def max_error(actual, expected) -> float:
+    """The largest absolute difference; printed, so that a report shows how close it was."""
+    error = float(np.abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64)).max())
+    print(f"max-abs error {error:.2e}")
+    return error

@@ -1,0 +1,95 @@
+"""concept.safetensors: what goes in comes out, and what is no concept is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from catversion_jax import artifact
+from catversion_jax.errors import UserError
+
+
+@pytest.fixture
+def concept() -> artifact.Concept:
+    prefix = np.random.default_rng(0).normal(size=(4, 3, 2, 5, 32)).astype(np.float32)
+    return artifact.Concept(
+        prefix, "teapot", ("a photo of {concept}",), (9, 10, 11), 1.0, "all", "0123", "/models/sd15", 300, 0.01, 7
+    )
+
+
+def test_round_trip(tmp_path, concept):
+    artifact.save(tmp_path / artifact.FILE_NAME, concept)
+    for path in (tmp_path, tmp_path / artifact.FILE_NAME):
+        again = artifact.load(path)
+        np.testing.assert_array_equal(again.prefix, concept.prefix)
+        assert dataclasses.replace(again, prefix=None) == dataclasses.replace(concept, prefix=None)
+    assert list(load_file(tmp_path / artifact.FILE_NAME)) == ["prefix"]
+    assert [path.name for path in tmp_path.iterdir()] == [artifact.FILE_NAME]
+
+
+def test_wrong_model(concept):
+    artifact.check_model(concept, "0123", "OUT", "model")
+    with pytest.raises(UserError, match="OUT: learned in text encoder 0123, but model has 4567"):
+        artifact.check_model(concept, "4567", "OUT", "model")
+
+
+def rewritten(path, concept, prefix=None, **metadata):
+    artifact.save(path, concept)
+    fields = {name: json.dumps(getattr(concept, name)) for name in artifact.METADATA} | {"format_version": "1"}
+    fields = {k: v for k, v in (fields | metadata).items() if v is not None}
+    save_file({"prefix": concept.prefix if prefix is None else prefix}, path, fields)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": "2"}, "format version 2; this program reads version 1"),
+        ({"format_version": None}, "format version None"),
+        ({"class_word": None}, "metadata missing or unknown: class_word"),
+        ({"more": '"x"'}, "metadata missing or unknown: more"),
+        ({"scope": '"sometimes"'}, "scope 'sometimes'; expected one of all, trigger"),
+        ({"layers": "[9, 10]"}, r"prefix float32 \[4, 3, 2, 5, 32\]; expected float32 \[P, 2, 2, heads, head_dim\]"),
+        ({"layers": "[9, 10"}, "not a readable concept"),
+        ({"prefix": np.zeros((4, 3, 2, 5, 32), np.float16)}, "prefix float16"),
+        ({"prefix": np.zeros(7, np.float32)}, r"prefix float32 \[7\]"),
+    ],
+)
+def test_refused(tmp_path, concept, change, message):
+    path = rewritten(tmp_path / "c.safetensors", concept, **change)
+    with pytest.raises(UserError, match=message) as error:
+        artifact.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_missing_and_huge(tmp_path, concept):
+    path = tmp_path / "c.safetensors"
+    artifact.save(path, concept)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a readable concept"):
+        artifact.load(path)
+    with pytest.raises(UserError, match="not found; expected a learned concept"):
+        artifact.load(tmp_path / "nothing")
+    with path.open("wb") as file:
+        file.truncate(artifact.MAX_BYTES + 1)
+    with pytest.raises(UserError, match="expected a concept of a few kilobytes"):
+        artifact.load(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, concept, monkeypatch):
+    path = tmp_path / artifact.FILE_NAME
+    artifact.save(path, concept)
+    before = path.read_bytes()
+
+    def full(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        artifact.save(path, concept)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,127 @@
+"""The mini model's numbers against PyTorch's (diffusers 0.42.1, transformers 5.23, float32)."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from catversion_jax import pipeline, sampling, text
+from catversion_jax import train_step as ts
+from catversion_jax.adapter import AdapterConfig, Prefix
+from catversion_jax.sharding import make_mesh
+from catversion_jax.state import Frozen, init_state
+from tests.conftest import max_error
+
+LAYERS = (9, 10, 11)
+TOLERANCE = 2e-4
+
+
+def test_token_ids(mini, golden):
+    np.testing.assert_array_equal(mini.tokenizer(list(golden["prompts"])), golden["token_ids"])
+
+
+def test_text_encoder(mini, golden):
+    out = jax.jit(mini.networks.text.apply)({"params": mini.params["text"]}, golden["token_ids"])
+    assert len(out["hidden_states"]) == len(golden["text.hidden_states"]) == 13
+    assert max_error(np.stack(out["hidden_states"]), golden["text.hidden_states"]) < TOLERANCE
+    assert max_error(out["last_hidden_state"], golden["text.last_hidden_state"]) < TOLERANCE
+    assert max_error(out["text_embeds"], golden["text.text_embeds"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "bias"), [("p1_bias0", 0.0), ("p1_bias1", 1.0), ("p4_bias0", 0.0)])
+def test_text_encoder_with_prefix(mini, golden, name, bias):
+    token_ids = golden["token_ids"]
+    visible = jnp.ones((*token_ids.shape, 1), bool)
+    prefix = Prefix(jnp.asarray(golden[f"prefix.{name}"]), jnp.float32(bias), visible, LAYERS)
+    whole = sampling.encode(mini.params["text"], token_ids, prefix, networks=mini.networks)
+    assert max_error(whole, golden[f"text_with_prefix.{name}"]) < TOLERANCE
+    hidden = text.lower(mini.networks.text, mini.params["text"], token_ids, stop=LAYERS[0])
+    upper = jax.jit(text.upper, static_argnames=("text", "start"))
+    split = upper(mini.networks.text, mini.params["text"], hidden, prefix, start=LAYERS[0])
+    assert max_error(split, golden[f"text_with_prefix.{name}"]) < TOLERANCE
+
+
+def test_unet(mini, golden):
+    apply = jax.jit(mini.networks.unet.apply)
+    eps = apply({"params": mini.params["unet"]}, golden["unet.sample"], golden["unet.timestep"], golden["unet.context"])
+    assert max_error(eps, golden["unet.eps"]) < TOLERANCE
+
+
+def test_vae(mini, golden):
+    vae, params = mini.networks.vae, {"params": mini.params["vae"]}
+    apply = jax.jit(vae.apply, static_argnames="method")
+    mean, logvar = apply(params, golden["vae.image"], method="encode")
+    assert max_error(mean, golden["vae.mean"]) < TOLERANCE
+    assert max_error(logvar, golden["vae.logvar"]) < TOLERANCE
+    assert max_error(apply(params, golden["vae.mean"], method="decode"), golden["vae.decoded"]) < TOLERANCE
+
+
+def test_image_encoder(golden):
+    module, params = pipeline.load_component(pipeline.MINI, "image")
+    embeds = jax.jit(module.apply)({"params": params}, golden["image.pixel_values"])
+    assert max_error(embeds, golden["image.image_embeds"]) < TOLERANCE
+
+
+def test_noise_schedule(mini, golden):
+    schedule = mini.networks.schedule
+    assert max_error(schedule.alphas_cumprod, golden["alphas_cumprod"]) < 1e-6
+    np.testing.assert_array_equal(schedule.ddim_timesteps(30), golden["ddim.timesteps"])
+
+
+def test_guided_ddim(mini, golden):
+    token_ids = golden["token_ids"]
+    prefix = Prefix(jnp.asarray(golden["prefix.p1_bias0"]), jnp.float32(0), jnp.ones((1, 77, 1), bool), LAYERS)
+    positive = sampling.encode(mini.params["text"], token_ids[:1], prefix, networks=mini.networks)
+    negative = sampling.encode(mini.params["text"], token_ids[1:2], None, networks=mini.networks)
+    latents = sampling.sample_latents(
+        mini.params["unet"],
+        jnp.asarray(golden["ddim.x_T"]),
+        jnp.stack([negative, positive]),
+        networks=mini.networks,
+        steps=30,
+        guidance=5.0,
+        steps_per_dispatch=1,
+    )
+    assert max_error(latents, golden["ddim.x_0_guidance5_prefix_p1_bias0"]) < 2e-3
+
+
+def test_gradient_and_twenty_steps(mini, golden):
+    networks = mini.networks
+    config = ts.StepConfig(
+        networks, AdapterConfig(LAYERS), ts.OptimizerConfig(), batch_size=2, mesh=make_mesh(1, 1, jax.devices()[:1])
+    )
+    frozen = Frozen(mini.params["unet"], mini.params["text"], jnp.asarray(networks.schedule.alphas_cumprod))
+    hidden = text.lower(networks.text, mini.params["text"], golden["train.token_ids"], stop=LAYERS[0])
+    state = init_state([0], config.adapter, 5, 32, config.optimizer.transformation())
+    state = state.replace(prefix=jnp.asarray(golden["prefix.p1_bias0"])[None])
+
+    @jax.jit
+    def step(state, noise, timesteps):
+        batch = ts.Batch(jnp.asarray(golden["train.latents"]), noise, timesteps, hidden, jnp.ones((2, 77), bool))
+        batch = jax.tree.map(lambda x: x[None], batch)
+        grad = jax.grad(lambda prefix: ts.denoising_loss(prefix, frozen, batch, config).sum())(state.prefix)
+        return *ts.update(state, frozen, batch, jnp.asarray([20]), config), grad
+
+    losses = []
+    for i in range(20):
+        state, metrics, grad = step(state, golden["train.noise"][i], golden["train.timesteps"][i].astype(np.int32))
+        losses.append(metrics["loss"][0])
+        if i == 0:
+            reference = golden["train.grad_step0"]
+            assert max_error(grad[0], reference) / np.abs(reference).max() < 1e-3
+    assert max_error(losses, golden["train.losses"]) < TOLERANCE
+    difference = np.abs(np.asarray(state.prefix[0]) - golden["train.prefix_after_20_adamw_steps"])
+    print(
+        f"prefix after 20 steps: mean difference {difference.mean():.1e}, within 2e-3: {(difference < 2e-3).mean():.3f}"
+    )
+    assert difference.mean() < 2e-4
+    assert (difference < 2e-3).mean() >= 0.99
+
+
+def test_every_golden_array_is_used(golden):
+    source = Path(__file__).read_text()
+    inputs = {"prompts", "text.hidden_states"}
+    for key in golden.keys() - inputs:
+        assert f'"{key}"' in source or key.startswith(("prefix.", "text_with_prefix.")), key
