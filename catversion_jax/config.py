@@ -7,6 +7,7 @@ from ml_collections import ConfigDict, config_dict
 from catversion_jax.adapter import SCOPES, AdapterConfig, resolve_layers
 from catversion_jax.errors import UserError
 from catversion_jax.pipeline import DTYPES, Networks
+from catversion_jax.sampling import SamplerConfig
 from catversion_jax.train_step import DECAYS, OptimizerConfig
 
 
@@ -135,3 +136,7 @@ def adapter_config(config: ConfigDict, networks: Networks) -> AdapterConfig:
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
     names = OptimizerConfig.__dataclass_fields__
     return OptimizerConfig(**{name: config.train[name] for name in names})
+
+
+def sampler_config(config: ConfigDict) -> SamplerConfig:
+    return SamplerConfig(**{name: config.sample[name] for name in SamplerConfig.__dataclass_fields__})

@@ -18,6 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 COMMANDS = {
     "train": "learn a concept from a folder of photos",
     "generate": "draw pictures with a learned concept",
+    "sweep": "train and score settings on a folder of concepts with held-out photos",
     "doctor": "devices, versions, memory, cache: what is there and what is missing",
 }
 """Sub-command -> what it does. Each is the module catversion_jax.NAME with define_flags() and main(flags)."""

@@ -49,4 +49,4 @@ def init_state(
         prefix = init_prefix(key, adapter, heads, head_dim)
         return TrainState(jnp.int32(0), seed, prefix, optimizer.init(prefix))
 
-    return jax.vmap(one)(jnp.asarray(seeds, jnp.uint32))
+    return jax.jit(jax.vmap(one))(jnp.asarray(seeds, jnp.uint32))

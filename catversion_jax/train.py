@@ -2,8 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from catversion_jax import artifact, sampling, text
 from catversion_jax import config as config_lib
-from catversion_jax.checkpoint import Checkpoints
+from catversion_jax.checkpoint import Checkpoints, explained
 from catversion_jax.data import dataset
 from catversion_jax.data.photos import Photo, read_photos
 from catversion_jax.data.posteriors import bucket, pad, posteriors
@@ -43,36 +42,49 @@ def main(arguments: flags.FlagValues) -> int:
 
 
 def train(config: ConfigDict, resume: bool = False) -> int:
-    """Run, or continue, the training that `config` describes. Returns the exit status: 0, or 128 + the number of
-    the signal that interrupted it. Raises UserError for a user's mistake, before anything is compiled."""
+    """Run, or continue, the training that `config` describes, and draw its sample grid. Returns the exit status: 0,
+    or 128 + the number of the signal that interrupted it. Raises UserError for a user's mistake, before anything is
+    compiled."""
     config_lib.check(config)
-    run = RunDir(path=config_lib.expand(config.run_dir))
+    run = RunDir(config_lib.expand(config.run_dir))
     run.check(config, resume)
     if run.finished:
         print(f"{run.path}: finished already; nothing to do")
         return 0
     pipeline = load(config.model.path or None, config.model.dtype, config.model.variant or None)
-    photos = stored_or_read(run, config, pipeline.networks.resolution)
-    run.claim(config)
-    dataset.write(run.data, photos)
-    step_config = make_step_config(config, pipeline)
-    data = prepare(config, step_config, pipeline, photos)
-    paint = partial(paint_prompts, config, pipeline)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
-    try:
-        state, interrupted_by = loop(config, step_config, pipeline, data, run, checkpoints, paint)
-    finally:
-        checkpoints.close()
+    concept, photos, interrupted_by = learn(config, run, pipeline)
     if interrupted_by:
-        print(f"{run.path}: stopped at step {int(state.step[0])} of {config.train.steps}; continue with --resume")
+        print(f"{run.path}: stopped at step {concept.steps} of {config.train.steps}; continue with --resume")
         return 128 + interrupted_by
-    concept = to_concept(config, step_config, pipeline, state)
-    artifact.save(run.artifact, concept)
-    image = sample_grid(photos, paint(concept, strength=0.0), paint(concept), config)
+    base = paint_prompts(config, pipeline, concept, strength=0.0)
+    image = sample_grid(photos, base, paint_prompts(config, pipeline, concept), config)
     write_atomically(run.samples, image.save)
     print(f"concept:  {run.artifact}\npictures: {run.samples}")
     print(f"curves:   tensorboard --logdir {run.events}")
     return 0
+
+
+def learn(
+    config: ConfigDict, run: RunDir, pipeline: Pipeline
+) -> tuple[artifact.Concept, list[Photo], signal.Signals | None]:
+    """From photos to `concept.safetensors`: the concept, the photos and, where a signal ended the training early, that
+    signal; then there is no file yet."""
+    photos = stored_or_read(run, config, pipeline.networks.resolution)
+    step_config = make_step_config(config, pipeline)
+    run.claim(config)
+    with explained(f"{run.data}: could not store the photos"):
+        dataset.write(run.data, photos)
+    data = prepare(config, step_config, pipeline, photos)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+    try:
+        state, interrupted_by = loop(config, step_config, pipeline, data, run, checkpoints)
+    finally:
+        checkpoints.close()
+    concept = to_concept(config, step_config, pipeline, state)
+    if interrupted_by is None:
+        with explained(f"{run.artifact}: could not write the concept"):
+            artifact.save(run.artifact, concept)
+    return concept, photos, interrupted_by
 
 
 def stored_or_read(run: RunDir, config: ConfigDict, resolution: int) -> list[Photo]:
@@ -126,10 +138,9 @@ def loop(
     data: ConceptData,
     run: RunDir,
     checkpoints: Checkpoints,
-    paint: Callable[..., list[np.ndarray]],
-) -> tuple[TrainState, int | None]:
+) -> tuple[TrainState, signal.Signals | None]:
     """Train from the last checkpoint, or from the start, to the last step. Returns the state and, where a signal
-    ended it early, the signal's number. Raises UserError at a loss that is not finite, the last good state saved."""
+    ended it early, the signal. Raises UserError at a loss that is not finite, the last good state saved."""
     networks, mesh = pipeline.networks, step_config.mesh
     on_concepts, on_frozen = sharding(mesh, "concept"), sharding(mesh, "frozen")
     clip = networks.text.config
@@ -149,20 +160,13 @@ def loop(
     total, step = config.train.steps, int(state.step[0])
     on_cpu = jax.default_backend() == "cpu"
     per_dispatch = config.train.steps_per_dispatch or (1 if on_cpu else ACCELERATOR_STEPS_PER_DISPATCH)
+    events = [n for n in (total, config.checkpoint.every, config.sample.every) if n]  # a dispatch ends at each
     journal = Journal(run.metrics, run.events, step)
     save = lambda: checkpoints.save(step, state, plain(config))  # noqa: E731
     try:
-        with (
-            signals() as received,
-            tqdm(total=total, initial=step, unit=" steps", desc="compiling") as bar,
-        ):
+        with signals() as received, tqdm(total=total, initial=step, unit=" steps", desc="compiling") as bar:
             while step < total and not received:
-                length = min(
-                    [
-                        per_dispatch,
-                        *(until(step, n) for n in (total, config.checkpoint.every, config.sample.every) if n),
-                    ]
-                )
+                length = min(per_dispatch, *(until(step, n) for n in events))
                 state, metrics = compile_chunk(step_config, length)(state, frozen, data)
                 start, step = step, int(state.step[0])
                 if bar.desc.startswith("compiling"):
@@ -176,7 +180,7 @@ def loop(
                     save()
                 if config.sample.every and step % config.sample.every == 0:
                     concept = to_concept(config, step_config, pipeline, state)
-                    images = paint(concept, count=VALIDATION_PROMPTS)
+                    images = paint_prompts(config, pipeline, concept, count=VALIDATION_PROMPTS)
                     journal.picture(step, "validation", np.concatenate(images, axis=1))
             save()
     finally:
@@ -208,13 +212,13 @@ def not_finite(run: RunDir, step: int, config: ConfigDict) -> str:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[signal.Signals]]:
     """Collect SIGTERM and SIGINT, so that the step under way ends and is saved; a second one acts at once."""
-    received: list[int] = []
+    received: list[signal.Signals] = []
     previous = {}
 
     def receive(number, frame):
-        received.append(number)
+        received.append(signal.Signals(number))
         signal.signal(number, previous[number])
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -248,9 +252,8 @@ def paint_prompts(
 ) -> list[np.ndarray]:
     """The pictures of the first `count` (None: all) of the config's prompts, with the config's seed."""
     prompts = config_lib.prompts(config.sample.prompts, config)[:count]
-    sample = config.sample
-    sampler = sampling.SamplerConfig(sample.steps, sample.guidance, sample.batch_size)
-    return list(sampling.paint(pipeline, prompts, [config.seed] * len(prompts), sampler, concept, strength))
+    seeds = [config.seed] * len(prompts)
+    return list(sampling.paint(pipeline, prompts, seeds, config_lib.sampler_config(config), concept, strength))
 
 
 def sample_grid(photos: list[Photo], base: list[np.ndarray], personalized: list[np.ndarray], config: ConfigDict):

@@ -120,11 +120,24 @@ def denoising_loss(
     split = partial(jax.lax.with_sharding_constraint, shardings=sharding(config.mesh, "batch"))
     flat = lambda x: split(x.reshape(concepts * size, *x.shape[2:]))  # noqa: E731
     latents, noise, timesteps, context = map(flat, (batch.latents, batch.noise, batch.timesteps, context))
+    errors = prediction_error(frozen, latents, noise, timesteps, context, net)
+    return errors.reshape(concepts, size).mean(axis=1)
+
+
+def prediction_error(
+    frozen: Frozen,
+    latents: Float[Array, "B h w c"],
+    noise: Float[Array, "B h w c"],
+    timesteps: Int[Array, "B"],
+    context: Float[Array, "B Q c"],
+    networks: Networks,
+) -> Float[Array, "B"]:
+    """Mean squared error of the UNet's prediction for each noisy picture, float32."""
     alpha = frozen.alphas_cumprod[timesteps]
     noisy = diffusion.add_noise(latents, noise, alpha)
-    prediction = net.unet.apply({"params": frozen.unet}, noisy, timesteps, context).astype(jnp.float32)
-    target = diffusion.TARGETS[net.schedule.prediction_type](latents, noise, alpha)
-    return jnp.mean(jnp.square(prediction - target).reshape(concepts, -1), axis=1)
+    prediction = networks.unet.apply({"params": frozen.unet}, noisy, timesteps, context).astype(jnp.float32)
+    target = diffusion.TARGETS[networks.schedule.prediction_type](latents, noise, alpha)
+    return jnp.square(prediction - target).mean(axis=(1, 2, 3))
 
 
 def update(

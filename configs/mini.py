@@ -8,7 +8,8 @@ def get_config():
     config.adapter.length = 4
     config.adapter.init_std = 0.1
     config.train.batch_size = 4
-    config.train.steps = 300
+    config.train.steps = 200
+    config.train.decay = "cosine"
     config.sample.steps = 30
     config.sample.guidance = 5.0
     config.sample.every = 100

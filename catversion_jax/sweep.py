@@ -1,0 +1,198 @@
+"""`catversion sweep`: train and score settings on a folder of concepts with held-out photos; a table of what came out.
+
+A concept is a folder with `concept.json` (class_word, article), `train/` and `heldout/`, as in catversion_jax/concepts.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from catversion_jax import artifact, metrics, sampling
+from catversion_jax import config as config_lib
+from catversion_jax.data.photos import read_photos
+from catversion_jax.data.posteriors import posteriors
+from catversion_jax.errors import UserError
+from catversion_jax.files import write_atomically
+from catversion_jax.grid import grid
+from catversion_jax.pipeline import MINI, Pipeline, load, read_json
+from catversion_jax.run_dir import RunDir
+from catversion_jax.train import learn
+
+CONCEPTS = Path(__file__).parent / "concepts"
+PLACE = re.compile(r"a photo of \{concept\} (.+)")
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "The setting that every row starts from.")
+    flags.DEFINE_multi_string(
+        "try", [], "One row: KEY=VALUE pairs, separated by semicolons; may be given several times."
+    )
+    flags.DEFINE_string("concepts", str(CONCEPTS), "A folder of concepts.")
+    flags.DEFINE_string("out", "runs/sweep", "Runs, scores.jsonl, table.md and grids; what is there is not done again.")
+    flags.DEFINE_integer("seeds", 2, "Pictures per prompt.", lower_bound=1)
+    flags.DEFINE_integer("prompts", 4, "How many of config.sample.prompts.", lower_bound=1)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One concept under one setting; base is the untouched model on the same prompts and seeds."""
+
+    setting: str
+    concept: str
+    clip_i: float
+    clip_i_base: float
+    place_accuracy: float
+    place_accuracy_base: float
+    heldout_loss: float
+    heldout_loss_base: float
+
+
+def main(arguments: flags.FlagValues) -> int:
+    if arguments.config is None:
+        raise UserError("--config: missing; expected a config file, such as --config=configs/mini.py")
+    out = config_lib.expand(arguments.out)
+    folders = sorted(path.parent for path in config_lib.expand(arguments.concepts).glob("*/concept.json"))
+    if not folders:
+        raise UserError(f"{arguments.concepts}: no concepts; expected folders with concept.json, train/ and heldout/")
+    settings = arguments["try"].value or [""]
+    configs = {setting: override(arguments.config, setting) for setting in settings}
+    pipeline = load(arguments.config.model.path or None, arguments.config.model.dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    scores = read_scores(out / "scores.jsonl")
+    base = cache(partial(draw, pipeline))  # the base model's pictures are the same for every setting
+    for setting, config in configs.items():
+        for folder in folders:
+            if (setting, folder.name) in {(score.setting, score.concept) for score in scores}:
+                continue
+            score = run(config, setting, folder, out, pipeline, arguments.prompts, arguments.seeds, base)
+            scores.append(score)
+            with (out / "scores.jsonl").open("a") as file:
+                file.write(json.dumps(vars(score)) + "\n")
+            print(json.dumps(vars(score)))
+    table = to_table([score for score in scores if score.setting in configs])
+    write_atomically(out / "table.md", lambda path: path.write_text(table))
+    print(table)
+    return 0
+
+
+def override(config: ConfigDict, setting: str) -> ConfigDict:
+    """The config with a row's `KEY=VALUE;KEY=VALUE`; values are JSON, or else text."""
+    config = config.copy_and_resolve_references()
+    for pair in filter(None, setting.split(";")):
+        key, _, value = pair.partition("=")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        try:
+            config.update_from_flattened_dict({key.strip(): tuple(parsed) if isinstance(parsed, list) else parsed})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--try={setting}: {key} cannot be {value} ({error})") from None
+    return config
+
+
+def read_scores(path: Path) -> list[Score]:
+    return [Score(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+Draw = Callable[[tuple[str, ...], int, sampling.SamplerConfig], list[np.ndarray]]
+
+
+def run(
+    config: ConfigDict,
+    setting: str,
+    folder: Path,
+    out: Path,
+    pipeline: Pipeline,
+    n_prompts: int,
+    n_seeds: int,
+    base: Draw,
+) -> Score:
+    """Train on `folder`/train, unless that is done, and score against `folder`/heldout."""
+    described = read_json(folder / "concept.json")
+    config.data.dir = str(folder / "train")
+    config.concept.update(described)
+    config.run_dir = str(out / (re.sub(r"[^\w.=]+", "_", setting) or "config") / folder.name)
+    config_lib.check(config)
+    directory = RunDir(Path(config.run_dir))
+    directory.check(config, resume=True)
+    if directory.artifact.is_file():
+        concept = artifact.load(directory.artifact)
+    else:
+        concept, _, interrupted_by = learn(config, directory, pipeline)
+        if interrupted_by:
+            raise KeyboardInterrupt
+    model = config_lib.expand(config.model.path) if config.model.path else MINI
+    templates = config.sample.prompts[:n_prompts]
+    held_out = np.stack([photo.image for photo in read_photos(folder / "heldout", pipeline.networks.resolution)])
+    latents, _ = posteriors(pipeline.networks.vae, pipeline.params["vae"], held_out, flip=False)
+    references = metrics.embed_images(held_out, model)
+    training_prompt = config_lib.prompts(config.concept.templates, config)[0]
+    asked = (tuple(config_lib.prompts(templates, config)), n_seeds, config_lib.sampler_config(config))
+    answers = {"_base": (0.0, base(*asked)), "": (1.0, draw(pipeline, *asked, concept))}
+    values, rows = {}, []
+    for name, (strength, pictures) in answers.items():
+        embeddings = metrics.embed_images(pictures, model)
+        values["clip_i" + name] = metrics.clip_i(embeddings, references)
+        values["place_accuracy" + name] = place_accuracy(embeddings, templates, n_seeds, config, pipeline, model)
+        token_ids = pipeline.tokenizer([training_prompt])
+        prefix = sampling.concept_prefix(concept, strength, token_ids, pipeline.tokenizer)
+        context = sampling.encode(pipeline.params["text"], token_ids, prefix, networks=pipeline.networks)
+        values["heldout_loss" + name] = metrics.denoising_loss(pipeline, latents[:, 0], context)
+        rows.append(pictures[::n_seeds])
+    image = grid([list(held_out[: len(templates)]), *rows], ["held out", "base model", "personalized"], templates, 1)
+    write_atomically(directory.path / "scored.png", image.save)
+    return Score(setting, folder.name, **values)
+
+
+def draw(pipeline: Pipeline, prompts, n_seeds, sampler, concept=None) -> list[np.ndarray]:
+    """`n_seeds` pictures of each prompt, the same seeds for every setting; without a concept, the base model's."""
+    repeated = [prompt for prompt in prompts for _ in range(n_seeds)]
+    return list(sampling.paint(pipeline, repeated, list(range(n_seeds)) * len(prompts), sampler, concept))
+
+
+def place_accuracy(embeddings, templates, n_seeds, config, pipeline: Pipeline, model: Path) -> float:
+    """Of the pictures whose prompt asks for a place the model knows, the share whose nearest caption, of those with
+    every known place, is the one asked for; not a number where no prompt does."""
+    known = read_json(model / "world.json")["phrases"]
+    captions = config_lib.prompts([f"a photo of {{concept}} {place}" for place in known], config)
+    found = metrics.nearest(embeddings, metrics.embed_texts(captions, pipeline))
+    asked = [match and match[1] for match in map(PLACE.fullmatch, templates) for _ in range(n_seeds)]
+    hits = [known[i] == place for i, place in zip(found, asked, strict=True) if place in known]
+    return float(np.mean(hits)) if hits else float("nan")
+
+
+def to_table(scores: list[Score]) -> str:
+    """Markdown: a line a setting with the means, then a line a concept and setting."""
+    header = ["setting", "concept", "CLIP-I", "base", "change", "place accuracy", "base", "held-out loss", "base"]
+    rows = [header, ["---", "---"] + ["--:"] * 7]
+    for setting in dict.fromkeys(score.setting for score in scores):
+        of_setting = [score for score in scores if score.setting == setting]
+        rows += [line(setting, score.concept, [score]) for score in of_setting]
+        rows.append(line(setting, f"mean of {len(of_setting)}", of_setting))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def line(setting: str, concept: str, scores: list[Score]) -> list[str]:
+    mean = {
+        name: np.mean([getattr(score, name) for score in scores])
+        for name in vars(scores[0])
+        if name not in ("setting", "concept")
+    }
+    numbers = [
+        f"{mean['clip_i']:.3f}",
+        f"{mean['clip_i_base']:.3f}",
+        f"{mean['clip_i'] - mean['clip_i_base']:+.3f}",
+        f"{mean['place_accuracy']:.2f}",
+        f"{mean['place_accuracy_base']:.2f}",
+        f"{mean['heldout_loss']:.4f}",
+        f"{mean['heldout_loss_base']:.4f}",
+    ]
+    return [setting or "the config", concept, *numbers]
