@@ -147,7 +147,7 @@ def run(
         context = sampling.encode(pipeline.params["text"], token_ids, prefix, networks=pipeline.networks)
         values["heldout_loss" + name] = metrics.denoising_loss(pipeline, latents[:, 0], context)
         rows.append(pictures[::n_seeds])
-    image = grid([list(held_out[: len(templates)]), *rows], ["held out", "base model", "personalized"], templates, 1)
+    image = grid([list(held_out[: len(templates)]), *rows], ["held out", "base model", "personalized"], asked[0], 1)
     write_atomically(directory.path / "scored.png", image.save)
     return Score(setting, folder.name, **values)
 

@@ -17,7 +17,7 @@ from catversion_jax.adapter import AdapterConfig, Prefix
 from catversion_jax.pipeline import Networks
 from catversion_jax.sharding import sharding
 from catversion_jax.state import ConceptData, Frozen, TrainState
-from catversion_jax.types import Array, Bool, Float, Int
+from catversion_jax.types import Array, Bool, Float, Int, Key
 
 DECAYS = {
     "constant": lambda progress: jnp.ones_like(progress),
@@ -75,7 +75,11 @@ class Batch(flax.struct.PyTreeNode):
 
 def draw(state: TrainState, data: ConceptData, config: StepConfig) -> Batch:
     """One concept's batch (no concept axis): photos, mirror images, prompts and timesteps uniformly, a fresh sample
-    of each posterior. A function of seed and step alone, so a resumed run draws what an unbroken one does."""
+    of each posterior. A function of seed and step alone, so a resumed run draws what an unbroken one does.
+
+    The timesteps of a batch are evenly spaced from a random start (Kingma et al. 2021, appendix I.1): each is uniform
+    by itself, and the loss, which depends on the timestep most of all, varies less from batch to batch.
+    """
     batch = (config.batch_size,)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(state.seed), state.step), 6)
     photo = jax.random.randint(keys[0], batch, 0, data.photos)
@@ -85,10 +89,16 @@ def draw(state: TrainState, data: ConceptData, config: StepConfig) -> Batch:
     return Batch(
         latents=mean + std * jax.random.normal(keys[3], mean.shape),
         noise=jax.random.normal(keys[4], mean.shape),
-        timesteps=jax.random.randint(keys[5], batch, 0, config.networks.schedule.num_train_timesteps),
+        timesteps=spaced_timesteps(keys[5], config.batch_size, config.networks.schedule.num_train_timesteps),
         hidden=data.hidden[prompt],
         visible=data.visible[prompt],
     )
+
+
+def spaced_timesteps(key: Key[Array, ""], batch_size: int, total: int) -> Int[Array, "B"]:
+    """Uniform timesteps in [0, total), one in each of `batch_size` equal parts of the circle."""
+    places = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+    return jnp.minimum((places * total).astype(jnp.int32), total - 1)
 
 
 def condition(

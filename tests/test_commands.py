@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
 from tensorboardX.proto import event_pb2
 
 from catversion_jax import artifact
@@ -37,7 +36,7 @@ def train_flags(model: Path, run_dir: Path, **changes) -> list[str]:
         "checkpoint.every": 4,
         "sample.every": 6,
         "sample.steps": 2,
-        "sample.prompts": "a photo of {concept} on the beach,a photo of a blue {class_word}",
+        "sample.prompts": "'a photo of {concept} on the beach','a photo of a blue {class_word}'",
     } | changes
     return ["train", "--config=configs/mini.py", *(f"--config.{key}={value}" for key, value in config.items())]
 
@@ -108,11 +107,10 @@ def interrupt(arguments: list[str], run_dir: Path, number: int, after: int) -> i
 
 
 def same_result(run_dir: Path, reference: Path) -> None:
-    """Bit for bit: the concept, the metrics, and the state of the last checkpoint by way of the concept's bytes."""
-    np.testing.assert_array_equal(
-        load_file(run_dir / "concept.safetensors")["prefix"], load_file(reference / "concept.safetensors")["prefix"]
-    )
-    assert (run_dir / "concept.safetensors").read_bytes() == (reference / "concept.safetensors").read_bytes()
+    """Bit for bit: what was learned, every loss on the way, and the pictures drawn with it."""
+    ours, theirs = vars(artifact.load(run_dir)).copy(), vars(artifact.load(reference)).copy()
+    np.testing.assert_array_equal(ours.pop("prefix"), theirs.pop("prefix"))
+    assert ours == theirs
     assert (run_dir / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
     assert (run_dir / "samples.png").read_bytes() == (reference / "samples.png").read_bytes()
 
@@ -190,7 +188,7 @@ def test_a_damaged_checkpoint(finished, tiny_model, tmp_path):
         ({"model.path": "nowhere"}, "nowhere: no such folder; model.path takes"),
         ({"adapter.layers": "3,4"}, "config.adapter.layers (3, 4): expected distinct indices into 4"),
         ({"adapter.scope": "none"}, "config.adapter.scope='none': expected one of all, trigger"),
-        ({"sample.prompts": "a {thing},b"}, "prompt template 'a {thing}': the only fields are"),
+        ({"sample.prompts": "'a {thing}','b'"}, "prompt template 'a {thing}': the only fields are"),
     ],
 )
 def test_mistakes_in_the_config(tiny_model, tmp_path, changes, expected):
@@ -268,20 +266,17 @@ def test_generate_refuses(finished, tiny_model, tmp_path):
     assert "No such file" in error_of("generate", "--embedding", finished, nowhere)
 
 
-def test_doctor_shows_cache_hits(finished, tiny_model, tmp_path):
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    for expected in ("last: 0 hits", "misses"):
-        subprocess.run(
-            command("generate", "--embedding", finished, "--prompt=a teapot", "--num=1", "--steps=2", "--out", tmp_path),
-            cwd=ROOT, env=ENVIRONMENT | environment, check=True, capture_output=True, timeout=600,
-        )  # fmt: skip
-        report = subprocess.run(
-            command("doctor"), cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=600
-        ).stdout
-        assert expected in report
-    last = next(line for line in report.splitlines() if "last:" in line)
-    assert int(last.split()[1]) >= 2
-    assert last.endswith(" 0 misses")
+def test_doctor_shows_cache_hits(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    reports = []
+    for _ in range(2):
+        out = tmp_path / "out"
+        catversion("generate", "--embedding", finished, "--prompt=a teapot", "--num=1", "--steps=2", "--out", out)
+        reports.append(catversion("doctor").stdout)
+    first, second = (next(line for line in report.splitlines() if "last:" in line) for report in reports)
+    assert first.startswith("  last: 0 hits")
+    assert int(second.split()[1]) >= 2
+    assert second.endswith(" 0 misses")
     for part in (
         "versions:",
         "jax ",
@@ -291,7 +286,7 @@ def test_doctor_shows_cache_hits(finished, tiny_model, tmp_path):
         str(tmp_path / "cache"),
         "missing:\n  nothing",
     ):
-        assert part in report
+        assert part in reports[1]
 
 
 def test_sweep(tiny_model, tmp_path):
