@@ -142,6 +142,7 @@ def test_not_finite_keeps_the_last_good_state(config, frozen):
 def test_draws_differ_by_step_and_seed_and_stay_within_the_photos(config):
     data = jax.tree.map(lambda x: x[0], concept(5))
     data = data.replace(mean=np.arange(16, dtype=np.float32).reshape(8, 2, 1, 1, 1) + 0 * data.mean, std=0 * data.std)
+    data = jax.tree.map(jnp.asarray, data)
 
     states = start(config, [0, 1])
     draw_one = jax.jit(lambda state: ts.draw(state, data, config))
@@ -156,6 +157,8 @@ def test_draws_differ_by_step_and_seed_and_stay_within_the_photos(config):
     assert flips == {0, 1}
     assert len({float(batch.noise[0, 0, 0, 0]) for batch in batches}) == len(batches)
     timesteps = np.concatenate([batch.timesteps for batch in batches])
+    parts = np.sort(np.concatenate([(batch.timesteps // 250)[None] for batch in batches]), axis=1)
+    np.testing.assert_array_equal(parts, np.tile(np.arange(4), (len(batches), 1)))  # one in each quarter
     assert timesteps.min() < 100
     assert timesteps.max() > 900
     np.testing.assert_array_equal(draw(0, 3).noise, draw(0, 3).noise)
