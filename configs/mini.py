@@ -1,4 +1,4 @@
-"""The embedded mini model on a laptop."""
+"""The embedded mini model, on a laptop."""
 
 from catversion_jax.config import default
 
@@ -7,11 +7,14 @@ def get_config():
     config = default()
     config.adapter.length = 4
     config.adapter.init_std = 0.1
+    config.adapter.scope = "trigger"
     config.train.batch_size = 4
     config.train.steps = 200
+    config.train.learning_rate = 0.05
     config.train.decay = "cosine"
-    config.sample.steps = 30
-    config.sample.guidance = 5.0
+    config.train.eps = 1e-5
+    config.sample.steps = 20
+    config.sample.guidance = 3.0
     config.sample.every = 100
     config.sample.prompts = (
         "a photo of {concept} on the beach",
