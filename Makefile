@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/catversion train --config=configs/mini.py $(DEMO) --resume
 
 test: .venv/tested
-	$(BIN)/python -m pytest tests --ignore=tests/parity -n 2 --dist loadgroup --durations=15
+	$(BIN)/python -m pytest tests --ignore=tests/parity -n 2 --dist loadfile --durations=15
 
 parity: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/parity
