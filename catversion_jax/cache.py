@@ -26,7 +26,7 @@ def enable() -> None:
     except OSError:  # a read-only home is no reason not to run
         return
     jax.config.update("jax_compilation_cache_dir", str(folder()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     counts = Counter()
 
     def listen(event: str, **_) -> None:

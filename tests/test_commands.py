@@ -276,7 +276,7 @@ def test_doctor_shows_cache_hits(finished, tmp_path, monkeypatch):
     first, second = (next(line for line in report.splitlines() if "last:" in line) for report in reports)
     assert first.startswith("  last: 0 hits")
     assert int(second.split()[1]) >= 2
-    assert int(second.split()[3]) < int(first.split()[3])  # what compiles in half a second is not kept
+    assert second.endswith(" 0 misses")
     for part in (
         "versions:",
         "jax ",
