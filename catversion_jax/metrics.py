@@ -13,7 +13,7 @@ from catversion_jax import pipeline as pipelines
 from catversion_jax.pipeline import Networks, Pipeline
 from catversion_jax.state import Frozen
 from catversion_jax.train_step import prediction_error
-from catversion_jax.types import Array, Float, UInt8
+from catversion_jax.types import Array, Float, Params, UInt8
 
 CLIP_MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -49,10 +49,14 @@ def embed_images(images: Sequence[UInt8[np.ndarray, "h w 3"]], model: Path) -> F
     return normalize(in_batches(encode, pixels))
 
 
+@partial(jax.jit, static_argnames=("networks",))
+def text_embeds(params: Params, token_ids: Array, *, networks: Networks) -> Float[Array, "B e"]:
+    return networks.text.apply({"params": params}, token_ids)["text_embeds"]
+
+
 def embed_texts(prompts: list[str], pipeline: Pipeline) -> Float[np.ndarray, "N e"]:
     """Unit CLIP embeddings of prompts by the base model's own text encoder, which must have a projection."""
-    text, params = pipeline.networks.text, pipeline.params["text"]
-    encode = jax.jit(lambda token_ids: text.apply({"params": params}, token_ids)["text_embeds"])
+    encode = partial(text_embeds, pipeline.params["text"], networks=pipeline.networks)
     return normalize(in_batches(encode, pipeline.tokenizer(prompts)))
 
 
@@ -69,10 +73,10 @@ def nearest(images: Float[np.ndarray, "G e"], captions: Float[np.ndarray, "N e"]
 @partial(jax.jit, static_argnames=("networks",))
 def batch_error(
     frozen: Frozen,
+    context: Float[Array, "1 Q c"],
     latents: Array,
     noise: Array,
     timesteps: Array,
-    context: Float[Array, "1 Q c"],
     *,
     networks: Networks,
 ) -> Float[Array, "B"]:
@@ -89,5 +93,5 @@ def denoising_loss(pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"], co
     repeated = np.repeat(latents, LOSS_TIMESTEPS, axis=0)
     noise = np.random.default_rng(0).standard_normal(repeated.shape).astype(np.float32)
     timesteps = np.tile(spaced, len(latents))
-    error = lambda *batch: batch_error(frozen, *batch, context, networks=networks)  # noqa: E731
+    error = partial(batch_error, frozen, context, networks=networks)
     return float(in_batches(error, repeated, noise, timesteps).mean())

@@ -25,7 +25,7 @@ class ConceptData(flax.struct.PyTreeNode):
     mean: Float[Array, "C N F h w c"]  # posterior of each photo, F = 2 with its mirror image, else 1
     std: Float[Array, "C N F h w c"]
     photos: Int[Array, "C"]  # how many of the N are real
-    hidden: Float[Array, "C T Q c"]  # text states below the prefix (text.PromptStates)
+    hidden: Float[Array, "C T Q c"]  # text states below the prefix (text.lower)
     visible: Bool[Array, "C T Q"]
     prompts: Int[Array, "C"]  # how many of the T are real
     steps: Int[Array, "C"]  # the length of each concept's learning rate schedule

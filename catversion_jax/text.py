@@ -4,7 +4,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-import flax.struct
 import jax
 import numpy as np
 
@@ -56,13 +55,6 @@ def visibility(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...], scope: 
         return np.ones(token_ids.shape, bool)
     place = find_word(token_ids, word)[:, None]
     return (place >= 0) & (np.arange(token_ids.shape[1]) >= place)
-
-
-class PromptStates(flax.struct.PyTreeNode):
-    """Prompts up to the first layer with a prefix: what training and sampling start from."""
-
-    hidden: Float[Array, "T Q c"]  # the input of the first layer with a prefix
-    visible: Bool[Array, "T Q"]
 
 
 @partial(jax.jit, static_argnames=("text", "stop"))

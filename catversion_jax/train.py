@@ -162,7 +162,10 @@ def loop(
     per_dispatch = config.train.steps_per_dispatch or (1 if on_cpu else ACCELERATOR_STEPS_PER_DISPATCH)
     events = [n for n in (total, config.checkpoint.every, config.sample.every) if n]  # a dispatch ends at each
     journal = Journal(run.metrics, run.events, step)
-    save = lambda: checkpoints.save(step, state, plain(config))  # noqa: E731
+
+    def save() -> None:
+        checkpoints.save(step, state, plain(config))
+
     try:
         with signals() as received, tqdm(total=total, initial=step, unit=" steps", desc="compiling") as bar:
             while step < total and not received:

@@ -128,7 +128,10 @@ def denoising_loss(
     context = jax.vmap(encode)(prefix, batch.hidden, batch.visible)
     concepts, size = batch.timesteps.shape
     split = partial(jax.lax.with_sharding_constraint, shardings=sharding(config.mesh, "batch"))
-    flat = lambda x: split(x.reshape(concepts * size, *x.shape[2:]))  # noqa: E731
+
+    def flat(x: Float[Array, "C B *rest"]) -> Float[Array, "C*B *rest"]:
+        return split(x.reshape(concepts * size, *x.shape[2:]))
+
     latents, noise, timesteps, context = map(flat, (batch.latents, batch.noise, batch.timesteps, context))
     errors = prediction_error(frozen, latents, noise, timesteps, context, net)
     return errors.reshape(concepts, size).mean(axis=1)
