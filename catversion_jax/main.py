@@ -106,6 +106,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"catversion: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a folder that may not be written; files are whole or not there
+        where = f"{error.filename}: " if error.filename else ""
+        again = "mend that and run the command again (train: with --resume)"
+        print(f"catversion: error: {where}{error.strerror or error}; {again}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

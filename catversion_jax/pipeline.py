@@ -137,13 +137,13 @@ def load_component(model: Path, name: str, dtype=jnp.float32, variant: str | Non
     return module, tree.cast(params, np.float32)
 
 
-def load(model: Path | None = None, dtype: str = "float32", variant: str | None = None) -> Pipeline:
+def load(model: str | Path | None = None, dtype: str = "float32", variant: str | None = None) -> Pipeline:
     """A Stable Diffusion 1.x or 2.x model from a local folder in diffusers layout; None is the embedded mini model.
 
     `dtype` (a key of DTYPES) is that of the text encoder's and the UNet's computation; the VAE's is always float32:
     it runs a few times, and half precision is known to overflow in it.
     """
-    model = MINI if model is None else Path(model)
+    model = MINI if model is None else Path(model).expanduser()
     if not model.is_dir():
         raise UserError(f"{model}: no such folder; model.path takes a local Stable Diffusion model in diffusers layout")
     compute = {"text": DTYPES[dtype], "unet": DTYPES[dtype], "vae": jnp.float32}

@@ -21,9 +21,10 @@ from catversion_jax.data.posteriors import posteriors
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
-from catversion_jax.pipeline import MINI, Pipeline, load, read_json
+from catversion_jax.pipeline import MINI, Pipeline, read_json
 from catversion_jax.run_dir import RunDir
-from catversion_jax.train import learn
+from catversion_jax.train import given_config, learn, load_model
+from catversion_jax.types import Float
 
 CONCEPTS = Path(__file__).parent / "concepts"
 PLACE = re.compile(r"a photo of \{concept\} (.+)")
@@ -55,15 +56,14 @@ class Score:
 
 
 def main(arguments: flags.FlagValues) -> int:
-    if arguments.config is None:
-        raise UserError("--config: missing; expected a config file, such as --config=configs/mini.py")
+    config = given_config(arguments)
     out = config_lib.expand(arguments.out)
     folders = sorted(path.parent for path in config_lib.expand(arguments.concepts).glob("*/concept.json"))
     if not folders:
         raise UserError(f"{arguments.concepts}: no concepts; expected folders with concept.json, train/ and heldout/")
     settings = arguments["try"].value or [""]
-    configs = {setting: override(arguments.config, setting) for setting in settings}
-    pipeline = load(arguments.config.model.path or None, arguments.config.model.dtype)
+    configs = {setting: override(config, setting) for setting in settings}
+    pipeline = load_model(config)
     out.mkdir(parents=True, exist_ok=True)
     scores = read_scores(out / "scores.jsonl")
     base = cache(partial(draw, pipeline))  # the base model's pictures are the same for every setting
@@ -136,12 +136,15 @@ def run(
     references = metrics.embed_images(held_out, model)
     training_prompt = config_lib.prompts(config.concept.templates, config)[0]
     asked = (tuple(config_lib.prompts(templates, config)), n_seeds, config_lib.sampler_config(config))
+    known = read_json(model / "world.json")["phrases"]
+    captions = config_lib.prompts([f"a photo of {{concept}} {place}" for place in known], config)
+    places = dict(zip(known, metrics.embed_texts(captions, pipeline), strict=True))
     answers = {"_base": (0.0, base(*asked)), "": (1.0, draw(pipeline, *asked, concept))}
     values, rows = {}, []
     for name, (strength, pictures) in answers.items():
         embeddings = metrics.embed_images(pictures, model)
         values["clip_i" + name] = metrics.clip_i(embeddings, references)
-        values["place_accuracy" + name] = place_accuracy(embeddings, templates, n_seeds, config, pipeline, model)
+        values["place_accuracy" + name] = place_accuracy(embeddings, templates, n_seeds, places)
         token_ids = pipeline.tokenizer([training_prompt])
         prefix = sampling.concept_prefix(concept, strength, token_ids, pipeline.tokenizer)
         context = sampling.encode(pipeline.params["text"], token_ids, prefix, networks=pipeline.networks)
@@ -158,14 +161,12 @@ def draw(pipeline: Pipeline, prompts, n_seeds, sampler, concept=None) -> list[np
     return list(sampling.paint(pipeline, repeated, list(range(n_seeds)) * len(prompts), sampler, concept))
 
 
-def place_accuracy(embeddings, templates, n_seeds, config, pipeline: Pipeline, model: Path) -> float:
-    """Of the pictures whose prompt asks for a place the model knows, the share whose nearest caption, of those with
-    every known place, is the one asked for; not a number where no prompt does."""
-    known = read_json(model / "world.json")["phrases"]
-    captions = config_lib.prompts([f"a photo of {{concept}} {place}" for place in known], config)
-    found = metrics.nearest(embeddings, metrics.embed_texts(captions, pipeline))
+def place_accuracy(embeddings, templates, n_seeds: int, places: dict[str, Float[np.ndarray, "e"]]) -> float:
+    """Of the pictures whose prompt asks for one of `places` (place -> its caption's embedding), the share whose
+    nearest caption is the one asked for; not a number where no prompt does."""
+    found = metrics.nearest(embeddings, np.stack(list(places.values())))
     asked = [match and match[1] for match in map(PLACE.fullmatch, templates) for _ in range(n_seeds)]
-    hits = [known[i] == place for i, place in zip(found, asked, strict=True) if place in known]
+    hits = [list(places)[i] == place for i, place in zip(found, asked, strict=True) if place in places]
     return float(np.mean(hits)) if hits else float("nan")
 
 

@@ -36,9 +36,18 @@ def define_flags() -> None:
 
 
 def main(arguments: flags.FlagValues) -> int:
+    return train(given_config(arguments), resume=arguments.resume)
+
+
+def given_config(arguments: flags.FlagValues) -> ConfigDict:
     if arguments.config is None:
         raise UserError("--config: missing; expected a config file, such as --config=configs/mini.py")
-    return train(arguments.config, resume=arguments.resume)
+    return arguments.config
+
+
+def load_model(config: ConfigDict) -> Pipeline:
+    """The base model that the config names."""
+    return load(config.model.path or None, config.model.dtype, config.model.variant or None)
 
 
 def train(config: ConfigDict, resume: bool = False) -> int:
@@ -51,7 +60,7 @@ def train(config: ConfigDict, resume: bool = False) -> int:
     if run.finished:
         print(f"{run.path}: finished already; nothing to do")
         return 0
-    pipeline = load(config.model.path or None, config.model.dtype, config.model.variant or None)
+    pipeline = load_model(config)
     concept, photos, interrupted_by = learn(config, run, pipeline)
     if interrupted_by:
         print(f"{run.path}: stopped at step {concept.steps} of {config.train.steps}; continue with --resume")

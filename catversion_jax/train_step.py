@@ -174,14 +174,13 @@ def update(
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state), norm
 
     moved, norms = jax.vmap(one)(state, grads, losses, learning_rate)
-    metrics = {"loss": losses, "grad_norm": norms, "learning_rate": learning_rate, "step": moved.step}
-    return moved, metrics
+    return moved, {"loss": losses, "grad_norm": norms, "learning_rate": learning_rate}
 
 
 def train_step(
     state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig
 ) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
-    """One update of every concept. Metrics per concept: loss, grad_norm, learning_rate and the step reached."""
+    """One update of every concept. Metrics per concept: loss, grad_norm and learning_rate."""
     batch = jax.vmap(lambda state, data: draw(state, data, config))(state, data)
     return update(state, frozen, batch, data.steps, config)
 

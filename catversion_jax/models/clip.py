@@ -21,19 +21,15 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
-    """The fields of transformers' CLIPTextConfig that shape the network."""
+class CLIPConfig:
+    """What both of CLIP's encoders are made of; the names are those of transformers' configs."""
 
-    vocab_size: int = 49408
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    projection_dim: int | None = None  # None: the tree has no text_projection
-    eos_token_id: int = 2
     dtype: Any = jnp.float32  # of the computation
 
     @property
@@ -42,26 +38,18 @@ class CLIPTextConfig:
 
 
 @dataclass(frozen=True)
-class CLIPVisionConfig:
-    """The fields of transformers' CLIPVisionConfig that shape the network."""
+class CLIPTextConfig(CLIPConfig):
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    projection_dim: int | None = None  # None: the tree has no text_projection
+    eos_token_id: int = 2
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(CLIPConfig):
     image_size: int = 224
     patch_size: int = 32
     projection_dim: int = 512
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    dtype: Any = jnp.float32
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-
-CLIPConfig = CLIPTextConfig | CLIPVisionConfig
 
 
 class CLIPAttention(nn.Module):
