@@ -8,6 +8,7 @@ layers of the text encoder and each of its heads:
 which equals (1 - m(q)) Attn(Q, K, V) + m(q) Attn(Q, dK, dV), where m(q) is the attention mass that
 query q gives to the prefix: a learned residual on the attention output. The prefix (dK, dV) is all that
 is trained. Its layout, here and in every file we write, is float32 [P, L, 2, H, D], 2 = (key, value).
+A model with two text encoders (SDXL) has a prefix in each: what is learned is a tuple, one for each encoder.
 """
 
 import math
@@ -29,7 +30,7 @@ SCOPES = ("all", "trigger")
 class AdapterConfig:
     """Where the prefix enters and how it starts. Hashable: it is static under `jax.jit`."""
 
-    layers: tuple[int, ...]  # ascending indices into the text encoder's layers
+    layers: tuple[tuple[int, ...], ...]  # for each text encoder, ascending indices into its layers
     length: int = 1  # P, prefix positions per layer
     init_std: float = 1.0  # standard deviation of the initial prefix
     logit_bias: float = 0.0  # added to every prefix logit: 0 in the paper, 1 in the authors' files
@@ -72,10 +73,13 @@ def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(resolved)
 
 
-def init_prefix(key: Key[Array, ""], config: AdapterConfig, heads: int, head_dim: int) -> Float[Array, "P L 2 H D"]:
-    """A prefix drawn from N(0, init_std^2), float32."""
-    shape = (config.length, len(config.layers), 2, heads, head_dim)
-    return config.init_std * jax.random.normal(key, shape, jnp.float32)
+def init_prefixes(
+    key: Key[Array, ""], config: AdapterConfig, heads: Sequence[tuple[int, int]]
+) -> tuple[Float[Array, "P L 2 H D"], ...]:
+    """A prefix for each text encoder, of which `heads` are (H, D), drawn from N(0, init_std^2), float32."""
+    shapes = [(config.length, len(layers), 2, *hd) for layers, hd in zip(config.layers, heads, strict=True)]
+    keys = [key, *(jax.random.fold_in(key, i) for i in range(1, len(shapes)))]
+    return tuple(config.init_std * jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, shapes, strict=True))
 
 
 def strength_bias(logit_bias: float, strength: float) -> float:

@@ -5,9 +5,11 @@ from pathlib import Path
 from ml_collections import ConfigDict, config_dict
 
 from catversion_jax.adapter import SCOPES, AdapterConfig, resolve_layers
+from catversion_jax.diffusion import TARGETS
 from catversion_jax.errors import UserError
 from catversion_jax.pipeline import DTYPES, Networks
 from catversion_jax.sampling import SamplerConfig
+from catversion_jax.schedulers import SCHEDULERS
 from catversion_jax.train_step import DECAYS, OptimizerConfig
 
 
@@ -17,8 +19,10 @@ def default() -> ConfigDict:
         "run_dir": "",  # where everything is written; required
         "seed": 0,
         "model": {
-            "path": "",  # a Stable Diffusion folder in diffusers layout; "": the embedded mini model
+            "path": "",  # a folder, a single file, or a model's name on Hugging Face; "": the embedded mini model
+            "revision": "",  # of a model on Hugging Face; "": its main branch
             "variant": "",  # "fp16" reads the .fp16.safetensors files
+            "prediction_type": "",  # epsilon or v_prediction; "": as the model's scheduler_config.json has it
             "dtype": "float32",  # of the text encoder's and the UNet's computation; or bfloat16
         },
         "data": {
@@ -55,11 +59,35 @@ def default() -> ConfigDict:
         "sample": {
             "every": 0,  # validation pictures every N steps; 0: none
             "prompts": ("a photo of {concept} on the beach", "a photo of {concept} in the snow"),
-            "steps": 50,  # of DDIM
+            "scheduler": "",  # of schedulers.SCHEDULERS; "": the one that the model's scheduler_config.json names
+            "steps": 50,
             "guidance": 7.5,
             "batch_size": 4,
         },
     })  # fmt: skip
+
+
+def stable_diffusion(path: str, variant: str = "fp16") -> ConfigDict:
+    """The paper's setting on a published model: bfloat16, and prompts to judge the pictures by."""
+    config = default()
+    config.model.path = path
+    config.model.variant = variant
+    config.model.dtype = "bfloat16"
+    config.sample.prompts = JUDGED
+    return config
+
+
+JUDGED = (
+    "a photo of {concept} on the beach",
+    "a photo of {concept} in the snow",
+    "a photo of {concept} in the jungle",
+    "a photo of {concept} on a wooden floor",
+    "a photo of {concept} at night",
+    "a photo of {concept} with a city in the background",
+    "a photo of a blue {class_word}",
+    "a photo of {concept} wearing a hat",
+)
+"""Prompts for places, a colour and an accessory."""
 
 
 def check(config: ConfigDict) -> None:
@@ -68,6 +96,11 @@ def check(config: ConfigDict) -> None:
         ("run_dir", bool(config.run_dir), "expected a folder to write to"),
         ("data.dir", bool(config.data.dir), "expected a folder of photos"),
         ("concept.class_word", bool(config.concept.class_word.strip()), "expected the base class, such as teapot"),
+        (
+            "model.prediction_type",
+            config.model.prediction_type in ("", *TARGETS),
+            f"expected one of {', '.join(TARGETS)}",
+        ),
         ("model.dtype", config.model.dtype in DTYPES, f"expected one of {', '.join(DTYPES)}"),
         ("adapter.scope", config.adapter.scope in SCOPES, f"expected one of {', '.join(SCOPES)}"),
         ("adapter.length", config.adapter.length >= 1, "expected at least 1"),
@@ -80,6 +113,7 @@ def check(config: ConfigDict) -> None:
         ("checkpoint.every", config.checkpoint.every >= 1, "expected at least 1"),
         ("checkpoint.keep", config.checkpoint.keep >= 1, "expected at least 1"),
         ("sample.every", config.sample.every >= 0, "expected 0 (none) or more"),
+        ("sample.scheduler", config.sample.scheduler in ("", *SCHEDULERS), f"expected one of {', '.join(SCHEDULERS)}"),
         ("sample.steps", 1 <= config.sample.steps <= 1000, "expected 1 to 1000"),
         ("sample.batch_size", config.sample.batch_size >= 1, "expected at least 1"),
         ("seed", 0 <= config.seed < 2**32, "expected 0 to 2^32 - 1"),
@@ -127,7 +161,7 @@ def prompts(templates: tuple[str, ...], config: ConfigDict) -> list[str]:
 def adapter_config(config: ConfigDict, networks: Networks) -> AdapterConfig:
     """The config's adapter with its layers resolved against the text encoder."""
     try:
-        layers = resolve_layers(config.adapter.layers, networks.text.config.num_hidden_layers)
+        layers = tuple(resolve_layers(config.adapter.layers, text.config.depth) for text in networks.text)
     except ValueError as error:
         raise UserError(f"config.adapter.{error}") from None
     return AdapterConfig(**(config.adapter.to_dict() | {"layers": layers}))

@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax import pipeline as pipelines
+from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Networks, Pipeline
+from catversion_jax.source import open_source
 from catversion_jax.state import Frozen
 from catversion_jax.train_step import prediction_error
 from catversion_jax.types import Array, Float, Params, UInt8
@@ -24,8 +26,7 @@ LOSS_TIMESTEPS = 8  # evenly spaced
 @cache
 def image_encoder(model: Path):
     """A jitted encoder of pixels, and the size it takes, from a folder with `image_encoder/`."""
-    module, params = pipelines.load_component(model, "image")
-    params = jax.device_put(params)
+    module, params = pipelines.load_component(open_source(str(model)), "image")
     return jax.jit(lambda pixels: module.apply({"params": params}, pixels)), module.config.image_size
 
 
@@ -51,12 +52,12 @@ def embed_images(images: Sequence[UInt8[np.ndarray, "h w 3"]], model: Path) -> F
 
 @partial(jax.jit, static_argnames=("networks",))
 def text_embeds(params: Params, token_ids: Array, *, networks: Networks) -> Float[Array, "B e"]:
-    return networks.text.apply({"params": params}, token_ids)["text_embeds"]
+    return networks.text[0].apply({"params": params}, token_ids)["text_embeds"]
 
 
 def embed_texts(prompts: list[str], pipeline: Pipeline) -> Float[np.ndarray, "N e"]:
     """Unit CLIP embeddings of prompts by the base model's own text encoder, which must have a projection."""
-    encode = partial(text_embeds, pipeline.params["text"], networks=pipeline.networks)
+    encode = partial(text_embeds, pipeline.params["text"][0], networks=pipeline.networks)
     return normalize(in_batches(encode, pipeline.tokenizer(prompts)))
 
 
@@ -73,19 +74,20 @@ def nearest(images: Float[np.ndarray, "G e"], captions: Float[np.ndarray, "N e"]
 @partial(jax.jit, static_argnames=("networks",))
 def batch_error(
     frozen: Frozen,
-    context: Float[Array, "1 Q c"],
+    context: Context,
     latents: Array,
     noise: Array,
     timesteps: Array,
     *,
     networks: Networks,
 ) -> Float[Array, "B"]:
-    context = jnp.broadcast_to(context, (len(latents), *context.shape[1:]))
+    context = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), context)
     return prediction_error(frozen, latents, noise, timesteps, context, networks)
 
 
-def denoising_loss(pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"], context: Float[Array, "1 Q c"]) -> float:
-    """The noise-prediction loss on latents at fixed timesteps and noise: the same question for every context."""
+def denoising_loss(pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"], context: Context) -> float:
+    """The noise-prediction loss on latents at fixed timesteps and noise: the same question for every context, each of
+    one prompt."""
     networks, params = pipeline.networks, pipeline.params
     frozen = Frozen(params["unet"], params["text"], jnp.asarray(networks.schedule.alphas_cumprod))
     total = networks.schedule.num_train_timesteps

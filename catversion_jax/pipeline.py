@@ -1,8 +1,7 @@
-"""A base model in diffusers layout: its networks (static, hashable) and its parameters (arrays)."""
+"""A base model: its networks (static, hashable) and its parameters (arrays on the device)."""
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax import tree
-from catversion_jax.convert import rules
-from catversion_jax.convert.safetensors import open_tensors
 from catversion_jax.convert.torch import from_torch, shapes_of
 from catversion_jax.diffusion import NoiseSchedule
-from catversion_jax.errors import UserError
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.config import from_json
 from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
+from catversion_jax.source import Source, open_source
 from catversion_jax.text import Tokenizer
 from catversion_jax.types import Params
 
@@ -33,7 +30,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Networks:
     """What is static under `jax.jit`."""
 
-    text: CLIPTextModel
+    text: tuple[CLIPTextModel, ...]  # two in SDXL
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     schedule: NoiseSchedule
@@ -44,6 +41,11 @@ class Networks:
         return size, size, self.unet.config.in_channels
 
     @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """Number and size of each text encoder's attention heads: (H, D) of its prefix."""
+        return tuple((text.config.num_attention_heads, text.config.head_dim) for text in self.text)
+
+    @property
     def resolution(self) -> int:
         """Pixels along each side of a picture."""
         return self.unet.config.sample_size * self.vae.config.downscale
@@ -51,73 +53,61 @@ class Networks:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A loaded base model. `params` has the keys text, unet and vae; arrays on the default device."""
+    """A loaded base model. `params` has the keys text (a tree for each text encoder), unet and vae; arrays on the
+    default device."""
 
     networks: Networks
-    params: dict[str, Params]
-    tokenizer: Tokenizer
-    fingerprint: str  # of the text encoder's weights
+    params: dict[str, Any]
+    tokenizers: tuple[Tokenizer, ...]  # one for each text encoder
+    fingerprint: str  # of the text encoders' weights
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The first one: in SDXL's second, words are the same tokens and only the padding differs."""
+        return self.tokenizers[0]
 
 
 def text_config(config: dict, dtype) -> CLIPTextConfig:
     """The field projection_dim is always there; whether the weights are, `architectures` tells."""
     projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-    fixed = {"attention_dropout": 0.0}
-    return from_json(
-        CLIPTextConfig, config | {"projection_dim": config["projection_dim"] if projects else None}, fixed, dtype=dtype
-    )
+    changes = {"projection_dim": config["projection_dim"] if projects else None}
+    return from_json(CLIPTextConfig, config | changes, {"attention_dropout": 0.0}, dtype=dtype)
 
 
 class Component(NamedTuple):
-    """One sub-folder of a diffusers pipeline."""
+    """A network and how to make it."""
 
-    folder: str
     make: Callable[[dict, Any], Any]  # (config.json, dtype) -> module
-    rules: list[rules.Rule]
     inputs: Callable[[Any], tuple]  # module -> the inputs its `init` traces
 
 
+TEXT = Component(
+    lambda config, dtype: CLIPTextModel(text_config(config, dtype)),
+    lambda m: (jnp.zeros((1, m.config.max_position_embeddings), jnp.int32),),
+)
 COMPONENTS = {
-    "text": Component(
-        "text_encoder",
-        lambda config, dtype: CLIPTextModel(text_config(config, dtype)),
-        rules.CLIP_TEXT,
-        lambda m: (jnp.zeros((1, m.config.max_position_embeddings), jnp.int32),),
-    ),
+    "text": TEXT,
+    "text_2": TEXT,
     "unet": Component(
-        "unet",
         lambda config, dtype: UNet2DConditionModel(UNetConfig.from_json(config, dtype=dtype)),
-        rules.UNET,
         lambda m: (
             jnp.zeros((1, m.config.sample_size, m.config.sample_size, m.config.in_channels)),
             jnp.zeros((1,), jnp.int32),
             jnp.zeros((1, 77, m.config.cross_attention_dim)),
+            m.config.pooled_dim and jnp.zeros((1, m.config.pooled_dim)),
         ),
     ),
     "vae": Component(
-        "vae",
         lambda config, dtype: AutoencoderKL(VAEConfig.from_json(config, dtype=dtype)),
-        rules.VAE,
         lambda m: (jnp.zeros((1, m.config.downscale * 8, m.config.downscale * 8, m.config.in_channels)),),
     ),
     "image": Component(
-        "image_encoder",
         lambda config, dtype: CLIPVisionModel(
             from_json(CLIPVisionConfig, config, {"attention_dropout": 0.0}, dtype=dtype)
         ),
-        rules.CLIP_VISION,
         lambda m: (jnp.zeros((1, m.config.image_size, m.config.image_size, 3)),),
     ),
 }
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; expected a Stable Diffusion model in diffusers layout") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
 
 
 def abstract(name: str, module) -> Params:
@@ -125,35 +115,54 @@ def abstract(name: str, module) -> Params:
     return shapes_of(module.init, *COMPONENTS[name].inputs(module))
 
 
-def load_component(model: Path, name: str, dtype=jnp.float32, variant: str | None = None) -> tuple[Any, Params]:
-    """One network of a diffusers folder and its parameters as float32 numpy arrays.
+def load_component(
+    source: Source, name: str, dtype=jnp.float32, digests: dict[str, bytes] | None = None
+) -> tuple[Any, Params]:
+    """One network of a model and its parameters on the default device in `dtype`, read one tensor at a time.
 
-    Raises UserError where the folder, its config or its weights are not what the network needs.
+    Notes the values' digests, as the file has them, in `digests`. Raises UserError where the config or the weights are
+    not what the network needs.
     """
-    component = COMPONENTS[name]
-    folder = model / component.folder
-    module = component.make(read_json(folder / "config.json"), dtype)
-    params = from_torch(open_tensors(folder, variant), component.rules, abstract(name, module), str(folder))
-    return module, tree.cast(params, np.float32)
+    module = COMPONENTS[name].make(source.config(name), dtype)
+
+    def place(path: str, value: np.ndarray) -> jax.Array:
+        if digests is not None:
+            digests[f"{name}/{path}"] = tree.digest(value)
+        return jax.device_put(np.ascontiguousarray(value, dtype))
+
+    described = f"{source.name}: {name}"
+    return module, from_torch(source.tensors(name), source.rules(name), abstract(name, module), described, place)
 
 
-def load(model: str | Path | None = None, dtype: str = "float32", variant: str | None = None) -> Pipeline:
-    """A Stable Diffusion 1.x or 2.x model from a local folder in diffusers layout; None is the embedded mini model.
+def load(
+    path: str | Path | None = None,
+    dtype: str = "float32",
+    variant: str = "",
+    revision: str = "",
+    prediction_type: str = "",
+) -> Pipeline:
+    """A Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds `path`; None or "" is the
+    embedded mini model.
 
-    `dtype` (a key of DTYPES) is that of the text encoder's and the UNet's computation; the VAE's is always float32:
-    it runs a few times, and half precision is known to overflow in it.
+    `dtype` (a key of DTYPES) is that of the text encoders' and the UNet's weights and computation; the VAE's is always
+    float32: it runs a few times, and half precision is known to overflow in it.
     """
-    model = MINI if model is None else Path(model).expanduser()
-    if not model.is_dir():
-        raise UserError(f"{model}: no such folder; model.path takes a local Stable Diffusion model in diffusers layout")
-    compute = {"text": DTYPES[dtype], "unet": DTYPES[dtype], "vae": jnp.float32}
-    loaded = {name: load_component(model, name, dtype, variant) for name, dtype in compute.items()}
-    modules = {name: module for name, (module, _) in loaded.items()}
+    source = open_source(str(path or MINI), revision, variant, prediction_type)
+    texts = [name for name in ("text", "text_2") if name in source.components]
+    tokenizers = tuple(Tokenizer(source.tokenizer(name)) for name in texts)
+    schedule = NoiseSchedule.from_json(source.scheduler())
+    digests: dict[str, bytes] = {}
+    loaded = [load_component(source, name, DTYPES[dtype], digests) for name in texts]
+    encoders, params = zip(*loaded, strict=True)
+    if len(encoders) > 1:
+        encoders = tuple(CLIPTextModel(replace(encoder.config, skip=1)) for encoder in encoders)
+    vae, vae_params = load_component(source, "vae")
+    unet, unet_params = load_component(source, "unet", DTYPES[dtype])
+    resolution = unet.config.sample_size * vae.config.downscale
+    unet = UNet2DConditionModel(replace(unet.config, resolution=resolution))
     return Pipeline(
-        networks=Networks(
-            **modules, schedule=NoiseSchedule.from_json(read_json(model / "scheduler" / "scheduler_config.json"))
-        ),
-        params={name: jax.device_put(tree.cast(params, compute[name])) for name, (_, params) in loaded.items()},
-        tokenizer=Tokenizer(model / "tokenizer"),
-        fingerprint=tree.fingerprint(loaded["text"][1]),
+        networks=Networks(encoders, unet, vae, schedule),
+        params={"text": params, "unet": unet_params, "vae": vae_params},
+        tokenizers=tokenizers,
+        fingerprint=tree.fingerprint(digests),
     )

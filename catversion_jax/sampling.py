@@ -1,4 +1,4 @@
-"""Pictures from prompts: text states, DDIM with classifier-free guidance, decoding; a fixed batch at a time."""
+"""Pictures from prompts: text states, denoising with classifier-free guidance, decoding; a fixed batch at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax import diffusion, text
+from catversion_jax import schedulers, text
 from catversion_jax.adapter import Prefix, strength_bias
 from catversion_jax.artifact import Concept
+from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Networks, Pipeline
 from catversion_jax.types import Array, Float, Int, Params, UInt8, UInt32
 
@@ -21,53 +22,59 @@ def initial_latents(seeds: UInt32[Array, "B"], shape: tuple[int, int, int]) -> F
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
 
 
+def step_noise(
+    seeds: UInt32[Array, "B"], index: Int[Array, ""], shape: tuple[int, int, int]
+) -> Float[Array, "B h w c"]:
+    """Fresh noise for the UNet's call `index`; like the first, each picture's own."""
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape))(seeds)
+
+
 @partial(jax.jit, static_argnames=("networks",), donate_argnums=1)
 def denoise(
     unet: Params,
-    latents: Float[Array, "B h w c"],
-    trajectory: tuple[Array, Array, Array],
-    context: Float[Array, "2 B Q c"],
+    state: Float[Array, "slots B h w c"],
+    seeds: UInt32[Array, "B"],
+    calls: schedulers.Calls,
+    context: Context,
     guidance: Float[Array, ""],
     *,
     networks: Networks,
-) -> Float[Array, "B h w c"]:
-    """Guided DDIM steps. `trajectory` is (timesteps, alpha, alpha at the next step), each [steps];
-    `context` the unconditional and the conditional text states."""
-    prediction_type = networks.schedule.prediction_type
-    both = context.reshape(-1, *context.shape[2:])
+) -> Float[Array, "slots B h w c"]:
+    """Guided steps of any scheduler. `context` is the unconditional and the conditional one, [2, B, ...]."""
+    both = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), context)
 
-    def step(latents, xs):
-        timestep, alpha, alpha_previous = xs
-        twice = jnp.concatenate([latents, latents])
-        timesteps = jnp.full(twice.shape[:1], timestep)
-        out = networks.unet.apply({"params": unet}, twice, timesteps, both).astype(jnp.float32)
+    def step(state, call: schedulers.Calls):
+        twice = jnp.concatenate([state[0], state[0]])
+        timesteps = jnp.full(twice.shape[:1], call.timestep)
+        out = networks.unet.apply({"params": unet}, twice, timesteps, *both).astype(jnp.float32)
         unconditional, conditional = jnp.split(out, 2)
         guided = unconditional + guidance * (conditional - unconditional)
-        return diffusion.ddim_update(guided, latents, alpha, alpha_previous, prediction_type), None
+        noise = step_noise(seeds, call.index, guided.shape[1:])
+        return schedulers.step(state, guided, noise, call.update), None
 
-    return jax.lax.scan(step, latents, trajectory, unroll=len(trajectory[0]) == 1)[0]
+    return jax.lax.scan(step, state, calls, unroll=len(calls.index) == 1)[0]
 
 
 def sample_latents(
     unet: Params,
-    latents: Float[Array, "B h w c"],
-    context: Float[Array, "2 B Q c"],
+    noise: Float[Array, "B h w c"],
+    seeds: UInt32[Array, "B"],
+    context: Context,
+    trajectory: schedulers.Trajectory,
     *,
     networks: Networks,
-    steps: int,
     guidance: float,
-    steps_per_dispatch: int,
+    calls_per_dispatch: int,
 ) -> Float[Array, "B h w c"]:
     """Denoise from pure noise; `guidance` is the scale of classifier-free guidance, 1 = none.
 
-    `steps_per_dispatch` changes the speed, not the numbers.
+    `calls_per_dispatch` changes the speed, not the numbers.
     """
-    schedule = networks.schedule
-    trajectory = (schedule.ddim_timesteps(steps).astype(np.int32), *schedule.ddim_alphas(steps))
-    for start in range(0, steps, steps_per_dispatch):
-        part = tuple(x[start : start + steps_per_dispatch] for x in trajectory)
-        latents = denoise(unet, latents, part, context, jnp.float32(guidance), networks=networks)
-    return latents
+    state = trajectory.start(noise)
+    for start in range(0, len(trajectory.calls.index), calls_per_dispatch):
+        part = schedulers.Calls(*(x[start : start + calls_per_dispatch] for x in trajectory.calls))
+        state = denoise(unet, state, seeds, part, context, jnp.float32(guidance), networks=networks)
+    return state[0]
 
 
 @partial(jax.jit, static_argnames=("networks",))
@@ -85,23 +92,39 @@ class SamplerConfig:
     steps: int
     guidance: float
     batch_size: int  # pictures at once; the last batch is filled up, so that one program serves all
+    scheduler: str = ""  # a key of schedulers.SCHEDULERS; "": the pipeline's own
 
 
 @partial(jax.jit, static_argnames=("networks",))
 def encode(
-    params: Params, token_ids: Int[Array, "B Q"], prefix: Prefix | None, *, networks: Networks
-) -> Float[Array, "B Q c"]:
-    """Prompts to the text states the UNet is conditioned on; without a prefix, those of the base model."""
-    return networks.text.apply({"params": params}, token_ids, prefix)["last_hidden_state"]
+    params: tuple[Params, ...],
+    token_ids: tuple[Int[Array, "B Q"], ...],
+    prefixes: tuple[Prefix | None, ...],
+    *,
+    networks: Networks,
+) -> Context:
+    """Tokens, as each text encoder takes them, to what the UNet is conditioned on."""
+    prompts = [
+        text.lower(encoder, weights, ids, jnp.ones(ids.shape, bool), stop=0)
+        for encoder, weights, ids in zip(networks.text, params, token_ids, strict=True)
+    ]
+    return text.upper(networks.text, params, prompts, prefixes, [0] * len(prompts))
 
 
-def concept_prefix(
-    concept: Concept, strength: float, token_ids: Int[np.ndarray, "B Q"], tokenizer: text.Tokenizer
-) -> Prefix:
-    """A concept as the text encoder's hook takes it, at a strength in [0, 1] (0: the base model, exactly)."""
-    visible = text.visibility(token_ids, tokenizer.word(concept.class_word), concept.scope)
-    bias = jnp.float32(strength_bias(concept.logit_bias, strength))
-    return Prefix(jnp.asarray(concept.prefix), bias, jnp.asarray(visible[..., None]), concept.layers)
+def condition(
+    pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None = None, strength: float = 1.0
+) -> Context:
+    """Prompts to what the UNet is conditioned on, with a concept at a strength in [0, 1] (0: the base model, exactly,
+    by the same program) or, without one, in the base model."""
+    token_ids = tuple(tokenizer(list(prompts)) for tokenizer in pipeline.tokenizers)
+    prefixes = (None,) * len(token_ids)
+    if concept is not None:
+        bias = jnp.float32(strength_bias(concept.logit_bias, strength))
+        word = pipeline.tokenizer.word(concept.class_word)
+        visible = [jnp.asarray(text.visibility(ids, word, concept.scope)[..., None]) for ids in token_ids]
+        of_encoders = zip(concept.prefixes, visible, concept.encoder_layers, strict=True)
+        prefixes = tuple(Prefix(jnp.asarray(p), bias, seen, layers) for p, seen, layers in of_encoders)
+    return encode(pipeline.params["text"], token_ids, prefixes, networks=pipeline.networks)
 
 
 def paint(
@@ -119,22 +142,23 @@ def paint(
     sees the prefix.
     """
     net, params = pipeline.networks, pipeline.params
+    trajectory = schedulers.plan(net.schedule, config.scheduler, config.steps)
     on_cpu = jax.default_backend() == "cpu"  # where a loop body's convolutions are slow
-    negative = encode(params["text"], pipeline.tokenizer([negative_prompt]), None, networks=net)
+    negative = condition(pipeline, [negative_prompt])
     size = config.batch_size
     for start in range(0, len(prompts), size):
         real = len(prompts[start : start + size])
         index = np.minimum(np.arange(start, start + size), start + real - 1)  # the last one fills up the batch
-        token_ids = pipeline.tokenizer([prompts[i] for i in index])
-        prefix = concept and concept_prefix(concept, strength, token_ids, pipeline.tokenizer)
-        positive = encode(params["text"], token_ids, prefix, networks=net)
+        positive = condition(pipeline, [prompts[i] for i in index], concept, strength)
+        of_batch = jnp.asarray([seeds[i] for i in index], jnp.uint32)
         latents = sample_latents(
             params["unet"],
-            initial_latents(jnp.asarray([seeds[i] for i in index], jnp.uint32), net.latent_shape),
-            jnp.stack([jnp.broadcast_to(negative, positive.shape), positive]),
+            initial_latents(of_batch, net.latent_shape),
+            of_batch,
+            jax.tree.map(lambda n, p: jnp.stack([jnp.broadcast_to(n, p.shape), p]), negative, positive),
+            trajectory,
             networks=net,
-            steps=config.steps,
             guidance=config.guidance,
-            steps_per_dispatch=1 if on_cpu else config.steps,
+            calls_per_dispatch=1 if on_cpu else len(trajectory.calls.index),
         )
         yield from np.asarray(decode(params["vae"], latents, networks=net))[:real]

@@ -1,15 +1,19 @@
 """Prompts to text states: tokens, the class word's place among them, and the encoder below and above the prefix."""
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.adapter import Prefix
 from catversion_jax.errors import UserError
 from catversion_jax.models.clip import CLIPTextModel
+from catversion_jax.models.unet import Context
 from catversion_jax.types import Array, Bool, Float, Int, Params
 
 
@@ -34,6 +38,10 @@ class Tokenizer:
         """The token ids of a word or several, without start and end token."""
         return tuple(self._tokenizer(word, add_special_tokens=False)["input_ids"])
 
+    def token(self, token_id: int) -> str:
+        """A token as it is written."""
+        return self._tokenizer.convert_ids_to_tokens(int(token_id)).removesuffix("</w>")
+
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt is longer than the text encoder reads."""
         return len(self.word(prompt)) > self.length - 2
@@ -57,22 +65,37 @@ def visibility(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...], scope: 
     return (place >= 0) & (np.arange(token_ids.shape[1]) >= place)
 
 
+class Prompts(flax.struct.PyTreeNode):
+    """Prompts as the layers of one text encoder from the prefix on take them."""
+
+    hidden: Float[Array, "*T Q c"]  # states below the prefix
+    visible: Bool[Array, "*T Q"]  # which positions see the prefix
+    end: Int[Array, "*T"]  # the end token's position
+
+
 @partial(jax.jit, static_argnames=("text", "stop"))
-def lower(text: CLIPTextModel, params: Params, token_ids: Int[Array, "T Q"], *, stop: int) -> Float[Array, "T Q c"]:
+def lower(
+    text: CLIPTextModel, params: Params, token_ids: Int[Array, "T Q"], visible: Bool[Array, "T Q"], *, stop: int
+) -> Prompts:
     """The layers below `stop`, which no prefix reaches: once per prompt."""
 
     def run(model: CLIPTextModel):
-        return model.layers(model.embed(token_ids), stop=stop)[-1]
+        return model.layers(model.embed(token_ids), stop=stop)[-1], model.end(token_ids)
 
-    return text.apply({"params": params}, method=run)
+    hidden, end = text.apply({"params": params}, method=run)
+    return Prompts(hidden, visible, end)
 
 
 def upper(
-    text: CLIPTextModel, params: Params, hidden: Float[Array, "B Q c"], prefix: Prefix | None, *, start: int
-) -> Float[Array, "B Q c"]:
-    """The layers from `start` on, with the prefix, and the final norm: what the UNet is conditioned on."""
-
-    def run(model: CLIPTextModel):
-        return model.finish(model.layers(hidden, prefix, start=start)[-1])
-
-    return text.apply({"params": params}, method=run)
+    texts: Sequence[CLIPTextModel],
+    params: Sequence[Params],
+    prompts: Sequence[Prompts],
+    prefixes: Sequence[Prefix | None],
+    starts: Sequence[int],
+) -> Context:
+    """The layers of every text encoder from its start on, with its prefix: what the UNet is conditioned on."""
+    outputs = [
+        text.apply({"params": p}, prompt.hidden, prompt.end, prefix, start, method=CLIPTextModel.upper)
+        for text, p, prompt, prefix, start in zip(texts, params, prompts, prefixes, starts, strict=True)
+    ]
+    return Context(jnp.concatenate([states for states, _ in outputs], axis=-1), outputs[-1][1])

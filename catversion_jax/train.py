@@ -10,7 +10,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from catversion_jax import artifact, sampling, text
+from catversion_jax import artifact, sampling, schedulers, text
 from catversion_jax import config as config_lib
 from catversion_jax.checkpoint import Checkpoints, explained
 from catversion_jax.data import dataset
@@ -47,7 +47,7 @@ def given_config(arguments: flags.FlagValues) -> ConfigDict:
 
 def load_model(config: ConfigDict) -> Pipeline:
     """The base model that the config names."""
-    return load(config.model.path or None, config.model.dtype, config.model.variant or None)
+    return load(**config.model)
 
 
 def train(config: ConfigDict, resume: bool = False) -> int:
@@ -80,6 +80,7 @@ def learn(
     signal; then there is no file yet."""
     photos = stored_or_read(run, config, pipeline.networks.resolution)
     step_config = make_step_config(config, pipeline)
+    schedulers.plan(pipeline.networks.schedule, config.sample.scheduler, config.sample.steps)  # refuses before training
     run.claim(config)
     with explained(f"{run.data}: could not store the photos"):
         dataset.write(run.data, photos)
@@ -120,21 +121,23 @@ def prepare(config: ConfigDict, step_config: StepConfig, pipeline: Pipeline, pho
     images = np.stack([photo.image for photo in photos])
     mean, std = posteriors(networks.vae, params["vae"], images, config.data.flip)
     prompts = config_lib.prompts(config.concept.templates, config)
-    token_ids = pipeline.tokenizer(prompts)
+    token_ids = [tokenizer(prompts) for tokenizer in pipeline.tokenizers]
     word = pipeline.tokenizer.word(config.concept.class_word)
-    for prompt, place in zip(prompts, text.find_word(token_ids, word), strict=True):
+    for prompt, place in zip(prompts, text.find_word(token_ids[0], word), strict=True):
         if place < 0:
             logging.warning("the training prompt %r does not hold the class word %r", prompt, config.concept.class_word)
-    hidden = text.lower(networks.text, params["text"], token_ids, stop=step_config.adapter.layers[0])
-    visible = text.visibility(token_ids, word, step_config.adapter.scope)
+    adapter = step_config.adapter
+    of_encoders = tuple(
+        text.lower(encoder, weights, ids, text.visibility(ids, word, adapter.scope), stop=layers[0])
+        for encoder, weights, ids, layers in zip(networks.text, params["text"], token_ids, adapter.layers, strict=True)
+    )
     size, length = bucket(len(photos)), bucket(len(prompts))
     data = ConceptData(
         mean=pad(mean, size),
         std=pad(std, size),
         photos=np.int32(len(photos)),
-        hidden=pad(np.asarray(hidden), length),
-        visible=pad(visible, length),
-        prompts=np.int32(len(prompts)),
+        prompts=jax.tree.map(lambda x: pad(np.asarray(x), length), of_encoders),
+        prompt_count=np.int32(len(prompts)),
         steps=np.int32(config.train.steps),
     )
     return jax.tree.map(lambda x: np.asarray(x)[None], data)
@@ -152,14 +155,7 @@ def loop(
     ended it early, the signal. Raises UserError at a loss that is not finite, the last good state saved."""
     networks, mesh = pipeline.networks, step_config.mesh
     on_concepts, on_frozen = sharding(mesh, "concept"), sharding(mesh, "frozen")
-    clip = networks.text.config
-    state = init_state(
-        [config.seed],
-        step_config.adapter,
-        clip.num_attention_heads,
-        clip.head_dim,
-        step_config.optimizer.transformation(),
-    )
+    state = init_state([config.seed], step_config.adapter, networks.heads, step_config.optimizer.transformation())
     state = jax.device_put(state, on_concepts)
     if checkpoints.latest is not None:
         state = checkpoints.restore(state)
@@ -245,10 +241,10 @@ def signals() -> Iterator[list[signal.Signals]]:
 def to_concept(config: ConfigDict, step_config: StepConfig, pipeline: Pipeline, state: TrainState) -> artifact.Concept:
     """The learned prefix with its metadata."""
     return artifact.Concept(
-        prefix=np.asarray(state.prefix[0]),
+        **dict(zip(artifact.TENSORS, (np.asarray(prefix[0]) for prefix in state.prefix), strict=False)),
         class_word=config.concept.class_word,
         templates=tuple(config.concept.templates),
-        layers=step_config.adapter.layers,
+        **dict(zip(artifact.TENSORS.values(), step_config.adapter.layers, strict=False)),
         logit_bias=step_config.adapter.logit_bias,
         scope=step_config.adapter.scope,
         fingerprint=pipeline.fingerprint,

@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 
 from catversion_jax import diffusion, text
 from catversion_jax.adapter import AdapterConfig, Prefix
+from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Networks
 from catversion_jax.sharding import sharding
 from catversion_jax.state import ConceptData, Frozen, TrainState
-from catversion_jax.types import Array, Bool, Float, Int, Key
+from catversion_jax.types import Array, Float, Int, Key, Params
 
 DECAYS = {
     "constant": lambda progress: jnp.ones_like(progress),
@@ -69,8 +70,7 @@ class Batch(flax.struct.PyTreeNode):
     latents: Float[Array, "B h w c"]
     noise: Float[Array, "B h w c"]
     timesteps: Int[Array, "B"]
-    hidden: Float[Array, "B Q c"]
-    visible: Bool[Array, "B Q"]
+    prompts: tuple[text.Prompts, ...]  # for each text encoder
 
 
 def draw(state: TrainState, data: ConceptData, config: StepConfig) -> Batch:
@@ -84,14 +84,13 @@ def draw(state: TrainState, data: ConceptData, config: StepConfig) -> Batch:
     keys = jax.random.split(jax.random.fold_in(jax.random.key(state.seed), state.step), 6)
     photo = jax.random.randint(keys[0], batch, 0, data.photos)
     flip = jax.random.randint(keys[1], batch, 0, data.mean.shape[1])
-    prompt = jax.random.randint(keys[2], batch, 0, data.prompts)
+    prompt = jax.random.randint(keys[2], batch, 0, data.prompt_count)
     mean, std = data.mean[photo, flip], data.std[photo, flip]
     return Batch(
         latents=mean + std * jax.random.normal(keys[3], mean.shape),
         noise=jax.random.normal(keys[4], mean.shape),
         timesteps=spaced_timesteps(keys[5], config.batch_size, config.networks.schedule.num_train_timesteps),
-        hidden=data.hidden[prompt],
-        visible=data.visible[prompt],
+        prompts=jax.tree.map(lambda x: x[prompt], data.prompts),
     )
 
 
@@ -102,37 +101,38 @@ def spaced_timesteps(key: Key[Array, ""], batch_size: int, total: int) -> Int[Ar
 
 
 def condition(
-    prefix: Float[Array, "P L 2 H D"],
-    hidden: Float[Array, "B Q c"],
-    visible: Bool[Array, "B Q"],
-    logit_bias: Float[Array, ""],
-    text_params,
+    prefix: tuple[Float[Array, "P L 2 H D"], ...],
+    prompts: tuple[text.Prompts, ...],
+    text_params: tuple[Params, ...],
+    adapter: AdapterConfig,
     networks: Networks,
-    layers: tuple[int, ...],
-) -> Float[Array, "B Q c"]:
-    """Text states with the prefix, from the states below it."""
-    hook = Prefix(prefix, logit_bias, visible[..., None], layers)
-    return text.upper(networks.text, text_params, hidden, hook, start=layers[0])
+) -> Context:
+    """What the UNet is conditioned on, with the prefix, from the states below it."""
+    bias = jnp.float32(adapter.logit_bias)
+    hooks = [
+        Prefix(embeddings, bias, of_encoder.visible[..., None], layers)
+        for embeddings, of_encoder, layers in zip(prefix, prompts, adapter.layers, strict=True)
+    ]
+    return text.upper(networks.text, text_params, prompts, hooks, [layers[0] for layers in adapter.layers])
 
 
 def denoising_loss(
-    prefix: Float[Array, "C P L 2 H D"], frozen: Frozen, batch: Batch, config: StepConfig
+    prefix: tuple[Float[Array, "C P L 2 H D"], ...], frozen: Frozen, batch: Batch, config: StepConfig
 ) -> Float[Array, "C"]:
     """Each concept's mean squared error of the UNet's prediction, float32. `batch` has the concept axis in front."""
     net = config.networks
-    bias = jnp.float32(config.adapter.logit_bias)
 
-    def encode(prefix, hidden, visible):
-        return condition(prefix, hidden, visible, bias, frozen.text, net, config.adapter.layers)
+    def encode(prefix, prompts):
+        return condition(prefix, prompts, frozen.text, config.adapter, net)
 
-    context = jax.vmap(encode)(prefix, batch.hidden, batch.visible)
+    context = jax.vmap(encode)(prefix, batch.prompts)
     concepts, size = batch.timesteps.shape
     split = partial(jax.lax.with_sharding_constraint, shardings=sharding(config.mesh, "batch"))
 
     def flat(x: Float[Array, "C B *rest"]) -> Float[Array, "C*B *rest"]:
         return split(x.reshape(concepts * size, *x.shape[2:]))
 
-    latents, noise, timesteps, context = map(flat, (batch.latents, batch.noise, batch.timesteps, context))
+    latents, noise, timesteps, context = jax.tree.map(flat, (batch.latents, batch.noise, batch.timesteps, context))
     errors = prediction_error(frozen, latents, noise, timesteps, context, net)
     return errors.reshape(concepts, size).mean(axis=1)
 
@@ -142,13 +142,13 @@ def prediction_error(
     latents: Float[Array, "B h w c"],
     noise: Float[Array, "B h w c"],
     timesteps: Int[Array, "B"],
-    context: Float[Array, "B Q c"],
+    context: Context,
     networks: Networks,
 ) -> Float[Array, "B"]:
     """Mean squared error of the UNet's prediction for each noisy picture, float32."""
     alpha = frozen.alphas_cumprod[timesteps]
     noisy = diffusion.add_noise(latents, noise, alpha)
-    prediction = networks.unet.apply({"params": frozen.unet}, noisy, timesteps, context).astype(jnp.float32)
+    prediction = networks.unet.apply({"params": frozen.unet}, noisy, timesteps, *context).astype(jnp.float32)
     target = diffusion.TARGETS[networks.schedule.prediction_type](latents, noise, alpha)
     return jnp.square(prediction - target).mean(axis=(1, 2, 3))
 
@@ -169,7 +169,8 @@ def update(
     def one(state: TrainState, grad, loss, learning_rate) -> tuple[TrainState, Float[Array, ""]]:
         norm = optax.tree.norm(grad)
         updates, opt_state = config.optimizer.transformation().update(grad, state.opt_state, state.prefix)
-        moved = state.replace(step=state.step + 1, prefix=state.prefix + learning_rate * updates, opt_state=opt_state)
+        prefix = jax.tree.map(lambda x, update: x + learning_rate * update, state.prefix, updates)
+        moved = state.replace(step=state.step + 1, prefix=prefix, opt_state=opt_state)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state), norm
 

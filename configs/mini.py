@@ -2,11 +2,11 @@
 
     catversion train --config=configs/mini.py --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
-Over the six shipped concepts (4 seeds x the 8 prompts below; docs/settings.md), against the base model: CLIP-I to the
+Over the six shipped concepts (4 seeds x the 8 prompts; docs/settings.md), against the base model: CLIP-I to the
 held-out photos 0.347 -> 0.452, place accuracy 1.00 -> 0.99, held-out loss 0.1336 -> 0.0960, lower for each of the six.
 """
 
-from catversion_jax.config import default
+from catversion_jax.config import JUDGED, default
 
 
 def get_config():
@@ -22,14 +22,5 @@ def get_config():
     config.sample.steps = 20
     config.sample.guidance = 3.0
     config.sample.every = 100
-    config.sample.prompts = (
-        "a photo of {concept} on the beach",
-        "a photo of {concept} in the snow",
-        "a photo of {concept} in the jungle",
-        "a photo of {concept} on a wooden floor",
-        "a photo of {concept} at night",
-        "a photo of {concept} with a city in the background",
-        "a photo of a blue {class_word}",
-        "a photo of {concept} wearing a hat",
-    )
+    config.sample.prompts = JUDGED
     return config

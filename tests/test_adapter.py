@@ -102,8 +102,9 @@ def test_wrong_layers(layers):
 
 
 def test_init():
-    config = adapter.AdapterConfig((9, 10, 11), length=64, init_std=0.5)
-    prefix = adapter.init_prefix(jax.random.key(0), config, heads=12, head_dim=64)
-    assert prefix.shape == (64, 3, 2, 12, 64)
-    assert prefix.dtype == jnp.float32
+    config = adapter.AdapterConfig(((9, 10, 11), (30,)), length=64, init_std=0.5)
+    prefix, prefix_2 = adapter.init_prefixes(jax.random.key(0), config, heads=((12, 64), (20, 64)))
+    assert (prefix.shape, prefix_2.shape) == ((64, 3, 2, 12, 64), (64, 1, 2, 20, 64))
+    assert prefix.dtype == prefix_2.dtype == jnp.float32
     assert float(prefix.std()) == pytest.approx(0.5, rel=0.02)
+    assert float(prefix_2.std()) == pytest.approx(0.5, rel=0.02)

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from catversion_jax import artifact
 from catversion_jax.errors import UserError
+from catversion_jax.models.clip import CLIPTextConfig
 
 
 @pytest.fixture
@@ -30,14 +31,16 @@ def test_round_trip(tmp_path, concept):
 
 
 def test_wrong_model(concept):
-    artifact.check_model(concept, "0123", "OUT", "model")
+    text = CLIPTextConfig(hidden_size=160, num_attention_heads=5)
+    assert artifact.check_model(concept, "0123", [text], "OUT", "model") == []
     with pytest.raises(UserError, match="OUT: learned in text encoder 0123, but model has 4567"):
-        artifact.check_model(concept, "4567", "OUT", "model")
+        artifact.check_model(concept, "4567", [text], "OUT", "model")
 
 
 def rewritten(path, concept, prefix=None, **metadata):
     artifact.save(path, concept)
-    fields = {name: json.dumps(getattr(concept, name)) for name in artifact.METADATA} | {"format_version": "1"}
+    names = set(artifact.METADATA) - artifact.OPTIONAL
+    fields = {name: json.dumps(getattr(concept, name)) for name in names} | {"format_version": "1"}
     fields = {k: v for k, v in (fields | metadata).items() if v is not None}
     save_file({"prefix": concept.prefix if prefix is None else prefix}, path, fields)
     return path

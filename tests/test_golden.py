@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catversion_jax import pipeline, sampling, text
+from catversion_jax import pipeline, sampling, schedulers, text
 from catversion_jax import train_step as ts
 from catversion_jax.adapter import AdapterConfig, Prefix
 from catversion_jax.sharding import make_mesh
+from catversion_jax.source import open_source
 from catversion_jax.state import Frozen, init_state
 from tests.conftest import max_error
 
@@ -23,7 +24,7 @@ def test_token_ids(mini, golden):
 
 
 def test_text_encoder(mini, golden):
-    out = jax.jit(mini.networks.text.apply)({"params": mini.params["text"]}, golden["token_ids"])
+    out = jax.jit(mini.networks.text[0].apply)({"params": mini.params["text"][0]}, golden["token_ids"])
     assert len(out["hidden_states"]) == len(golden["text.hidden_states"]) == 13
     assert max_error(np.stack(out["hidden_states"]), golden["text.hidden_states"]) < TOLERANCE
     assert max_error(out["last_hidden_state"], golden["text.last_hidden_state"]) < TOLERANCE
@@ -35,12 +36,13 @@ def test_text_encoder_with_prefix(mini, golden, name, bias):
     token_ids = golden["token_ids"]
     visible = jnp.ones((*token_ids.shape, 1), bool)
     prefix = Prefix(jnp.asarray(golden[f"prefix.{name}"]), jnp.float32(bias), visible, LAYERS)
-    whole = sampling.encode(mini.params["text"], token_ids, prefix, networks=mini.networks)
-    assert max_error(whole, golden[f"text_with_prefix.{name}"]) < TOLERANCE
-    hidden = text.lower(mini.networks.text, mini.params["text"], token_ids, stop=LAYERS[0])
-    upper = jax.jit(text.upper, static_argnames=("text", "start"))
-    split = upper(mini.networks.text, mini.params["text"], hidden, prefix, start=LAYERS[0])
-    assert max_error(split, golden[f"text_with_prefix.{name}"]) < TOLERANCE
+    whole = sampling.encode(mini.params["text"], (token_ids,), (prefix,), networks=mini.networks)
+    assert whole.pooled is None
+    assert max_error(whole.states, golden[f"text_with_prefix.{name}"]) < TOLERANCE
+    (encoder,), (params,) = mini.networks.text, mini.params["text"]
+    prompts = text.lower(encoder, params, token_ids, visible[..., 0], stop=LAYERS[0])
+    split = jax.jit(text.upper, static_argnums=(0, 4))((encoder,), (params,), (prompts,), (prefix,), LAYERS[:1])
+    assert max_error(split.states, golden[f"text_with_prefix.{name}"]) < TOLERANCE
 
 
 def test_unet(mini, golden):
@@ -59,7 +61,7 @@ def test_vae(mini, golden):
 
 
 def test_image_encoder(golden):
-    module, params = pipeline.load_component(pipeline.MINI, "image")
+    module, params = pipeline.load_component(open_source(str(pipeline.MINI)), "image")
     embeds = jax.jit(module.apply)({"params": params}, golden["image.pixel_values"])
     assert max_error(embeds, golden["image.image_embeds"]) < TOLERANCE
 
@@ -67,22 +69,23 @@ def test_image_encoder(golden):
 def test_noise_schedule(mini, golden):
     schedule = mini.networks.schedule
     assert max_error(schedule.alphas_cumprod, golden["alphas_cumprod"]) < 1e-6
-    np.testing.assert_array_equal(schedule.ddim_timesteps(30), golden["ddim.timesteps"])
+    np.testing.assert_array_equal(schedulers.plan(schedule, "", 30).calls.timestep, golden["ddim.timesteps"])
 
 
 def test_guided_ddim(mini, golden):
     token_ids = golden["token_ids"]
     prefix = Prefix(jnp.asarray(golden["prefix.p1_bias0"]), jnp.float32(0), jnp.ones((1, 77, 1), bool), LAYERS)
-    positive = sampling.encode(mini.params["text"], token_ids[:1], prefix, networks=mini.networks)
-    negative = sampling.encode(mini.params["text"], token_ids[1:2], None, networks=mini.networks)
+    positive = sampling.encode(mini.params["text"], (token_ids[:1],), (prefix,), networks=mini.networks)
+    negative = sampling.encode(mini.params["text"], (token_ids[1:2],), (None,), networks=mini.networks)
     latents = sampling.sample_latents(
         mini.params["unet"],
         jnp.asarray(golden["ddim.x_T"]),
-        jnp.stack([negative, positive]),
+        jnp.zeros(1, jnp.uint32),
+        jax.tree.map(lambda *x: jnp.stack(x), negative, positive),
+        schedulers.plan(mini.networks.schedule, "", 30),
         networks=mini.networks,
-        steps=30,
         guidance=5.0,
-        steps_per_dispatch=1,
+        calls_per_dispatch=1,
     )
     assert max_error(latents, golden["ddim.x_0_guidance5_prefix_p1_bias0"]) < 2e-3
 
@@ -90,16 +93,17 @@ def test_guided_ddim(mini, golden):
 def test_gradient_and_twenty_steps(mini, golden):
     networks = mini.networks
     config = ts.StepConfig(
-        networks, AdapterConfig(LAYERS), ts.OptimizerConfig(), batch_size=2, mesh=make_mesh(1, 1, jax.devices()[:1])
+        networks, AdapterConfig((LAYERS,)), ts.OptimizerConfig(), batch_size=2, mesh=make_mesh(1, 1, jax.devices()[:1])
     )
     frozen = Frozen(mini.params["unet"], mini.params["text"], jnp.asarray(networks.schedule.alphas_cumprod))
-    hidden = text.lower(networks.text, mini.params["text"], golden["train.token_ids"], stop=LAYERS[0])
-    state = init_state([0], config.adapter, 5, 32, config.optimizer.transformation())
-    state = state.replace(prefix=jnp.asarray(golden["prefix.p1_bias0"])[None])
+    (encoder,), (params,) = networks.text, mini.params["text"]
+    prompts = text.lower(encoder, params, golden["train.token_ids"], jnp.ones((2, 77), bool), stop=LAYERS[0])
+    state = init_state([0], config.adapter, networks.heads, config.optimizer.transformation())
+    state = state.replace(prefix=(jnp.asarray(golden["prefix.p1_bias0"])[None],))
 
     @jax.jit
     def step(state, noise, timesteps):
-        batch = ts.Batch(jnp.asarray(golden["train.latents"]), noise, timesteps, hidden, jnp.ones((2, 77), bool))
+        batch = ts.Batch(jnp.asarray(golden["train.latents"]), noise, timesteps, (prompts,))
         batch = jax.tree.map(lambda x: x[None], batch)
         grad = jax.grad(lambda prefix: ts.denoising_loss(prefix, frozen, batch, config).sum())(state.prefix)
         return *ts.update(state, frozen, batch, jnp.asarray([20]), config), grad
@@ -110,9 +114,9 @@ def test_gradient_and_twenty_steps(mini, golden):
         losses.append(metrics["loss"][0])
         if i == 0:
             reference = golden["train.grad_step0"]
-            assert max_error(grad[0], reference) / np.abs(reference).max() < 1e-3
+            assert max_error(grad[0][0], reference) / np.abs(reference).max() < 1e-3
     assert max_error(losses, golden["train.losses"]) < TOLERANCE
-    difference = np.abs(np.asarray(state.prefix[0]) - golden["train.prefix_after_20_adamw_steps"])
+    difference = np.abs(np.asarray(state.prefix[0][0]) - golden["train.prefix_after_20_adamw_steps"])
     print(
         f"prefix after 20 steps: mean difference {difference.mean():.1e}, within 2e-3: {(difference < 2e-3).mean():.3f}"
     )

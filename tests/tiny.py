@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from catversion_jax import pipeline
+from catversion_jax import pipeline, source
 from catversion_jax.convert.rules import LEAVES, Rule
 
 CHANGES = {
@@ -30,7 +30,21 @@ CHANGES = {
         "sample_size": 16,
     },
 }
-NAMES = {"text": "text_encoder", "unet": "unet", "vae": "vae"}
+XL_CHANGES = CHANGES | {
+    "text_encoder": CHANGES["text_encoder"] | {"architectures": ["CLIPTextModel"]},
+    "text_encoder_2": CHANGES["text_encoder"] | {"hidden_size": 48, "num_attention_heads": 3, "projection_dim": 24},
+    "unet": CHANGES["unet"]
+    | {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2],
+        "cross_attention_dim": 80,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+    },
+}
 INVERSE = {
     "kernel": lambda w: w.transpose(3, 2, 0, 1) if w.ndim == 4 else w.T,
     "scale": lambda w: w,
@@ -44,7 +58,7 @@ def to_torch(params: dict, rules: list[Rule]) -> dict[str, np.ndarray]:
     """PyTorch's tensors of a Flax tree: the conversion backwards, written apart from it."""
     names = {}
     for rule in rules:
-        for torch_leaf, (flax_leaf, _) in LEAVES[rule.kind].items():
+        for torch_leaf, ((flax_leaf, _),) in LEAVES[rule.kind].items():
             if rule.flax is not None:
                 path = f"{rule.flax}/{flax_leaf}".removesuffix("/")
                 names[re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(path))] = (
@@ -71,18 +85,21 @@ def random_params(shapes: dict, rng: np.random.Generator) -> dict:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def write(folder: Path, seed: int = 0, dtype=np.float16) -> Path:
-    """Write the model to `folder` and return it."""
-    for part in ("tokenizer", "scheduler"):
-        shutil.copytree(pipeline.MINI / part, folder / part, dirs_exist_ok=True)
-    for name, part in NAMES.items():
+def write(folder: Path, seed: int = 0, dtype=np.float16, changes: dict = CHANGES) -> Path:
+    """Write the model to `folder` and return it. With XL_CHANGES it is a tiny SDXL."""
+    for part in ("tokenizer", "scheduler", "tokenizer_2"):
+        shutil.copytree(pipeline.MINI / part.removesuffix("_2"), folder / part, dirs_exist_ok=True)
+    for name, part in source.FOLDERS.items():
+        if part not in changes:
+            continue
         component = pipeline.COMPONENTS[name]
-        config = json.loads((pipeline.MINI / part / "config.json").read_text()) | CHANGES[part]
+        like = pipeline.MINI / part.removesuffix("_2") / "config.json"
+        config = json.loads(like.read_text()) | changes[part]
         module = component.make(config, np.float32)
         params = random_params(pipeline.abstract(name, module), np.random.default_rng(seed))
         (folder / part).mkdir(exist_ok=True)
         (folder / part / "config.json").write_text(json.dumps(config))
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-        tensors = {key: value.astype(dtype) for key, value in to_torch(params, component.rules).items()}
+        stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
+        tensors = {key: value.astype(dtype) for key, value in to_torch(params, source.RULES[name]).items()}
         save_file(tensors, folder / part / f"{stem}.safetensors")
     return folder

@@ -6,6 +6,7 @@ rules with one target; a checkpoint that holds both is refused by `convert.apply
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -36,15 +37,26 @@ def same(w: np.ndarray) -> np.ndarray:
     return w
 
 
-LEAVES: dict[str, dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]] = {
-    "dense": {"weight": ("kernel", dense), "bias": ("bias", same)},
-    "conv": {"weight": ("kernel", conv), "bias": ("bias", same)},
-    "dense_or_conv": {"weight": ("kernel", dense_or_conv), "bias": ("bias", same)},
-    "norm": {"weight": ("scale", same), "bias": ("bias", same)},
-    "embedding": {"weight": ("embedding", same)},
-    "array": {"": ("", same)},
+def third(n: int, w: np.ndarray) -> np.ndarray:
+    """The query's (0), key's (1) or value's (2) part of what PyTorch's attention stacks: [3*out, in] or [3*out]."""
+    return np.split(w, 3)[n].T
+
+
+Op = Callable[[np.ndarray], np.ndarray]
+
+LEAVES: dict[str, dict[str, tuple[tuple[str, Op], ...]]] = {
+    "dense": {"weight": (("kernel", dense),), "bias": (("bias", same),)},
+    "conv": {"weight": (("kernel", conv),), "bias": (("bias", same),)},
+    "dense_or_conv": {"weight": (("kernel", dense_or_conv),), "bias": (("bias", same),)},
+    "norm": {"weight": (("scale", same),), "bias": (("bias", same),)},
+    "embedding": {"weight": (("embedding", same),)},
+    "array": {"": (("", same),)},
+    "qkv": {
+        f"in_proj_{torch}": tuple((f"{name}_proj/{flax}", partial(third, n)) for n, name in enumerate("qkv"))
+        for torch, flax in (("weight", "kernel"), ("bias", "bias"))
+    },
 }
-"""kind -> {tensor of the PyTorch module: (leaf of the Flax module, layout op)}."""
+"""kind -> {tensor of the PyTorch module: (leaf of the Flax module, layout op) for each that it fills}."""
 
 
 def under(torch: str, flax: str, rules: list[Rule]) -> list[Rule]:
@@ -91,6 +103,8 @@ UNET = [
     *ENDS,
     Rule("time_embedding.linear_1", "time_embedding/linear_1", "dense"),
     Rule("time_embedding.linear_2", "time_embedding/linear_2", "dense"),
+    Rule("add_embedding.linear_1", "add_embedding/linear_1", "dense"),  # SDXL
+    Rule("add_embedding.linear_2", "add_embedding/linear_2", "dense"),
     *(
         r
         for block in ("down_blocks", "up_blocks")

@@ -1,59 +1,43 @@
-"""Read safetensors weights: one file, or shards with their index. Nothing is unpickled."""
+"""Read safetensors files (https://huggingface.co/docs/safetensors): nothing is unpickled, nothing stays mapped."""
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from catversion_jax.convert.tensor import FileTensor
 from catversion_jax.errors import UserError
 
-STEMS = ("model", "diffusion_pytorch_model")
-"""What transformers and diffusers call their weights."""
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(jnp.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
 
 
-class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of one or several safetensors files by name, each read when it is asked for."""
-
-    def __init__(self, paths: list[Path]):
-        self._files = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path}: not a readable safetensors file ({error}); copy or download it again"
-                ) from None
-            for name in set(file.keys()):
-                if name in self._files:
-                    raise UserError(f"{path}: tensor {name} is also in another shard; expected each tensor once")
-                self._files[name] = file
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def open_tensors(folder: Path, variant: str | None = None) -> Tensors:
-    """The weights in a model's sub-folder: `STEM[.variant].safetensors`, or the shards its `.index.json` lists."""
-    suffix = f".{variant}" if variant else ""
-    for stem in STEMS:
-        single = folder / f"{stem}{suffix}.safetensors"
-        index = folder / f"{stem}.safetensors.index{suffix}.json"
-        if single.is_file():
-            return Tensors([single])
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
-            if missing:
-                raise UserError(
-                    f"{index}: lists shards that are not beside it: {', '.join(missing)}; download them again"
-                )
-            return Tensors([folder / shard for shard in shards])
-    raise UserError(f"{folder}: no weights; expected {' or '.join(f'{stem}{suffix}.safetensors' for stem in STEMS)}")
+def open_file(path: Path) -> dict[str, FileTensor]:
+    """The tensors by name, unread. The library checks the file; reading by offset opens it once a tensor at no cost,
+    where the library would read its list of tensors each time (8 seconds for Stable Diffusion XL)."""
+    try:
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    other = sorted({entry["dtype"] for entry in tensors.values()} - DTYPES.keys())
+    if other:
+        raise UserError(f"{path}: numbers of type {', '.join(other)}; expected a file of float16, bfloat16 or float32")
+    return {
+        name: FileTensor(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        for name, entry in tensors.items()
+    }

@@ -39,10 +39,23 @@ class CLIPConfig:
 
 @dataclass(frozen=True)
 class CLIPTextConfig(CLIPConfig):
+    """`skip` is not transformers' own: the pipeline says how many of the last layers its UNet does without."""
+
     vocab_size: int = 49408
     max_position_embeddings: int = 77
     projection_dim: int | None = None  # None: the tree has no text_projection
     eos_token_id: int = 2
+    skip: int = 0  # 1 in SDXL, whose UNet is conditioned on the last but one layer's output, without the final norm
+
+    @property
+    def depth(self) -> int:
+        """How many layers reach the UNet's cross-attention."""
+        return self.num_hidden_layers - self.skip
+
+    @property
+    def pools(self) -> bool:
+        """Whether the UNet also takes the prompt's embedding: SDXL's second text encoder."""
+        return self.skip > 0 and self.projection_dim is not None
 
 
 @dataclass(frozen=True)
@@ -171,15 +184,28 @@ class CLIPTextModel(nn.Module):
         return self.text_model.encoder(x, mask, prefix, start, stop)
 
     def finish(self, x: Float[Array, "B Q c"]) -> Float[Array, "B Q c"]:
-        """The final layer norm: what the UNet is conditioned on."""
+        """The final layer norm."""
         return self.text_model.final_layer_norm(x)
 
-    def project(self, x: Float[Array, "B Q c"], token_ids: Int[Array, "B Q"]) -> Float[Array, "B e"]:
-        """The finished state at the end token, in the space that CLIP's image encoder shares."""
+    def end(self, token_ids: Int[Array, "B Q"]) -> Int[Array, "B"]:
+        """The end token's position."""
         # Configs from before the end token was recorded say 2; there it is the largest id of the sequence.
         is_end = token_ids == self.config.eos_token_id
-        end = jnp.argmax(token_ids if self.config.eos_token_id == 2 else is_end, axis=-1)
+        return jnp.argmax(token_ids if self.config.eos_token_id == 2 else is_end, axis=-1)
+
+    def project(self, x: Float[Array, "B Q c"], end: Int[Array, "B"]) -> Float[Array, "B e"]:
+        """The finished state at the end token, in the space that CLIP's image encoder shares."""
         return self.text_projection(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
+
+    def upper(
+        self, hidden: Float[Array, "B Q c"], end: Int[Array, "B"], prefix: Prefix | None, start: int
+    ) -> tuple[Float[Array, "B Q c"], Float[Array, "B e"] | None]:
+        """From the states below layer `start` to what the UNet takes: states, and the prompt's embedding where the
+        model `pools`."""
+        states = self.layers(hidden, prefix, start)
+        last = self.finish(states[-1])
+        context = states[self.config.depth - start] if self.config.skip else last
+        return context, self.project(last, end) if self.config.pools else None
 
     def __call__(
         self, token_ids: Int[Array, "B Q"], prefix: Prefix | None = None
@@ -189,7 +215,7 @@ class CLIPTextModel(nn.Module):
         out = {"hidden_states": self.layers(self.embed(token_ids), prefix)}
         out["last_hidden_state"] = self.finish(out["hidden_states"][-1])
         if self.config.projection_dim is not None:
-            out["text_embeds"] = self.project(out["last_hidden_state"], token_ids)
+            out["text_embeds"] = self.project(out["last_hidden_state"], self.end(token_ids))
         return out
 
 

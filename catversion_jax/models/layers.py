@@ -113,6 +113,7 @@ class BasicTransformerBlock(nn.Module):
 
 class Transformer2D(nn.Module):
     heads: int
+    depth: int  # transformer blocks
     groups: int
     linear_projection: bool
     dtype: Any
@@ -124,5 +125,6 @@ class Transformer2D(nn.Module):
         project = partial(nn.Dense, c) if self.linear_projection else partial(nn.Conv, c, (1, 1))
         y = nn.GroupNorm(self.groups, epsilon=TRANSFORMER_GROUP_NORM_EPS, dtype=self.dtype, name="norm")(x)
         y = project(dtype=self.dtype, name="proj_in")(y).reshape(b, h * w, c)
-        y = BasicTransformerBlock(self.heads, self.dtype, name="transformer_blocks_0")(y, context)
+        for k in range(self.depth):
+            y = BasicTransformerBlock(self.heads, self.dtype, name=f"transformer_blocks_{k}")(y, context)
         return x + project(dtype=self.dtype, name="proj_out")(y.reshape(b, h, w, c))

@@ -1,19 +1,19 @@
-"""The denoising UNet of Stable Diffusion 1.x and 2.x (diffusers' UNet2DConditionModel), NHWC."""
+"""The denoising UNet of Stable Diffusion 1.x, 2.x and XL (diffusers' UNet2DConditionModel), NHWC."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from catversion_jax.errors import UserError
 from catversion_jax.models.config import from_json
 from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Transformer2D, Upsample2D, conv3x3
 from catversion_jax.types import Array, Float, Int
 
 FIXED = {
     "act_fn": "silu",
-    "addition_embed_type": None,
     "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
@@ -28,11 +28,14 @@ FIXED = {
     "num_class_embeds": None,
     "only_cross_attention": False,
     "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
     "time_cond_proj_dim": None,
     "time_embedding_type": "positional",
-    "transformer_layers_per_block": 1,
 }
-"""Config keys whose other values are other networks (upscalers, SDXL, ...)."""
+"""Config keys whose other values are other networks (upscalers, ...)."""
+
+ADDED_EMBEDDINGS = (None, "text_time")
+"""Values of addition_embed_type: none, or SDXL's."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +57,59 @@ class UNetConfig:
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    addition_embed_type: str | None = None  # one of ADDED_EMBEDDINGS
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    resolution: int = 512  # pixels along each side, of which SDXL's UNet is told; not in the config.json
     dtype: Any = jnp.float32  # of the computation; norms' statistics and softmax stay float32
 
     @classmethod
     def from_json(cls, json: dict, **overrides) -> "UNetConfig":
-        return from_json(cls, json, FIXED, **overrides)
+        config = from_json(cls, json, FIXED, **overrides)
+        if config.addition_embed_type not in ADDED_EMBEDDINGS:
+            known = " or ".join(map(repr, ADDED_EMBEDDINGS))
+            raise UserError(f"UNet: not supported: addition_embed_type={config.addition_embed_type!r} (only {known})")
+        return config
+
+    def per_block(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        """A field that is either one number for every block or one for each."""
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @property
     def heads(self) -> tuple[int, ...]:
-        heads = self.attention_head_dim
-        return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
+        return self.per_block(self.attention_head_dim)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return self.per_block(self.transformer_layers_per_block)
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """The size of the prompt's embedding that SDXL's UNet takes beside the sizes."""
+        if self.addition_embed_type is None:
+            return None
+        return self.projection_class_embeddings_input_dim - len(self.time_ids) * self.addition_time_embed_dim
+
+    @property
+    def time_ids(self) -> tuple[int, ...]:
+        """What SDXL is told of a picture: its original size, its crop's corner and its size."""
+        size = (self.resolution, self.resolution)
+        return (*size, 0, 0, *size)
 
 
-def timestep_embedding(timesteps: Int[Array, "B"], channels: int, config: UNetConfig) -> Float[Array, "B c"]:
-    """Sinusoids of the timestep, float32 (Ho et al. 2020)."""
+class Context(NamedTuple):
+    """What the UNet is conditioned on."""
+
+    states: Float[Array, "B K e"]  # of the text encoders, side by side
+    pooled: Float[Array, "B p"] | None = None  # SDXL: the prompt's embedding
+
+
+def sinusoids(values: Array, channels: int, config: UNetConfig) -> Float[Array, "*values channels"]:
+    """Of timesteps (Ho et al. 2020) and of sizes, float32."""
     half = channels // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - config.freq_shift))
-    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    angles = values.astype(jnp.float32)[..., None] * frequencies
     waves = (jnp.cos(angles), jnp.sin(angles)) if config.flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
     return jnp.concatenate(waves, axis=-1)
 
@@ -89,9 +128,9 @@ def resnet(config: UNetConfig, channels: int, j: int) -> ResnetBlock2D:
     return ResnetBlock2D(channels, config.norm_num_groups, config.norm_eps, config.dtype, name=f"resnets_{j}")
 
 
-def transformer(config: UNetConfig, heads: int, j: int) -> Transformer2D:
+def transformer(config: UNetConfig, heads: int, depth: int, j: int) -> Transformer2D:
     linear = config.use_linear_projection
-    return Transformer2D(heads, config.norm_num_groups, linear, config.dtype, name=f"attentions_{j}")
+    return Transformer2D(heads, depth, config.norm_num_groups, linear, config.dtype, name=f"attentions_{j}")
 
 
 class DownBlock(nn.Module):
@@ -100,6 +139,7 @@ class DownBlock(nn.Module):
     config: UNetConfig
     channels: int
     heads: int | None  # None: no attention
+    depth: int
     downsample: bool
 
     @nn.compact
@@ -109,7 +149,7 @@ class DownBlock(nn.Module):
         for j in range(self.config.layers_per_block):
             x = resnet(self.config, self.channels, j)(x, time)
             if self.heads is not None:
-                x = transformer(self.config, self.heads, j)(x, context)
+                x = transformer(self.config, self.heads, self.depth, j)(x, context)
             skips.append(x)
         if self.downsample:
             skips.append(Downsample2D(self.channels, 1, self.config.dtype, name="downsamplers_0")(x))
@@ -120,11 +160,12 @@ class MidBlock(nn.Module):
     config: UNetConfig
     channels: int
     heads: int
+    depth: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"], time, context) -> Float[Array, "B h w c"]:
         x = resnet(self.config, self.channels, 0)(x, time)
-        x = transformer(self.config, self.heads, 0)(x, context)
+        x = transformer(self.config, self.heads, self.depth, 0)(x, context)
         return resnet(self.config, self.channels, 1)(x, time)
 
 
@@ -134,6 +175,7 @@ class UpBlock(nn.Module):
     config: UNetConfig
     channels: int
     heads: int | None
+    depth: int
     upsample: bool
 
     @nn.compact
@@ -141,7 +183,7 @@ class UpBlock(nn.Module):
         for j in range(self.config.layers_per_block + 1):
             x = resnet(self.config, self.channels, j)(jnp.concatenate([x, skips.pop()], axis=-1), time)
             if self.heads is not None:
-                x = transformer(self.config, self.heads, j)(x, context)
+                x = transformer(self.config, self.heads, self.depth, j)(x, context)
         if self.upsample:
             x = Upsample2D(self.channels, self.config.dtype, name="upsamplers_0")(x)
         return x
@@ -158,22 +200,33 @@ class UNet2DConditionModel(nn.Module):
 
     @nn.compact
     def __call__(
-        self, latents: Float[Array, "B h w c"], timesteps: Int[Array, "B"], context: Float[Array, "B K e"]
+        self,
+        latents: Float[Array, "B h w c"],
+        timesteps: Int[Array, "B"],
+        context: Float[Array, "B K e"],
+        pooled: Float[Array, "B p"] | None = None,
     ) -> Float[Array, "B h w c"]:
+        """`context` and `pooled` are the fields of a Context."""
         cfg = self.config
         channels, last = cfg.block_out_channels, len(cfg.block_out_channels) - 1
         context = context.astype(cfg.dtype)
-        time = timestep_embedding(timesteps, channels[0], cfg).astype(cfg.dtype)
+        time = sinusoids(timesteps, channels[0], cfg).astype(cfg.dtype)
         time = TimestepEmbedding(4 * channels[0], cfg.dtype, name="time_embedding")(time)
+        if cfg.addition_embed_type is not None:
+            sizes = sinusoids(jnp.asarray(cfg.time_ids), cfg.addition_time_embed_dim, cfg).reshape(1, -1)
+            added = jnp.concatenate([pooled, jnp.broadcast_to(sizes, (len(pooled), sizes.size))], axis=-1)
+            time += TimestepEmbedding(4 * channels[0], cfg.dtype, name="add_embedding")(added.astype(cfg.dtype))
 
         x = conv3x3(channels[0], cfg.dtype, "conv_in")(latents.astype(cfg.dtype))
         skips = [x]
         for i, block in enumerate(cfg.down_block_types):
             heads = cfg.heads[i] if DOWN_BLOCKS[block] else None
-            skips += DownBlock(cfg, channels[i], heads, i < last, name=f"down_blocks_{i}")(skips[-1], time, context)
-        x = MidBlock(cfg, channels[-1], cfg.heads[-1], name="mid_block")(skips[-1], time, context)
+            down = DownBlock(cfg, channels[i], heads, cfg.depths[i], i < last, name=f"down_blocks_{i}")
+            skips += down(skips[-1], time, context)
+        x = MidBlock(cfg, channels[-1], cfg.heads[-1], cfg.depths[-1], name="mid_block")(skips[-1], time, context)
         for i, block in enumerate(cfg.up_block_types):
             heads = cfg.heads[last - i] if UP_BLOCKS[block] else None
-            x = UpBlock(cfg, channels[last - i], heads, i < last, name=f"up_blocks_{i}")(x, skips, time, context)
+            up = UpBlock(cfg, channels[last - i], heads, cfg.depths[last - i], i < last, name=f"up_blocks_{i}")
+            x = up(x, skips, time, context)
         x = nn.silu(nn.GroupNorm(cfg.norm_num_groups, epsilon=cfg.norm_eps, dtype=cfg.dtype, name="conv_norm_out")(x))
         return conv3x3(cfg.out_channels, cfg.dtype, "conv_out")(x)

@@ -1,0 +1,13 @@
+r"""Stable Diffusion 2.1 (v-prediction, 768 px): 3 x 2 x 1024 numbers learned.
+
+    catversion train --config=configs/sd21.py \
+        --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
+
+Result: not measured yet; the numbers of this config need a GPU or a TPU and the model's weights.
+"""
+
+from catversion_jax.config import stable_diffusion
+
+
+def get_config():
+    return stable_diffusion("stabilityai/stable-diffusion-2-1")
