@@ -17,6 +17,7 @@ REQUIRES = [
     "importlib-resources>=6",  # TFDS 4.9.10 imports it without requiring it
     "ml-collections>=1.0",  # the configs and their flags
     "transformers>=4.57,<6",  # CLIP's tokenizer, nothing else
+    "huggingface-hub>=0.34",  # models downloaded by name; transformers requires it too
     "safetensors>=0.5",  # weights and concepts, read without executing anything
     "absl-py>=2.1",  # flags
     "pillow>=11",  # photos in, pictures and grids out
@@ -31,7 +32,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"],
-    "parity": ["diffusers==0.39.0", "transformers==4.57.6", "pytest>=8"],  # the last releases with Flax classes
+    "parity": ["diffusers==0.39.0", "transformers==4.57.6", "torch>=2.6", "pytest>=8"],  # the last with Flax classes
 }
 
 setup(
@@ -43,7 +44,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     packages=find_packages(include=["catversion_jax*"]),
-    package_data={"catversion_jax": ["mini/**/*", "mini/*", "concepts/**/*"]},
+    package_data={"catversion_jax": ["mini/**/*", "mini/*", "concepts/**/*", "exported/*"]},
     python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -10,11 +10,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from catversion_jax import artifact, sampling, text
+from catversion_jax.conditioning import movement
 from catversion_jax.config import expand
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.pipeline import DTYPES, MINI, Pipeline, load
+from catversion_jax.schedulers import SCHEDULERS, plan
 
 SLUG_LENGTH = 80
 GRID_COLUMNS = 8
@@ -32,30 +34,33 @@ def define_flags() -> None:
     flags.DEFINE_string("out", "pictures", "The folder for the pictures; a second call adds to it.")
     flags.DEFINE_string("negative_prompt", "", "What to steer away from; never sees the concept.")
     flags.DEFINE_float("guidance", 5.0, "Scale of classifier-free guidance; 1: none.", lower_bound=0)
-    flags.DEFINE_integer("steps", 30, "DDIM steps.", lower_bound=1, upper_bound=1000)
+    flags.DEFINE_string("scheduler", "", f"One of {', '.join(SCHEDULERS)}. Default: the model's own.")
+    flags.DEFINE_integer("steps", 30, "Of the scheduler.", lower_bound=1, upper_bound=1000)
     flags.DEFINE_float("strength", 1.0, "Of the concept, 0 to 1; 0: the base model.", lower_bound=0, upper_bound=1)
     flags.DEFINE_string("model", None, "The base model's folder. Default: the one the concept was learned on.")
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the computation.")
     flags.DEFINE_integer("batch_size", 4, "Pictures at once.", lower_bound=1)
+    flags.DEFINE_bool("check", False, "Draw nothing; print how far the concept moves each prompt's text states.")
 
 
 def main(arguments: flags.FlagValues) -> int:
     """Write `<prompt-slug>_<seed>.png` for every prompt and seed, and a grid of them."""
     if not arguments.embedding:
         raise UserError("--embedding: missing; expected a run directory of catversion train")
-    source = expand(arguments.embedding)
-    concept = artifact.load(source)
+    concept = artifact.load(expand(arguments.embedding))
     prompts = read_prompts(arguments)
     seeds = [(arguments.seed + i) % 2**32 for i in range(arguments.num)]
-    out = make_folder(expand(arguments.out))
-    model = arguments.model or concept.model_path
-    pipeline = load(expand(model) if model else None, arguments.dtype)
-    artifact.check_model(concept, pipeline.fingerprint, str(source), model or str(MINI))
-    for warning in warnings(pipeline, concept, prompts, arguments.strength):
-        print(f"catversion: warning: {warning}")
+    out = expand(arguments.out)
+    if not arguments.check:
+        make_folder(out)
+    pipeline = load_model(arguments, concept, prompts, arguments.dtype)
+    if arguments.check:
+        print(*movement(pipeline, prompts, concept, arguments.strength), sep="\n")
+        return 0
 
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    config = sampling.SamplerConfig(arguments.steps, arguments.guidance, arguments.batch_size)
+    plan(pipeline.networks.schedule, arguments.scheduler, arguments.steps)  # refuses before the first picture
+    config = sampling.SamplerConfig(arguments.steps, arguments.guidance, arguments.batch_size, arguments.scheduler)
     pictures = sampling.paint(
         pipeline, *zip(*jobs, strict=True), config, concept, arguments.strength, arguments.negative_prompt
     )
@@ -89,6 +94,20 @@ def read_prompts(arguments: flags.FlagValues) -> list[str]:
     return prompts
 
 
+def load_model(
+    arguments: flags.FlagValues, concept: artifact.Concept, prompts: list[str], dtype: str = "float32"
+) -> Pipeline:
+    """The base model of --model or the concept's own; prints what makes the concept do less than one would think."""
+    model = arguments.model or concept.model_path
+    pipeline = load(expand(model) if model else None, dtype)
+    encoders = [encoder.config for encoder in pipeline.networks.text]
+    source = str(expand(arguments.embedding))
+    unsure = artifact.check_model(concept, pipeline.fingerprint, encoders, source, model or str(MINI))
+    for warning in unsure + warnings(pipeline, concept, prompts, arguments.strength):
+        print(f"catversion: warning: {warning}")
+    return pipeline
+
+
 def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -101,10 +120,10 @@ def warnings(pipeline: Pipeline, concept: artifact.Concept, prompts: list[str], 
     """One line for each thing that makes the concept do less than one would think."""
     lines = []
     if strength == 0:
-        lines.append("--strength=0 removes the concept: these are the base model's pictures")
+        lines.append("--strength=0 removes the concept: what follows is the base model's")
     places = text.find_word(pipeline.tokenizer(prompts), pipeline.tokenizer.word(concept.class_word))
     without = [prompt for prompt, place in zip(prompts, places, strict=True) if place < 0]
-    if without:
+    if without and concept.class_word:
         listed = ", ".join(repr(prompt) for prompt in without)
         lines.append(f"without the class word {concept.class_word!r}, which the concept was learned with: {listed}")
     cut = [prompt for prompt in prompts if pipeline.tokenizer.is_cut(prompt)]

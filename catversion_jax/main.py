@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from absl import flags, logging
 
@@ -16,16 +17,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 COMMANDS = {
-    "train": "learn a concept from a folder of photos",
-    "generate": "draw pictures with a learned concept",
-    "sweep": "train and score settings on a folder of concepts with held-out photos",
-    "doctor": "devices, versions, memory, cache: what is there and what is missing",
+    "train": ("train", "learn a concept from a folder of photos"),
+    "generate": ("generate", "draw pictures with a learned concept"),
+    "sweep": ("sweep", "train and score settings on a folder of concepts with held-out photos"),
+    "convert": ("convert.command", "an adapter of the paper's authors to a concept, or back"),
+    "export": ("export", "a learned concept for PyTorch pipelines and ComfyUI"),
+    "doctor": ("doctor", "devices, versions, memory, cache: what is there and what is missing"),
 }
-"""Sub-command -> what it does. Each is the module catversion_jax.NAME with define_flags() and main(flags)."""
+"""Sub-command -> its module in catversion_jax and what it does. The module has define_flags() and
+main(flags, *positionals); where the command takes positionals, POSITIONALS names them."""
 
 
 def usage() -> str:
-    lines = [f"  {name:10} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             f"catversion {__version__}: usage: catversion COMMAND [--FLAG=VALUE ...]",
@@ -42,15 +46,22 @@ def nearest(word: str, words) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def command_help(name: str) -> str:
+def positionals(module: ModuleType) -> tuple[str, ...]:
+    """What the command takes besides flags."""
+    return getattr(module, "POSITIONALS", ())
+
+
+def command_help(name: str, module: ModuleType) -> str:
     """The flags that the command's module defines."""
-    defined = flags.FLAGS.get_flags_for_module(f"catversion_jax.{name}")
+    defined = flags.FLAGS.get_flags_for_module(module)
     lines = [f"  --{flag.name}: {flag.help} (default: {flag.default})" for flag in defined]
-    return "\n".join([f"catversion {name}: {COMMANDS[name]}", "", *lines])
+    usage = " ".join(["catversion", name, *positionals(module)])
+    return "\n".join([f"{usage}: {COMMANDS[name][1]}", "", *lines])
 
 
-def parse(name: str, arguments: list[str]) -> flags.FlagValues:
-    """The command's flags. Raises UserError for what is not one of them."""
+def parse(name: str, arguments: list[str], expected: tuple[str, ...] = ()) -> tuple[flags.FlagValues, list[str]]:
+    """The command's flags and its `expected` positionals. Raises UserError for what is not one of them."""
+    flags.FLAGS.set_gnu_getopt()  # flags may follow positionals
     # config_flags finds --config.KEY overrides in sys.argv, and nowhere else.
     sys.argv = [f"catversion {name}", *arguments]
     for argument in arguments:
@@ -62,9 +73,11 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues:
         raise UserError(str(error)) from None
     except (AttributeError, KeyError) as error:
         raise UserError(unknown_key(arguments) or str(error)) from None
-    if rest:
+    if rest and not expected:
         raise UserError(f"{rest[0]}: expected only flags; they begin with --")
-    return flags.FLAGS
+    if len(rest) != len(expected):
+        raise UserError(f"{name}: {len(rest)} arguments; expected {len(expected)}: {' '.join(expected)}")
+    return flags.FLAGS, rest
 
 
 def unknown_key(arguments: list[str]) -> str | None:
@@ -93,16 +106,16 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{name}: no such command{nearest(name, COMMANDS)}")
         logging.use_absl_handler()
         logging.set_verbosity(logging.WARNING)
-        module = importlib.import_module(f"catversion_jax.{name}")
+        module = importlib.import_module(f"catversion_jax.{COMMANDS[name][0]}")
         module.define_flags()
         if {"--help", "-h", "-help"} & set(arguments):
-            print(command_help(name))
+            print(command_help(name, module))
             return 0
-        parsed = parse(name, arguments)
+        parsed, rest = parse(name, arguments, positionals(module))
         from catversion_jax import cache
 
         cache.enable()
-        return module.main(parsed)
+        return module.main(parsed, *rest)
     except UserError as error:
         print(f"catversion: error: {error}", file=sys.stderr)
         return 1
