@@ -32,7 +32,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"],
-    "parity": ["diffusers==0.39.0", "transformers==4.57.6", "torch>=2.6", "pytest>=8"],  # the last with Flax classes
+    "parity": ["diffusers==0.39.0", "transformers==4.57.6", "torch==2.13.0", "pytest>=8"],  # the last with Flax classes
 }
 
 setup(

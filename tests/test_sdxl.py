@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from catversion_jax import artifact, pipeline, sampling
 from catversion_jax.pipeline import MINI
@@ -65,3 +66,18 @@ def test_generate(model, learned, tiny_model, tmp_path):
     assert (tmp_path / "a-teapot_0.png").is_file()
     message = error_of("generate", f"--embedding={learned}", f"--model={tiny_model}", *flags)
     assert "a concept works only with the base model it was learned on" in message
+
+
+def test_export(learned, tmp_path):
+    catversion("export", f"--embedding={learned}", "--prompt=a teapot", "--prompt=a car", f"--out={tmp_path}")
+    embeds = load_file(tmp_path / "prompt_embeds.safetensors")
+    shapes = {name: array.shape for name, array in embeds.items()}
+    states, pooled = (2, 77, 80), (2, 24)
+    assert shapes == {
+        "prompt_embeds": states,
+        "negative_prompt_embeds": states,
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": pooled,
+    }
+    assert not np.array_equal(embeds["prompt_embeds"][0], embeds["negative_prompt_embeds"][0])
+    assert artifact.load(tmp_path).prefix_2 is not None

@@ -1,0 +1,52 @@
+"""How far a concept moves the text states: generate --check."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from catversion_jax import artifact, conditioning
+from tests import tiny
+from tests.commands import catversion, error_of
+
+
+@pytest.fixture(scope="module")
+def concept(tiny_model, tiny_pipeline) -> artifact.Concept:
+    prefix = np.random.default_rng(0).normal(size=(1, 2, 2, 2, 16)).astype(np.float32)
+    fingerprint = tiny_pipeline.fingerprint
+    return artifact.Concept(prefix, "teapot", (), (2, 3), 0.0, "trigger", fingerprint, str(tiny_model), 1, 0.01, 0)
+
+
+def test_movement(tiny_pipeline, concept):
+    prompts = ["a photo of a teapot", "a car"]
+    moved, still = conditioning.movement(tiny_pipeline, prompts, concept, 1.0)
+    base, states = (conditioning.context(tiny_pipeline, prompts, c).states[0] for c in (None, concept))
+    change = np.linalg.norm(states - base) / np.linalg.norm(base)
+    most = int(np.linalg.norm(states - base, axis=-1).argmax())
+    assert most >= 5  # the class word: start, a, photo, of, a, teapot
+    token = tiny_pipeline.tokenizer.token(tiny_pipeline.tokenizer(prompts)[0, most])
+    assert moved == f"'a photo of a teapot': moved by {change:.2%}, the most at token {most}, {token!r}"
+    assert still == "'a car': nothing moved"
+    for line in conditioning.movement(tiny_pipeline, prompts, concept, 0.0):
+        assert line.endswith("nothing moved")
+    everywhere = dataclasses.replace(concept, scope="all")
+    assert "moved by" in list(conditioning.movement(tiny_pipeline, prompts, everywhere, 0.1))[1]
+
+
+def test_check(concept, tmp_path):
+    """One line a prompt beside one warning for each reason; nothing is drawn."""
+    path = tmp_path / "concept.safetensors"
+    artifact.save(path, concept)
+    same = ["generate", "--check", "--embedding", path, f"--out={tmp_path / 'out'}", "--prompt=a teapot"]
+    (line,) = catversion(*same).stdout.splitlines()
+    assert line.startswith("'a teapot': moved by ")
+    warning, first, second = catversion(*same, "--prompt=a car").stdout.splitlines()
+    assert "warning: without the class word 'teapot'" in warning
+    assert first == line
+    assert second == "'a car': nothing moved"
+    warning, still = catversion(*same, "--strength=0").stdout.splitlines()
+    assert "warning: --strength=0 removes the concept" in warning
+    assert still == "'a teapot': nothing moved"
+    other = tiny.write(tmp_path / "other", seed=1)
+    assert "learned in text encoder" in error_of(*same, f"--model={other}")
+    assert not (tmp_path / "out").exists()
