@@ -9,16 +9,19 @@ TEAPOT := catversion_jax/concepts/teapot
 DEMO := --config.run_dir=runs/demo --config.concept.class_word=teapot \
 	--config.data.dir=$(TEAPOT)/train --config.data.masks_dir=$(TEAPOT)/train_masks
 
-.PHONY: demo test parity lint clean
+.PHONY: demo test parity full-size lint clean
 
 demo: .venv/installed
 	$(BIN)/catversion train --config=configs/mini.py $(DEMO) --resume
 
 test: .venv/tested
-	$(BIN)/python -m pytest tests --ignore=tests/parity -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/full_size -n 2 --dist loadfile --durations=15
 
 parity: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/parity
+
+full-size: .venv-parity/installed
+	$(PARITY)/python -m pytest tests/full_size -s
 
 lint: .venv/tested
 	$(BIN)/ruff check .
