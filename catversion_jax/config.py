@@ -22,7 +22,7 @@ def default() -> ConfigDict:
             "path": "",  # a folder, a single file, or a model's name on Hugging Face; "": the embedded mini model
             "revision": "",  # of a model on Hugging Face; "": its main branch
             "variant": "",  # "fp16" reads the .fp16.safetensors files
-            "prediction_type": "",  # epsilon or v_prediction; "": as the model's scheduler_config.json has it
+            "prediction_type": "",  # epsilon or v_prediction; "": as the model says; v_prediction for a 2.x file
             "dtype": "float32",  # of the text encoder's and the UNet's computation; or bfloat16
         },
         "data": {

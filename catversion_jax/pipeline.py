@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax import tree
-from catversion_jax.convert.torch import from_torch, shapes_of
+from catversion_jax.convert.torch import Part, from_torch, shapes_of
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.config import from_json
@@ -115,6 +115,12 @@ def abstract(name: str, module) -> Params:
     return shapes_of(module.init, *COMPONENTS[name].inputs(module))
 
 
+def laid_out(tensor: np.ndarray, op: Callable, dtype: Any) -> np.ndarray:
+    """A tensor of a file in our layout and dtype. Cast first: a cast that transposes is many times slower."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(op(tensor.astype(dtype)))
+
+
 def load_component(
     source: Source, name: str, dtype=jnp.float32, digests: dict[str, bytes] | None = None
 ) -> tuple[Any, Params]:
@@ -125,10 +131,10 @@ def load_component(
     """
     module = COMPONENTS[name].make(source.config(name), dtype)
 
-    def place(path: str, value: np.ndarray) -> jax.Array:
+    def place(part: Part, tensor: np.ndarray) -> jax.Array:
         if digests is not None:
-            digests[f"{name}/{path}"] = tree.digest(value)
-        return jax.device_put(np.ascontiguousarray(value, dtype))
+            digests[f"{name}/{part.path}"] = tree.digest(laid_out(tensor, part.op, np.float16))
+        return jax.device_put(laid_out(tensor, part.op, dtype))
 
     described = f"{source.name}: {name}"
     return module, from_torch(source.tensors(name), source.rules(name), abstract(name, module), described, place)

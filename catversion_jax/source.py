@@ -110,7 +110,9 @@ def open_source(path: str, revision: str = "", variant: str = "", prediction_typ
     elif path.count("/") == 1:
         source = open_folder(path, download(path, revision, variant), variant, prediction_type)
     else:
-        raise UserError(f"{path}: no such folder or file; or give a model's name (owner/name) on {hub.ENDPOINT}")
+        raise UserError(
+            f"{path}: not found; expected a folder, a file or a model's name (owner/name) on {hub.ENDPOINT}"
+        )
     channels = source.config("unet").get("in_channels", 4)
     latents = source.config("vae").get("latent_channels", 4)
     if channels != latents:
@@ -163,8 +165,11 @@ def download(repo: str, revision: str, variant: str) -> Path:
         path = hub.fetch(repo, revision, files)
         folders = [f for f in folders if (path / f / "config.json").is_file() and not find(path / f, variant)]
         if not folders:
-            break
-    return path
+            return path
+    what = f" of config.model.variant={variant!r}" if variant else ""
+    raise UserError(
+        f"{repo}: no weights{what} for {', '.join(folders)}; choose another variant, or go online for the rest"
+    )
 
 
 def open_file(path: Path, prediction_type: str) -> Source:

@@ -21,8 +21,9 @@ from catversion_jax.data.posteriors import posteriors
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
-from catversion_jax.pipeline import MINI, Pipeline, read_json
+from catversion_jax.pipeline import MINI, Pipeline
 from catversion_jax.run_dir import RunDir
+from catversion_jax.source import read_json
 from catversion_jax.train import given_config, learn, load_model
 from catversion_jax.types import Float
 

@@ -13,12 +13,12 @@ from catversion_jax.convert import rules
 from catversion_jax.convert.torch import from_torch
 from catversion_jax.convert.weights import open_weights
 from catversion_jax.errors import UserError
-from catversion_jax.source import RULES, open_source
+from catversion_jax.source import FOLDERS, RULES, open_source
 from tests import tiny
 
 MODEL_FILES = {
     name: f"{part}/{'model' if name == 'text' else 'diffusion_pytorch_model'}.safetensors"
-    for name, part in source.FOLDERS.items()
+    for name, part in FOLDERS.items()
     if part in tiny.CHANGES
 }
 

@@ -91,7 +91,7 @@ class Reader:
         shape = tuple(self.expect("integer") for _ in range(axes))
         dtype = self.name()
         if dtype not in DTYPES:
-            raise ValueError(f"numbers of type {dtype}")
+            raise ValueError(f"numbers of type {dtype!r}")
         size = self.expect("bytes")
         offset = self.file.tell()
         if size != math.prod(shape) * DTYPES[dtype].itemsize or offset + size != begin + length:
@@ -107,11 +107,11 @@ class Reader:
             yield "/".join(above), self.array(path, head.length)
             return
         if head.kind != "map" or len(above) > MAX_DEPTH or head.length > MAX_ENTRIES:
-            raise ValueError(f"{head.kind} of length {head.length} at {'/'.join(above) or 'its beginning'}")
+            raise ValueError(f"{head.kind} of length {head.length} at {'/'.join(above)!r}")
         for _ in range(head.length):
             name = self.name()
             if name == "__msgpack_chunked_array__":
-                raise ValueError(f"{'/'.join(above)} is larger than 1 GiB, as no part of Stable Diffusion is")
+                raise ValueError(f"{'/'.join(above)!r} is larger than 1 GiB, as no part of Stable Diffusion is")
             yield from self.leaves(path, (*above, name))
 
 
@@ -123,7 +123,7 @@ def open_file(path: Path) -> dict[str, FileTensor]:
         with path.open("rb") as file:
             for name, tensor in Reader(file, size).leaves(path):
                 if name in tensors or len(tensors) > MAX_ENTRIES:
-                    raise ValueError(f"{name} is there twice, or there are more than {MAX_ENTRIES:,} arrays")
+                    raise ValueError(f"{name!r} is there twice, or there are more than {MAX_ENTRIES:,} arrays")
                 tensors[name] = tensor
             if file.tell() != size:
                 raise ValueError("something follows its end")

@@ -39,7 +39,7 @@ def same(w: np.ndarray) -> np.ndarray:
 
 def third(n: int, w: np.ndarray) -> np.ndarray:
     """The query's (0), key's (1) or value's (2) part of what PyTorch's attention stacks: [3*out, in] or [3*out]."""
-    return np.split(w, 3)[n].T
+    return w.reshape(3, -1, *w.shape[1:])[n].T
 
 
 Op = Callable[[np.ndarray], np.ndarray]

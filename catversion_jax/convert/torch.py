@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,15 +22,24 @@ class Part(NamedTuple):
     op: Callable[[np.ndarray], np.ndarray]
 
 
-def compile_rules(rules: Iterable[Rule]) -> list[tuple[re.Pattern, tuple[tuple[str | None, Callable], ...]]]:
-    """A pattern of tensor names for each tensor of every rule, and (target path, layout op) of what it fills."""
+def compile_rules(rules: Iterable[Rule]) -> list[tuple[re.Pattern, list[Part]]]:
+    """A pattern of tensor names for each tensor of every rule, and the parts it fills, with {i} in their paths."""
     compiled = []
     for rule in rules:
-        for torch_leaf, parts in LEAVES[rule.kind].items():
+        for torch_leaf, leaves in LEAVES[rule.kind].items():
             name = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(f"{rule.torch}.{torch_leaf}".removesuffix(".")))
-            targets = tuple((rule.flax and f"{rule.flax}/{leaf}".removesuffix("/"), op) for leaf, op in parts)
-            compiled.append((re.compile(name), targets))
+            paths = [(f"{rule.flax}/{leaf}".removesuffix("/"), op) for leaf, op in leaves if rule.flax is not None]
+            compiled.append((re.compile(name), [Part(*part) for part in paths]))
     return compiled
+
+
+def matches(compiled: list[tuple[re.Pattern, list[Part]]], name: str) -> list[list[Part]]:
+    """What a tensor fills by each rule that knows its name."""
+    return [
+        [Part(path.format(**match.groupdict()), op) for path, op in parts]
+        for pattern, parts in compiled
+        if (match := pattern.fullmatch(name))
+    ]
 
 
 def plan(
@@ -40,34 +50,28 @@ def plan(
     Raises UserError, naming `source`, that lists every tensor that no rule or more than one rule matches, two tensors
     with one target, targets that the model does not have, parameters that nothing filled, and wrong shapes.
     """
-    compiled = compile_rules(rules or [])
+    find = partial(matches, compile_rules(rules)) if rules is not None else lambda name: [[Part(name, same)]]
     shapes = {path: leaf.shape for path, leaf in flatten_dict(expected, sep="/").items()}
     planned: dict[str, list[Part]] = {}
     filled: set[str] = set()
     problems: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
-        if rules is None:
-            matches = [(re.fullmatch(".*", name), ((name, same),))]
-        else:
-            matches = [(m, targets) for pattern, targets in compiled if (m := pattern.fullmatch(name))]
-        if len(matches) != 1:
-            problems.setdefault("no rule for" if not matches else "several rules for", []).append(name)
+        found = find(name)
+        if len(found) != 1:
+            problems.setdefault("no rule for" if not found else "several rules for", []).append(name)
             continue
-        match, targets = matches[0]
-        for target, op in targets:
-            if target is None:
-                continue
-            path = target.format(**match.groupdict())
+        for part in found[0]:
+            path = part.path
             if path not in shapes:
                 problems.setdefault("not part of this model", []).append(name)
             elif path in filled:
                 problems.setdefault("given twice", []).append(f"{path} (again as {name})")
-            elif layout(op, tensor.shape) != shapes[path]:
-                found = f"{name} {tuple(tensor.shape)}, expected {shapes[path]} as {path}"
-                problems.setdefault("wrong shape", []).append(found)
+            elif layout(part.op, tensor.shape) != shapes[path]:
+                wrong = f"{name} {tuple(tensor.shape)}, expected {shapes[path]} as {path}"
+                problems.setdefault("wrong shape", []).append(wrong)
             else:
                 filled.add(path)
-                planned.setdefault(name, []).append(Part(path, op))
+                planned.setdefault(name, []).append(part)
     missing = shapes.keys() - filled
     if missing and "wrong shape" not in problems:
         problems["missing"] = sorted(missing)
@@ -90,19 +94,19 @@ def from_torch(
     rules: Iterable[Rule] | None,
     expected: Params,
     source: str,
-    place: Callable[[str, np.ndarray], Any] = lambda path, value: value,
+    place: Callable[[Part, np.ndarray], Any] = lambda part, tensor: part.op(tensor),
 ) -> Params:
     """The Flax parameters `expected` (a tree of shapes) from PyTorch's `tensors`, one in memory at a time.
 
-    `place` takes each parameter's path and value, in the file's dtype, to what the tree shall hold: an array on its
-    devices. Raises UserError as `plan` does, before any tensor is read.
+    `place` makes of a tensor, as the file has it, what the tree shall hold for a part of it: an array on the device.
+    Raises UserError as `plan` does, before any tensor is read.
     """
     filled = {}
     for name, parts in plan(tensors, rules, expected, source).items():
         tensor = tensors[name]
         value = tensor if isinstance(tensor, np.ndarray) else tensor.read()
         for part in parts:
-            filled[part.path] = place(part.path, part.op(value))
+            filled[part.path] = place(part, value)
     return unflatten_dict(filled, sep="/")
 
 
