@@ -22,6 +22,21 @@ GOLDEN = Path(__file__).parent / "golden" / "mini_torch.npz"
 cache.enable()
 
 
+OFFICIAL, DREAMBOOTH = (Path(__file__).parents[2] / "shared" / name for name in ("official", "dreambooth"))
+needs_official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="needs ../shared/official")
+needs_dreambooth = pytest.mark.skipif(not DREAMBOOTH.is_dir(), reason="needs ../shared/dreambooth")
+EXCUSES = ("needs ../shared/official", "needs ../shared/dreambooth", "needs a GPU")
+"""The only reasons to skip; any other skip is a failure, so that nothing is left out unseen."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and not any(excuse in str(report.longrepr) for excuse in EXCUSES):
+        report.outcome = "failed"
+    return report
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, np.ndarray]:
     """What PyTorch computes on the mini model; pictures and latents moved to NHWC."""

@@ -10,10 +10,10 @@ from catversion_jax import artifact
 from catversion_jax.convert import official, torch_zip
 from catversion_jax.errors import UserError
 from catversion_jax.models.clip import CLIPTextConfig
-from tests.commands import ROOT, catversion, error_of
+from tests.commands import catversion, error_of
+from tests.conftest import OFFICIAL, needs_official
 from tests.torch_files import Call, Global, View, save, whole
 
-AUTHORS = ROOT.parent / "shared" / "official"
 SD15 = CLIPTextConfig()
 
 
@@ -40,10 +40,10 @@ def test_there_and_back(tmp_path, length):
     assert path.read_bytes() == before
 
 
-@pytest.mark.skipif(not AUTHORS.is_dir(), reason=f"the authors' adapters are not in {AUTHORS}")
+@needs_official
 @pytest.mark.parametrize("name", ["teddybear", "colorful_teapot"])
 def test_the_authors_adapters(tmp_path, name):
-    theirs = AUTHORS / name / "pytorch_adapter.bin"
+    theirs = OFFICIAL / name / "pytorch_adapter.bin"
     catversion("convert", theirs, tmp_path / "OUT", "--class_word=bear")
     ours = artifact.load(tmp_path / "OUT")
     assert ours.prefix.shape == (1, 3, 2, 12, 64)

@@ -11,7 +11,7 @@ from catversion_jax.data import dataset
 from catversion_jax.data.photos import MAX_PHOTOS, read_photos
 from catversion_jax.data.posteriors import bucket, posteriors
 from catversion_jax.errors import UserError
-from tests.conftest import max_error
+from tests.conftest import DREAMBOOTH, max_error, needs_dreambooth
 
 RED, BLUE = (200, 20, 20), (20, 20, 200)
 
@@ -182,3 +182,13 @@ def test_posteriors(tiny_pipeline):
 
 def test_buckets():
     assert [bucket(n) for n in (1, 5, 8, 9, 16, 17, 100)] == [8, 8, 8, 16, 16, 32, 128]
+
+
+@needs_dreambooth
+def test_dreambench_subjects():
+    """30 subjects of 4 to 6 real photos each, as their authors publish them."""
+    folders = sorted(path for path in DREAMBOOTH.iterdir() if path.is_dir())
+    photos = [read_photos(folder, 512) for folder in folders]
+    assert len(folders) == 30
+    assert sum(map(len, photos)) == 158
+    assert {photo.image.shape for of_subject in photos for photo in of_subject} == {(512, 512, 3)}

@@ -16,8 +16,8 @@ from catversion_jax.convert.torch import from_torch
 from catversion_jax.convert.torch_zip import open_checkpoint, read
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.config import from_json
-from tests.conftest import max_error
-from tests.test_convert_command import AUTHORS, concept
+from tests.conftest import OFFICIAL, max_error
+from tests.test_convert_command import concept
 
 SD15_TEXT = {
     "vocab_size": 1000,
@@ -129,7 +129,7 @@ def forward(model: Reference, token_ids: torch.Tensor, prefixes: dict[int, torch
 def adapters(folder) -> dict[str, artifact.Concept]:
     """The authors' two where they are there, and one of ours, each through its file."""
     official.write(folder / "ours.bin", concept(), folder)
-    paths = [folder / "ours.bin", *sorted(AUTHORS.glob("*/pytorch_adapter.bin"))]
+    paths = [folder / "ours.bin", *sorted(OFFICIAL.glob("*/pytorch_adapter.bin"))]
     return {str(path): official.read(path) for path in paths}
 
 
