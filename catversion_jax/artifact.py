@@ -38,6 +38,9 @@ class Concept:
     seed: int
     prefix_2: Float[np.ndarray, "P L 2 H D"] | None = None  # in the second text encoder of SDXL
     layers_2: tuple[int, ...] | None = None
+    model_revision: str = ""  # how model_path was read, as in the config
+    model_variant: str = ""
+    model_prediction_type: str = ""
 
     @property
     def prefixes(self) -> tuple[Float[np.ndarray, "P L 2 H D"], ...]:
@@ -53,8 +56,8 @@ class Concept:
 TENSORS = {"prefix": "layers", "prefix_2": "layers_2"}
 """Each tensor -> the field with its layers."""
 METADATA = [field.name for field in dataclasses.fields(Concept) if field.name not in TENSORS]
-OPTIONAL = {"layers_2"}
-"""Fields that are not written where they are None."""
+OPTIONAL = {"layers_2", "model_revision", "model_variant", "model_prediction_type"}
+"""Fields that a file may lack."""
 
 
 def save(path: Path, concept: Concept) -> None:

@@ -99,7 +99,8 @@ def load_model(
 ) -> Pipeline:
     """The base model of --model or the concept's own; prints what makes the concept do less than one would think."""
     model = arguments.model or concept.model_path
-    pipeline = load(expand(model) if model else None, dtype)
+    known = {key: getattr(concept, f"model_{key}") for key in ("revision", "variant", "prediction_type")}
+    pipeline = load(model, dtype, **({} if arguments.model else known))
     encoders = [encoder.config for encoder in pipeline.networks.text]
     source = str(expand(arguments.embedding))
     unsure = artifact.check_model(concept, pipeline.fingerprint, encoders, source, model or str(MINI))

@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from catversion_jax import artifact
-from catversion_jax.config import flat
+from catversion_jax.config import default, flat
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 
@@ -62,7 +62,7 @@ class RunDir:
         if not resume:
             raise UserError(f"{self.path}: holds a run already; continue it with --resume, or choose another run_dir")
         try:
-            old = json.loads(self.config.read_text())
+            old = plain(default()) | json.loads(self.config.read_text())  # keys newer than the run had their defaults
         except ValueError:
             raise UserError(f"{self.config}: not JSON; choose another run_dir") from None
         new = plain(config)

@@ -14,7 +14,11 @@ TEAPOT = MINI.parent / "concepts" / "teapot" / "train"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("sdxl"), changes=tiny.XL_CHANGES)
+    """Its weights are a variant, which the concept has to remember."""
+    folder = tiny.write(tmp_path_factory.mktemp("sdxl"), changes=tiny.XL_CHANGES)
+    for path in folder.rglob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +26,7 @@ def learned(model, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("sdxl-run") / "run"
     values = {
         "model.path": model,
+        "model.variant": "fp16",
         "data.dir": TEAPOT,
         "concept.class_word": "teapot",
         "run_dir": run_dir,
@@ -39,7 +44,7 @@ def learned(model, tmp_path_factory):
 
 
 def test_the_networks(model):
-    networks = pipeline.load(model).networks
+    networks = pipeline.load(model, variant="fp16").networks
     assert [text.config.depth for text in networks.text] == [3, 3]
     assert networks.heads == ((2, 16), (3, 16))
     assert networks.unet.config.time_ids == (16, 16, 0, 0, 16, 16)
@@ -49,7 +54,7 @@ def test_both_prefixes_are_learned_and_stored(model, learned):
     concept = artifact.load(learned)
     assert (concept.prefix.shape, concept.prefix_2.shape) == ((4, 3, 2, 2, 16), (4, 3, 2, 3, 16))
     assert concept.encoder_layers == ((0, 1, 2), (0, 1, 2))
-    pipe = pipeline.load(model)
+    pipe = pipeline.load(model, variant="fp16")
     base, moved = (sampling.condition(pipe, ["a teapot"], concept, strength) for strength in (0.0, 1.0))
     untouched = sampling.condition(pipe, ["a teapot"])
     np.testing.assert_allclose(base.states, untouched.states, atol=1e-5)
