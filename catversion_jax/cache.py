@@ -13,10 +13,14 @@ COUNTS = "catversion_counts.json"
 EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
 
 
+def home() -> Path:
+    """catversion_jax below the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "catversion_jax"
+
+
 def folder() -> Path:
-    """$JAX_COMPILATION_CACHE_DIR, or catversion_jax below the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(home) / "catversion_jax" / "xla")
+    """$JAX_COMPILATION_CACHE_DIR, or our own."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home() / "xla")
 
 
 def enable() -> None:

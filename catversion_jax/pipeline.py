@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax import tree
+from catversion_jax import converted, tree
 from catversion_jax.convert.torch import Part, from_torch, shapes_of
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
@@ -121,23 +121,27 @@ def laid_out(tensor: np.ndarray, op: Callable, dtype: Any) -> np.ndarray:
         return np.ascontiguousarray(op(tensor.astype(dtype)))
 
 
-def load_component(
-    source: Source, name: str, dtype=jnp.float32, digests: dict[str, bytes] | None = None
-) -> tuple[Any, Params]:
-    """One network of a model and its parameters on the default device in `dtype`, read one tensor at a time.
-
-    Notes the values' digests, as the file has them, in `digests`. Raises UserError where the config or the weights are
-    not what the network needs.
-    """
+def load_component(source: Source, name: str, dtype=jnp.float32) -> tuple[Any, Params]:
+    """One network of a model and its parameters on the default device in `dtype`."""
     module = COMPONENTS[name].make(source.config(name), dtype)
+    return module, read_params(source, name, abstract(name, module), dtype)
+
+
+def read_params(
+    source: Source, name: str, shapes: Params, dtype=jnp.float32, digests: dict[str, bytes] | None = None
+) -> Params:
+    """A component's parameters on the default device in `dtype`, read one tensor at a time.
+
+    Notes the values' digests, as the file has them, in `digests`. Raises UserError where the weights are not what the
+    network needs.
+    """
 
     def place(part: Part, tensor: np.ndarray) -> jax.Array:
         if digests is not None:
             digests[f"{name}/{part.path}"] = tree.digest(laid_out(tensor, part.op, np.float16))
         return jax.device_put(laid_out(tensor, part.op, dtype))
 
-    described = f"{source.name}: {name}"
-    return module, from_torch(source.tensors(name), source.rules(name), abstract(name, module), described, place)
+    return from_torch(source.tensors(name), source.rules(name), shapes, f"{source.name}: {name}", place)
 
 
 def load(
@@ -157,18 +161,25 @@ def load(
     texts = [name for name in ("text", "text_2") if name in source.components]
     tokenizers = tuple(Tokenizer(source.tokenizer(name)) for name in texts)
     schedule = NoiseSchedule.from_json(source.scheduler())
-    digests: dict[str, bytes] = {}
-    loaded = [load_component(source, name, DTYPES[dtype], digests) for name in texts]
-    encoders, params = zip(*loaded, strict=True)
+    dtypes = {name: jnp.float32 if name == "vae" else DTYPES[dtype] for name in (*texts, "unet", "vae")}
+    modules = {name: COMPONENTS[name].make(source.config(name), dtypes[name]) for name in dtypes}
+    shapes = {name: converted.with_dtype(abstract(name, modules[name]), dtypes[name]) for name in dtypes}
+
+    def convert() -> tuple[dict[str, Params], str]:
+        digests: dict[str, bytes] = {}
+        noted = {name: digests if name in texts else None for name in dtypes}
+        params = {name: read_params(source, name, shapes[name], dtypes[name], noted[name]) for name in dtypes}
+        return params, tree.fingerprint(digests)
+
+    params, fingerprint = converted.read(source, shapes, convert)
+    encoders, unet, vae = tuple(modules[name] for name in texts), modules["unet"], modules["vae"]
     if len(encoders) > 1:
         encoders = tuple(CLIPTextModel(replace(encoder.config, skip=1)) for encoder in encoders)
-    vae, vae_params = load_component(source, "vae")
-    unet, unet_params = load_component(source, "unet", DTYPES[dtype])
     resolution = unet.config.sample_size * vae.config.downscale
     unet = UNet2DConditionModel(replace(unet.config, resolution=resolution))
     return Pipeline(
         networks=Networks(encoders, unet, vae, schedule),
-        params={"text": params, "unet": unet_params, "vae": vae_params},
+        params={"text": tuple(params[name] for name in texts), "unet": params["unet"], "vae": params["vae"]},
         tokenizers=tokenizers,
-        fingerprint=tree.fingerprint(digests),
+        fingerprint=fingerprint,
     )

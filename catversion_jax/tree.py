@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from catversion_jax.types import Float16, Params
+from catversion_jax.types import Params
 
 
 def count(params: Params) -> int:
@@ -14,8 +14,9 @@ def count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def digest(leaf: Float16[np.ndarray, "..."]) -> bytes:
-    """Names an array's values: those of float16, so that the float16 and the float32 file of one model agree."""
+def digest(leaf: np.ndarray) -> bytes:
+    """Names an array's shape and bytes; for a fingerprint they are those of float16, so that the float16 and the
+    float32 file of one model agree."""
     return hashlib.sha256(f"{leaf.shape}".encode() + leaf.tobytes()).digest()
 
 

@@ -10,9 +10,9 @@ Axis letters, the same everywhere:
 from typing import Any
 
 from jax import Array
-from jaxtyping import Bool, Float, Float16, Int, Key, UInt8, UInt32
+from jaxtyping import Bool, Float, Int, Key, UInt8, UInt32
 
 Params = dict[str, Any]
 """A nested dict of arrays, named as in the last Flax releases of diffusers and transformers."""
 
-__all__ = ["Array", "Bool", "Float", "Float16", "Int", "Key", "Params", "UInt8", "UInt32"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "UInt8", "UInt32"]

@@ -14,6 +14,9 @@ class Tensor(Protocol):
     """What every reader of weights gives for a name."""
 
     @property
+    def path(self) -> Path: ...
+
+    @property
     def shape(self) -> tuple[int, ...]: ...
 
     @property

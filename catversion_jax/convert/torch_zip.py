@@ -63,6 +63,10 @@ class Tensor:
     strides: tuple[int, ...]
 
     @property
+    def path(self) -> Path:
+        return Path(self.storage.archive.filename)
+
+    @property
     def dtype(self) -> np.dtype:
         return self.storage.dtype
 
