@@ -9,7 +9,8 @@ import psutil
 from absl import flags
 
 from catversion_jax import __version__, cache
-from catversion_jax.pipeline import COMPONENTS, MINI
+from catversion_jax.pipeline import MINI
+from catversion_jax.source import FOLDERS
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "array-record", "ml-collections",
@@ -69,9 +70,8 @@ def cache_lines() -> list[str]:
 
 def find_missing() -> list[str]:
     lines = [f"package {name}: pip install catversion-jax" for name in PACKAGES if version(name).endswith(" missing")]
-    lines += [
-        f"{MINI / c.folder}: reinstall catversion-jax" for c in COMPONENTS.values() if not (MINI / c.folder).is_dir()
-    ]
+    folders = [MINI / folder for component, folder in FOLDERS.items() if component != "text_2"]
+    lines += [f"{folder}: reinstall catversion-jax" for folder in folders if not folder.is_dir()]
     for program, (name, advice) in ACCELERATORS.items():
         if shutil.which(program) and not any(device.platform == name for device in jax.devices()):
             lines.append(advice)
