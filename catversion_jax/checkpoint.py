@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from catversion_jax.errors import UserError
+from catversion_jax.errors import UserError, short
 from catversion_jax.state import TrainState
 
 for name in ("absl", "orbax"):
@@ -52,11 +52,6 @@ class Checkpoints:
         with explained(f"{self.folder}: could not save the last checkpoint"):
             self._manager.wait_until_finished()
         self._manager.close()
-
-
-def short(error: Exception) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from catversion_jax import cache, tree
+from catversion_jax.errors import short
 from catversion_jax.files import write_atomically
 from catversion_jax.source import Source
 from catversion_jax.types import Params
@@ -20,7 +21,7 @@ from catversion_jax.types import Params
 SMALLEST = 2**28
 """Bytes of weights from which on a copy is kept: what is smaller is converted in a second."""
 VERSION = 1  # of what a copy holds; another one's copies are not found
-CONCURRENT_GB = 0.25
+CONCURRENT_GB = 0.25  # that Orbax may hold at a time
 FACTS = "facts.json"  # written last: a copy without it is not whole
 
 
@@ -69,7 +70,7 @@ def restore(folder: Path, shapes: dict[str, Params]) -> tuple[dict[str, Params],
             return params, facts["fingerprint"]
         problem = "its text encoder is not the one that was kept"
     except Exception as error:  # whatever a storage library finds in a damaged folder
-        problem = str(error).strip().split("\n")[0][:200]
+        problem = short(error)
     logging.warning("%s: the converted copy is damaged (%s); converting again", folder, problem)
     shutil.rmtree(folder, ignore_errors=True)
     return None
@@ -85,7 +86,7 @@ def keep(folder: Path, params: dict[str, Params], fingerprint: str) -> None:
             orbax.save(folder.absolute() / "params", args=ocp.args.StandardSave(params))
         write_atomically(folder / FACTS, lambda path: path.write_text(json.dumps(facts)))
     except Exception as error:  # a full disk, most of all
-        logging.warning("%s: no converted copy kept (%s)", folder, str(error).strip().split("\n")[0][:200])
+        logging.warning("%s: no converted copy kept (%s)", folder, short(error))
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The one exception that is a user's mistake and not ours."""
+"""The one exception that is a user's mistake and not ours, and how another one is told in a line."""
 
 
 class UserError(Exception):
@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The message names the file, key or shape, says what was expected and what to do.
     """
+
+
+def short(error: Exception) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
