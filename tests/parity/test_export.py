@@ -6,24 +6,20 @@ import copy
 import dataclasses
 import importlib.util
 import itertools
-import logging
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
 
-logging.getLogger("diffusers").setLevel(logging.ERROR)
-
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
-
-from catversion_jax import artifact, conditioning, export  # noqa: E402
-from tests.commands import catversion  # noqa: E402
-from tests.conftest import max_error  # noqa: E402
-from tests.parity import comfyui  # noqa: E402
+from catversion_jax import artifact, conditioning, export
+from tests.commands import catversion
+from tests.conftest import max_error
+from tests.parity import comfyui
 
 PROMPTS = ["a photo of a teapot on the beach", "a teapot and a red teapot", "a car"]
 NEGATIVE = "blurry, an ugly teapot"

@@ -1,34 +1,29 @@
 """Base models written by diffusers 0.39 and transformers 4.57, and single files read by diffusers' own converters."""
 
-import logging
-
 import jax
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
-
-logging.getLogger("diffusers").setLevel(logging.ERROR)
-
-from diffusers import (  # noqa: E402
+from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlaxAutoencoderKL,
     FlaxUNet2DConditionModel,
     UNet2DConditionModel,
 )
-from diffusers.loaders.single_file_utils import (  # noqa: E402
+from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, FlaxCLIPTextModel  # noqa: E402
+from safetensors.numpy import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, FlaxCLIPTextModel
 
-from catversion_jax import source  # noqa: E402
-from catversion_jax.convert import ldm  # noqa: E402
-from tests import ldm_files, tiny  # noqa: E402
-from tests.test_source import read  # noqa: E402
+from catversion_jax import source
+from catversion_jax.convert import ldm
+from tests import ldm_files, tiny
+from tests.test_source import read
 
 FAMILIES = tuple(ldm_files.CONFIGS)
 SAVED = {
