@@ -122,7 +122,7 @@ def check_model(
             "name the base model it was learned on with --model"
         )
     for text, prefix, layers in zip(texts, concept.prefixes, concept.encoder_layers, strict=True):
-        heads, depth = (text.num_attention_heads, text.head_dim), text.num_hidden_layers
+        heads, depth = text.heads, text.num_hidden_layers
         if prefix.shape[3:] != heads or not set(layers) <= set(range(depth)):
             raise UserError(
                 f"{source}: [heads, head_dim] {[*prefix.shape[3:]]} in layers {[*layers]}, but the text "

@@ -60,4 +60,4 @@ def explained(what: str):
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what} ({short(error)}); free some disk space and continue with --resume") from None
+        raise UserError(f"{what} ({short(error)}); make room, or grant access, and continue with --resume") from None

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
@@ -96,9 +95,3 @@ def digest(params: dict[str, Params]) -> str:
     return tree.fingerprint(
         {path: tree.digest(np.asarray(leaf)) for path, leaf in flatten_dict(texts, sep="/").items()}
     )
-
-
-def with_dtype(shapes: Params, dtype) -> Params:
-    """Shapes of arrays in `dtype` on the default device."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), shapes)

@@ -16,7 +16,7 @@ from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.pipeline import DTYPES, MINI, Pipeline, load
-from catversion_jax.schedulers import SCHEDULERS, plan
+from catversion_jax.schedulers import SCHEDULERS
 
 SLUG_LENGTH = 80
 GRID_COLUMNS = 8
@@ -59,7 +59,6 @@ def main(arguments: flags.FlagValues) -> int:
         return 0
 
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    plan(pipeline.networks.schedule, arguments.scheduler, arguments.steps)  # refuses before the first picture
     config = sampling.SamplerConfig(arguments.steps, arguments.guidance, arguments.batch_size, arguments.scheduler)
     pictures = sampling.paint(
         pipeline, *zip(*jobs, strict=True), config, concept, arguments.strength, arguments.negative_prompt

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
 from catversion_jax import converted, tree
 from catversion_jax.convert.torch import Part, from_torch, shapes_of
@@ -16,12 +18,16 @@ from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVision
 from catversion_jax.models.config import from_json
 from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
+from catversion_jax.sharding import frozen
 from catversion_jax.source import Source, open_source
 from catversion_jax.text import Tokenizer
 from catversion_jax.types import Params
 
 MINI = Path(__file__).parent / "mini"
 """The embedded small Stable Diffusion: the default wherever no other model is named."""
+
+BLOCK = 64
+"""Of a transposed tensor's last axis, at a time."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -43,7 +49,7 @@ class Networks:
     @property
     def heads(self) -> tuple[tuple[int, int], ...]:
         """Number and size of each text encoder's attention heads: (H, D) of its prefix."""
-        return tuple((text.config.num_attention_heads, text.config.head_dim) for text in self.text)
+        return tuple(text.config.heads for text in self.text)
 
     @property
     def resolution(self) -> int:
@@ -53,8 +59,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A loaded base model. `params` has the keys text (a tree for each text encoder), unet and vae; arrays on the
-    default device."""
+    """A loaded base model. `params` has the keys text (a tree for each text encoder), unet and vae."""
 
     networks: Networks
     params: dict[str, Any]
@@ -116,30 +121,37 @@ def abstract(name: str, module) -> Params:
 
 
 def laid_out(tensor: np.ndarray, op: Callable, dtype: Any) -> np.ndarray:
-    """A tensor of a file in our layout and dtype. Cast first: a cast that transposes is many times slower."""
+    """A tensor of a file in our layout and dtype. In blocks that stay in the processor's cache: a cast that transposes,
+    and a transpose of the whole, are several times slower."""
+    view = op(tensor)
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(op(tensor.astype(dtype)))
+        if view.flags.c_contiguous:
+            return view.astype(dtype)
+        out = np.empty(view.shape, dtype)
+        for start in range(0, view.shape[-1], BLOCK):
+            out[..., start : start + BLOCK] = view[..., start : start + BLOCK].astype(dtype)
+        return out
 
 
 def load_component(source: Source, name: str, dtype=jnp.float32) -> tuple[Any, Params]:
     """One network of a model and its parameters on the default device in `dtype`."""
     module = COMPONENTS[name].make(source.config(name), dtype)
-    return module, read_params(source, name, abstract(name, module), dtype)
+    return module, read_params(source, name, frozen(abstract(name, module), dtype))
 
 
-def read_params(
-    source: Source, name: str, shapes: Params, dtype=jnp.float32, digests: dict[str, bytes] | None = None
-) -> Params:
-    """A component's parameters on the default device in `dtype`, read one tensor at a time.
+def read_params(source: Source, name: str, shapes: Params, digests: dict[str, bytes] | None = None) -> Params:
+    """A component's parameters in the dtypes and shardings of `shapes`: each goes from its file to where it belongs.
 
     Notes the values' digests, as the file has them, in `digests`. Raises UserError where the weights are not what the
     network needs.
     """
+    expected = flatten_dict(shapes, sep="/")
 
     def place(part: Part, tensor: np.ndarray) -> jax.Array:
         if digests is not None:
             digests[f"{name}/{part.path}"] = tree.digest(laid_out(tensor, part.op, np.float16))
-        return jax.device_put(laid_out(tensor, part.op, dtype))
+        leaf = expected[part.path]
+        return jax.device_put(laid_out(tensor, part.op, leaf.dtype), leaf.sharding)
 
     return from_torch(source.tensors(name), source.rules(name), shapes, f"{source.name}: {name}", place)
 
@@ -150,12 +162,14 @@ def load(
     variant: str = "",
     revision: str = "",
     prediction_type: str = "",
+    mesh: Mesh | None = None,
 ) -> Pipeline:
     """A Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds `path`; None or "" is the
     embedded mini model.
 
     `dtype` (a key of DTYPES) is that of the text encoders' and the UNet's weights and computation; the VAE's is always
-    float32: it runs a few times, and half precision is known to overflow in it.
+    float32: it runs a few times, and half precision is known to overflow in it. `mesh` is where the parameters shall
+    lie; None: on the default device.
     """
     source = open_source(str(path or MINI), revision, variant, prediction_type)
     texts = [name for name in ("text", "text_2") if name in source.components]
@@ -163,12 +177,12 @@ def load(
     schedule = NoiseSchedule.from_json(source.scheduler())
     dtypes = {name: jnp.float32 if name == "vae" else DTYPES[dtype] for name in (*texts, "unet", "vae")}
     modules = {name: COMPONENTS[name].make(source.config(name), dtypes[name]) for name in dtypes}
-    shapes = {name: converted.with_dtype(abstract(name, modules[name]), dtypes[name]) for name in dtypes}
+    shapes = {name: frozen(abstract(name, modules[name]), dtypes[name], mesh) for name in dtypes}
 
     def convert() -> tuple[dict[str, Params], str]:
         digests: dict[str, bytes] = {}
         noted = {name: digests if name in texts else None for name in dtypes}
-        params = {name: read_params(source, name, shapes[name], dtypes[name], noted[name]) for name in dtypes}
+        params = {name: read_params(source, name, shapes[name], noted[name]) for name in dtypes}
         return params, tree.fingerprint(digests)
 
     params, fingerprint = converted.read(source, shapes, convert)

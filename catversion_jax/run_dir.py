@@ -63,8 +63,8 @@ class RunDir:
             raise UserError(f"{self.path}: holds a run already; continue it with --resume, or choose another run_dir")
         try:
             old = plain(default()) | json.loads(self.config.read_text())  # keys newer than the run had their defaults
-        except ValueError:
-            raise UserError(f"{self.config}: not JSON; choose another run_dir") from None
+        except (ValueError, TypeError):
+            raise UserError(f"{self.config}: not the JSON of a config; choose another run_dir") from None
         new = plain(config)
         differences = [
             f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"

@@ -1,5 +1,6 @@
 """Pictures from prompts: text states, denoising with classifier-free guidance, decoding; a fixed batch at a time."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -136,17 +137,17 @@ def paint(
     strength: float = 1.0,
     negative_prompt: str = "",
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-    """One picture for each prompt and its seed, in their order.
+    """One picture for each prompt and its seed, in their order, drawn as they are asked for.
 
     A picture depends on its prompt and seed, not on its neighbours. The negative (or unconditional) branch never
-    sees the prefix.
+    sees the prefix. Raises UserError at once where the scheduler cannot be had in that many steps.
     """
-    net, params = pipeline.networks, pipeline.params
+    net, params, size = pipeline.networks, pipeline.params, config.batch_size
     trajectory = schedulers.plan(net.schedule, config.scheduler, config.steps)
     on_cpu = jax.default_backend() == "cpu"  # where a loop body's convolutions are slow
     negative = condition(pipeline, [negative_prompt])
-    size = config.batch_size
-    for start in range(0, len(prompts), size):
+
+    def batch(start: int) -> UInt8[np.ndarray, "B H W 3"]:
         real = len(prompts[start : start + size])
         index = np.minimum(np.arange(start, start + size), start + real - 1)  # the last one fills up the batch
         positive = condition(pipeline, [prompts[i] for i in index], concept, strength)
@@ -161,4 +162,6 @@ def paint(
             guidance=config.guidance,
             calls_per_dispatch=1 if on_cpu else len(trajectory.calls.index),
         )
-        yield from np.asarray(decode(params["vae"], latents, networks=net))[:real]
+        return np.asarray(decode(params["vae"], latents, networks=net))[:real]
+
+    return itertools.chain.from_iterable(map(batch, range(0, len(prompts), size)))

@@ -4,7 +4,9 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from catversion_jax.types import Params
 
 AXES = ("concept", "data")
 
@@ -27,3 +29,9 @@ def make_mesh(concepts: int, batch_size: int, devices: list[jax.Device] | None =
 def sharding(mesh: Mesh, logical: str) -> NamedSharding:
     """Split the first array axis as RULES say for the logical axis."""
     return NamedSharding(mesh, PartitionSpec(RULES[logical]))
+
+
+def frozen(shapes: Params, dtype, mesh: Mesh | None = None) -> Params:
+    """Shapes of a base model's parameters in `dtype` as they lie on the mesh, or on the default device."""
+    place = SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding(mesh, "frozen")
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), shapes)

@@ -46,8 +46,8 @@ def given_config(arguments: flags.FlagValues) -> ConfigDict:
 
 
 def load_model(config: ConfigDict) -> Pipeline:
-    """The base model that the config names."""
-    return load(**config.model)
+    """The base model that the config names, on the devices of its training step."""
+    return load(**config.model, mesh=make_mesh(1, config.train.batch_size))
 
 
 def train(config: ConfigDict, resume: bool = False) -> int:

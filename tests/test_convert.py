@@ -13,6 +13,7 @@ from catversion_jax.convert import rules
 from catversion_jax.convert.torch import from_torch
 from catversion_jax.convert.weights import open_weights
 from catversion_jax.errors import UserError
+from catversion_jax.sharding import make_mesh, sharding
 from catversion_jax.source import FOLDERS, RULES, open_source
 from tests import tiny
 
@@ -114,6 +115,15 @@ def test_damaged_and_absent_weights(tiny_model, tmp_path):
 def test_fingerprint_tells_models_apart(tiny_pipeline, tmp_path):
     assert pipeline.load(tiny.write(tmp_path / "other", seed=1)).fingerprint != tiny_pipeline.fingerprint
     assert pipeline.load(tiny.write(tmp_path / "same", dtype=np.float32)).fingerprint is not None
+
+
+def test_parameters_go_straight_to_where_they_belong(tiny_model, tiny_pipeline):
+    mesh = make_mesh(1, 2, jax.devices())
+    loaded = pipeline.load(tiny_model, mesh=mesh)
+    for leaf in jax.tree.leaves(loaded.params):
+        assert leaf.sharding == sharding(mesh, "frozen")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny_pipeline.params)
+    assert loaded.fingerprint == tiny_pipeline.fingerprint
 
 
 def test_another_network_is_refused(tiny_model, tmp_path):

@@ -130,7 +130,7 @@ def test_mistakes_in_the_command(tmp_path):
 def test_generate_with_an_imported_concept(tiny_pipeline, tiny_model, tmp_path):
     """It draws after one warning where the shapes fit, and names --model where they do not."""
     clip = tiny_pipeline.networks.text[0].config
-    prefix = np.zeros((1, 3, 2, clip.num_attention_heads, clip.head_dim), np.float32)
+    prefix = np.zeros((1, 3, 2, *clip.heads), np.float32)
     fits = dataclasses.replace(concept(), prefix=prefix, layers=(1, 2, 3))
     artifact.save(tmp_path / "fits.safetensors", fits)
     arguments = ["generate", "--prompt=a teapot", "--num=1", "--steps=1", f"--out={tmp_path}"]

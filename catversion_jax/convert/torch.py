@@ -1,7 +1,9 @@
 """Apply a conversion table to the tensors of a PyTorch checkpoint."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +15,9 @@ from catversion_jax.convert.rules import LEAVES, Rule, same
 from catversion_jax.convert.tensor import Tensor
 from catversion_jax.errors import UserError
 from catversion_jax.types import Params
+
+THREADS = 4
+"""Tensors read and laid out at a time: enough to keep up with a disk, few enough to need little memory."""
 
 
 class Part(NamedTuple):
@@ -96,17 +101,24 @@ def from_torch(
     source: str,
     place: Callable[[Part, np.ndarray], Any] = lambda part, tensor: part.op(tensor),
 ) -> Params:
-    """The Flax parameters `expected` (a tree of shapes) from PyTorch's `tensors`, one in memory at a time.
+    """The Flax parameters `expected` (a tree of shapes) from PyTorch's `tensors`, a few in memory at a time.
 
-    `place` makes of a tensor, as the file has it, what the tree shall hold for a part of it: an array on the device.
-    Raises UserError as `plan` does, before any tensor is read.
+    `place` makes of a tensor, as the file has it, what the tree shall hold for a part of it: an array on the device;
+    it is called in several threads. Raises UserError as `plan` does, before any tensor is read.
     """
-    filled = {}
-    for name, parts in plan(tensors, rules, expected, source).items():
+    planned = plan(tensors, rules, expected, source)
+
+    def fill(name: str) -> list[tuple[str, Any]]:
         tensor = tensors[name]
         value = tensor if isinstance(tensor, np.ndarray) else tensor.read()
-        for part in parts:
-            filled[part.path] = place(part, value)
+        return [(part.path, place(part, value)) for part in planned[name]]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            filled = dict(itertools.chain.from_iterable(pool.map(fill, planned)))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # a damaged file, or Ctrl-C: the rest is not read
+            raise
     return unflatten_dict(filled, sep="/")
 
 

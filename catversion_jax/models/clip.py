@@ -33,8 +33,9 @@ class CLIPConfig:
     dtype: Any = jnp.float32  # of the computation
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def heads(self) -> tuple[int, int]:
+        """Number and size of the attention heads: (H, D)."""
+        return self.num_attention_heads, self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class CLIPAttention(nn.Module):
         self, x: Float[Array, "B Q c"], mask: Bool[Array, "Q Q"], prefix: LayerPrefix | None
     ) -> Float[Array, "B Q c"]:
         cfg = self.config
-        heads = (*x.shape[:2], cfg.num_attention_heads, cfg.head_dim)
+        heads = (*x.shape[:2], *cfg.heads)
         query, key, value = (
             nn.Dense(cfg.hidden_size, dtype=cfg.dtype, name=name)(x).reshape(heads)
             for name in ("q_proj", "k_proj", "v_proj")

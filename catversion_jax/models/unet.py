@@ -202,7 +202,7 @@ class UNet2DConditionModel(nn.Module):
     def __call__(
         self,
         latents: Float[Array, "B h w c"],
-        timesteps: Int[Array, "B"],
+        timesteps: Int[Array, "B"] | Float[Array, "B"],
         context: Float[Array, "B K e"],
         pooled: Float[Array, "B p"] | None = None,
     ) -> Float[Array, "B h w c"]:
