@@ -1,7 +1,9 @@
 """A base model: its networks (static, hashable) and its parameters (arrays on the device)."""
 
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from catversion_jax import converted, tree
-from catversion_jax.convert.torch import Part, from_torch, shapes_of
+from catversion_jax.convert.torch import Part, collect, readers, shapes_of, submit
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.config import from_json
@@ -136,11 +138,15 @@ def laid_out(tensor: np.ndarray, op: Callable, dtype: Any) -> np.ndarray:
 def load_component(source: Source, name: str, dtype=jnp.float32) -> tuple[Any, Params]:
     """One network of a model and its parameters on the default device in `dtype`."""
     module = COMPONENTS[name].make(source.config(name), dtype)
-    return module, read_params(source, name, frozen(abstract(name, module), dtype))
+    with readers() as pool:
+        return module, collect(begin(pool, source, name, frozen(abstract(name, module), dtype)))
 
 
-def read_params(source: Source, name: str, shapes: Params, digests: dict[str, bytes] | None = None) -> Params:
-    """A component's parameters in the dtypes and shardings of `shapes`: each goes from its file to where it belongs.
+def begin(
+    pool: Executor, source: Source, name: str, shapes: Params, digests: dict[str, bytes] | None = None
+) -> list[Future]:
+    """Begin to read a component's parameters, in the dtypes and shardings of `shapes`: each goes from its file to where
+    it belongs.
 
     Notes the values' digests, as the file has them, in `digests`. Raises UserError where the weights are not what the
     network needs.
@@ -153,7 +159,7 @@ def read_params(source: Source, name: str, shapes: Params, digests: dict[str, by
         leaf = expected[part.path]
         return jax.device_put(laid_out(tensor, part.op, leaf.dtype), leaf.sharding)
 
-    return from_torch(source.tensors(name), source.rules(name), shapes, f"{source.name}: {name}", place)
+    return submit(pool, source.tensors(name), source.rules(name), shapes, f"{source.name}: {name}", place)
 
 
 def load(
@@ -177,15 +183,21 @@ def load(
     schedule = NoiseSchedule.from_json(source.scheduler())
     dtypes = {name: jnp.float32 if name == "vae" else DTYPES[dtype] for name in (*texts, "unet", "vae")}
     modules = {name: COMPONENTS[name].make(source.config(name), dtypes[name]) for name in dtypes}
-    shapes = {name: frozen(abstract(name, modules[name]), dtypes[name], mesh) for name in dtypes}
+
+    @cache
+    def shapes(name: str) -> Params:
+        return frozen(abstract(name, modules[name]), dtypes[name], mesh)
 
     def convert() -> tuple[dict[str, Params], str]:
         digests: dict[str, bytes] = {}
-        noted = {name: digests if name in texts else None for name in dtypes}
-        params = {name: read_params(source, name, shapes[name], noted[name]) for name in dtypes}
-        return params, tree.fingerprint(digests)
+        with readers() as pool:  # the UNet first: while it is read, the others are traced for their shapes
+            reading = {
+                name: begin(pool, source, name, shapes(name), digests if name in texts else None)
+                for name in ("unet", "vae", *texts)
+            }
+            return {name: collect(futures) for name, futures in reading.items()}, tree.fingerprint(digests)
 
-    params, fingerprint = converted.read(source, shapes, convert)
+    params, fingerprint = converted.read(source, dtypes, shapes, convert)
     encoders, unet, vae = tuple(modules[name] for name in texts), modules["unet"], modules["vae"]
     if len(encoders) > 1:
         encoders = tuple(CLIPTextModel(replace(encoder.config, skip=1)) for encoder in encoders)

@@ -12,6 +12,7 @@ from tests import tiny
 def model(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(converted, "SMALLEST", 0)
+    monkeypatch.setattr(converted, "WORTH", 0)
     return tiny.write(tmp_path / "model")
 
 
@@ -19,9 +20,9 @@ def model(tmp_path, monkeypatch):
 def conversions(monkeypatch):
     """The components that were converted, in order."""
     done = []
-    read = pipeline.read_params
+    begin = pipeline.begin
     monkeypatch.setattr(
-        pipeline, "read_params", lambda source, name, *rest: done.append(name) or read(source, name, *rest)
+        pipeline, "begin", lambda pool, source, name, *rest: done.append(name) or begin(pool, source, name, *rest)
     )
     return done
 
@@ -38,7 +39,7 @@ def same(a: pipeline.Pipeline, b: pipeline.Pipeline):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_second_start_reads_the_copy(model, conversions, tmp_path, dtype):
     first = pipeline.load(model, dtype)
-    assert conversions == ["text", "unet", "vae"]
+    assert conversions == ["unet", "vae", "text"]
     same(pipeline.load(model, dtype), first)
     assert len(conversions) == 3
     assert len(copies(tmp_path)) == 1
@@ -75,7 +76,8 @@ def test_where_no_copy_can_be_kept(model, tmp_path, caplog):
     assert "no converted copy kept" in caplog.text
 
 
-def test_a_small_model_has_none(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(converted, "SMALLEST", 2**28)
+@pytest.mark.parametrize(("name", "value"), [("SMALLEST", 2**28), ("WORTH", 1.5)])
+def test_a_model_for_which_it_would_not_pay_has_none(model, tmp_path, monkeypatch, name, value):
+    monkeypatch.setattr(converted, name, value)
     pipeline.load(model)
     assert not (tmp_path / "cache").exists()

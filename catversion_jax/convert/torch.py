@@ -1,9 +1,9 @@
 """Apply a conversion table to the tensors of a PyTorch checkpoint."""
 
-import itertools
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -94,32 +94,50 @@ def layout(op: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> tu
         return None
 
 
-def from_torch(
+@contextlib.contextmanager
+def readers() -> Iterator[Executor]:
+    """Threads that read tensors; after an error (a damaged file, Ctrl-C) the rest is not read."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+Place = Callable[[Part, np.ndarray], Any]
+"""Makes of a tensor, as the file has it, what the tree shall hold for a part of it: an array on the device."""
+
+
+def submit(
+    pool: Executor,
     tensors: Mapping[str, Tensor | np.ndarray],
     rules: Iterable[Rule] | None,
     expected: Params,
     source: str,
-    place: Callable[[Part, np.ndarray], Any] = lambda part, tensor: part.op(tensor),
-) -> Params:
-    """The Flax parameters `expected` (a tree of shapes) from PyTorch's `tensors`, a few in memory at a time.
+    place: Place = lambda part, tensor: part.op(tensor),
+) -> list[Future]:
+    """Begin to read the Flax parameters `expected` (a tree of shapes) from PyTorch's `tensors`, a few at a time.
 
-    `place` makes of a tensor, as the file has it, what the tree shall hold for a part of it: an array on the device;
-    it is called in several threads. Raises UserError as `plan` does, before any tensor is read.
+    `place` is called in several threads. Raises UserError as `plan` does, before any tensor is read.
     """
-    planned = plan(tensors, rules, expected, source)
 
-    def fill(name: str) -> list[tuple[str, Any]]:
-        tensor = tensors[name]
+    def fill(tensor: Tensor | np.ndarray, parts: list[Part]) -> list[tuple[str, Any]]:
         value = tensor if isinstance(tensor, np.ndarray) else tensor.read()
-        return [(part.path, place(part, value)) for part in planned[name]]
+        return [(part.path, place(part, value)) for part in parts]
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            filled = dict(itertools.chain.from_iterable(pool.map(fill, planned)))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # a damaged file, or Ctrl-C: the rest is not read
-            raise
-    return unflatten_dict(filled, sep="/")
+    return [pool.submit(fill, tensors[name], parts) for name, parts in plan(tensors, rules, expected, source).items()]
+
+
+def collect(futures: Iterable[Future]) -> Params:
+    """The tree of what `submit` began to read."""
+    return unflatten_dict(dict(pair for future in futures for pair in future.result()), sep="/")
+
+
+def from_torch(*args, **kwargs) -> Params:
+    """`submit`, and wait for it."""
+    with readers() as pool:
+        return collect(submit(pool, *args, **kwargs))
 
 
 def shapes_of(init, *args) -> Params:
