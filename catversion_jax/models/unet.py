@@ -63,6 +63,11 @@ class UNetConfig:
     projection_class_embeddings_input_dim: int | None = None
     resolution: int = 512  # pixels along each side, of which SDXL's UNet is told; not in the config.json
     dtype: Any = jnp.float32  # of the computation; norms' statistics and softmax stay float32
+    remat: bool = False  # layers are computed again for the gradient instead of kept: less memory, a third more work
+
+    def layer(self, module: type[nn.Module]) -> type[nn.Module]:
+        """A residual block or a transformer as `remat` has it."""
+        return nn.remat(module) if self.remat else module
 
     @classmethod
     def from_json(cls, json: dict, **overrides) -> "UNetConfig":
@@ -125,12 +130,16 @@ class TimestepEmbedding(nn.Module):
 
 
 def resnet(config: UNetConfig, channels: int, j: int) -> ResnetBlock2D:
-    return ResnetBlock2D(channels, config.norm_num_groups, config.norm_eps, config.dtype, name=f"resnets_{j}")
+    return config.layer(ResnetBlock2D)(
+        channels, config.norm_num_groups, config.norm_eps, config.dtype, name=f"resnets_{j}"
+    )
 
 
 def transformer(config: UNetConfig, heads: int, depth: int, j: int) -> Transformer2D:
     linear = config.use_linear_projection
-    return Transformer2D(heads, depth, config.norm_num_groups, linear, config.dtype, name=f"attentions_{j}")
+    return config.layer(Transformer2D)(
+        heads, depth, config.norm_num_groups, linear, config.dtype, name=f"attentions_{j}"
+    )
 
 
 class DownBlock(nn.Module):

@@ -1,0 +1,65 @@
+"""The UNet's attention: every kernel gives what a plain softmax does, and each shape takes the one meant for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from catversion_jax.models import attention
+from tests.conftest import max_error
+
+
+def qkv(queries: int, keys: int, heads: int = 2, size: int = 8) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(2, n, heads, size)).astype(np.float32) for n in (queries, keys, keys)]
+
+
+def reference(query, key, value):
+    """In numpy, float64, one head at a time."""
+    out = np.empty(query.shape)
+    for b, h in np.ndindex(query.shape[0], query.shape[2]):
+        logits = query[b, :, h].astype(np.float64) @ key[b, :, h].T / query.shape[3] ** 0.5
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        out[b, :, h] = weights / weights.sum(1, keepdims=True) @ value[b, :, h]
+    return out
+
+
+@pytest.mark.parametrize("kernel", [attention.heads_first, attention.in_chunks])
+def test_kernels(kernel):
+    arrays = qkv(1024, 1024) if kernel is attention.in_chunks else qkv(64, 77)
+    assert max_error(jax.jit(kernel)(*arrays), reference(*arrays)) < 1e-5
+
+
+def test_chunks_have_the_gradient_of_the_whole():
+    arrays = qkv(1024, 77)
+
+    def grads(kernel):
+        return jax.jit(jax.grad(lambda *x: jnp.sin(kernel(*x)).sum(), argnums=(0, 1, 2)))(*arrays)
+
+    for ours, theirs in zip(grads(attention.in_chunks), grads(attention.heads_first), strict=True):
+        assert max_error(ours, theirs) < 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape", "keys", "dtype", "index"),
+    [
+        ("gpu", (2, 4096, 8, 40), 4096, "bfloat16", 0),
+        ("gpu", (2, 4096, 8, 40), 4096, "float32", 1),
+        ("gpu", (2, 4096, 8, 40), 77, "bfloat16", 1),
+        ("gpu", (2, 256, 8, 160), 256, "bfloat16", 1),
+        ("tpu", (2, 4096, 8, 40), 4096, "bfloat16", 0),
+        ("tpu", (2, 4096, 8, 40), 77, "bfloat16", 1),
+        ("cpu", (2, 4096, 8, 40), 4096, "bfloat16", 0),
+    ],
+)
+def test_which_kernel(monkeypatch, backend, shape, keys, dtype, index):
+    taken = []
+    kernels = tuple(
+        attention.Kernel(lambda *_, n=n: taken.append(n), kernel.suits)
+        for n, kernel in enumerate(attention.KERNELS[backend])
+    )
+    monkeypatch.setitem(attention.KERNELS, backend, kernels)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    key = jax.ShapeDtypeStruct((shape[0], keys, *shape[2:]), dtype)
+    attention.dot_product_attention(jax.ShapeDtypeStruct(shape, dtype), key, key)
+    assert taken == [index]
