@@ -47,6 +47,10 @@ class Checkpoints:
                 f"{path}: not a readable checkpoint ({short(error)}); remove it to resume from the one before"
             ) from None
 
+    def note(self) -> dict:
+        """The config that was saved with the latest state."""
+        return self._manager.restore(self.latest, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+
     def close(self) -> None:
         """Wait for the saves under way."""
         with explained(f"{self.folder}: could not save the last checkpoint"):

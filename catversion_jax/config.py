@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
 from catversion_jax.adapter import SCOPES, AdapterConfig, resolve_layers
@@ -10,6 +11,7 @@ from catversion_jax.errors import UserError
 from catversion_jax.pipeline import DTYPES, Networks
 from catversion_jax.sampling import SamplerConfig
 from catversion_jax.schedulers import SCHEDULERS
+from catversion_jax.sharding import FROZEN, make_mesh
 from catversion_jax.train_step import DECAYS, OptimizerConfig
 
 
@@ -53,7 +55,21 @@ def default() -> ConfigDict:
             "eps": 1e-8,
             "weight_decay": 0.01,
             "clip_norm": config_dict.placeholder(float),  # of the gradient; None: not clipped
+            "remat": False,  # compute layers again for the gradient: less memory, more time
             "steps_per_dispatch": config_dict.placeholder(int),  # None: 1 on a CPU, 10 elsewhere
+        },
+        "stop": {  # early, by a loss on fixed photos, noise and timesteps
+            "every": 0,  # steps from one evaluation to the next; 0: none
+            "patience": 2,  # evaluations without a lower loss after which a concept stops
+            "margin": 0.0,  # share of the lowest loss by which a lower one must be lower to count
+        },
+        "batch": {
+            "slots": 8,  # concepts at once in `catversion batch`
+        },
+        "mesh": {  # of a process's devices: over concepts and batches as far as these divide evenly, and besides
+            "fsdp": 1,  # over so many, a copy of the base model and the batch
+            "tensor": 1,  # over so many, a copy of the base model: its channels and heads
+            "rules": FROZEN,  # which parameters are split how
         },
         "checkpoint": {"every": 100, "keep": 3},
         "sample": {
@@ -90,8 +106,9 @@ JUDGED = (
 """Prompts for places, a colour and an accessory."""
 
 
-def check(config: ConfigDict) -> None:
-    """Raise UserError for the first value that cannot work, before anything is read or compiled."""
+def check(config: ConfigDict, without: tuple[str, ...] = ()) -> None:
+    """Raise UserError for the first value that cannot work, before anything is read or compiled. Keys in `without` are
+    not looked at."""
     rules = [
         ("run_dir", bool(config.run_dir), "expected a folder to write to"),
         ("data.dir", bool(config.data.dir), "expected a folder of photos"),
@@ -110,6 +127,12 @@ def check(config: ConfigDict) -> None:
         ("train.batch_size", config.train.batch_size >= 1, "expected at least 1"),
         ("train.learning_rate", config.train.learning_rate > 0, "expected more than 0"),
         ("train.steps_per_dispatch", (config.train.steps_per_dispatch or 1) >= 1, "expected at least 1"),
+        ("stop.every", config.stop.every >= 0, "expected 0 (none) or more"),
+        ("stop.patience", config.stop.patience >= 1, "expected at least 1"),
+        ("stop.margin", 0 <= config.stop.margin < 1, "expected 0 to less than 1"),
+        ("batch.slots", config.batch.slots >= 1, "expected at least 1"),
+        ("mesh.fsdp", config.mesh.fsdp >= 1, "expected at least 1"),
+        ("mesh.tensor", config.mesh.tensor >= 1, "expected at least 1"),
         ("checkpoint.every", config.checkpoint.every >= 1, "expected at least 1"),
         ("checkpoint.keep", config.checkpoint.keep >= 1, "expected at least 1"),
         ("sample.every", config.sample.every >= 0, "expected 0 (none) or more"),
@@ -121,7 +144,7 @@ def check(config: ConfigDict) -> None:
     ]
     values = flat(config)
     for key, good, expected in rules:
-        if not good:
+        if not good and key not in without:
             raise UserError(f"config.{key}={values[key]!r}: {expected}; set --config.{key}=...")
     for template in (*config.concept.templates, *config.sample.prompts):
         fill(template, config.concept.class_word, "a")
@@ -165,6 +188,11 @@ def adapter_config(config: ConfigDict, networks: Networks) -> AdapterConfig:
     except ValueError as error:
         raise UserError(f"config.adapter.{error}") from None
     return AdapterConfig(**(config.adapter.to_dict() | {"layers": layers}))
+
+
+def mesh(config: ConfigDict, concepts: int = 1) -> Mesh:
+    """The devices of a step of so many concepts."""
+    return make_mesh(concepts, config.train.batch_size, config.mesh.fsdp, config.mesh.tensor)
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:

@@ -20,7 +20,7 @@ from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVision
 from catversion_jax.models.config import from_json
 from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
-from catversion_jax.sharding import frozen
+from catversion_jax.sharding import Rules, places
 from catversion_jax.source import Source, open_source
 from catversion_jax.text import Tokenizer
 from catversion_jax.types import Params
@@ -117,9 +117,14 @@ COMPONENTS = {
 }
 
 
-def abstract(name: str, module) -> Params:
-    """The shapes of a component's parameters."""
-    return shapes_of(module.init, *COMPONENTS[name].inputs(module))
+def abstract(name: str, module, dtype=jnp.float32, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
+    """A component's parameters as shapes in `dtype`, each with its place (sharding.places)."""
+    shapes = shapes_of(module.init, *COMPONENTS[name].inputs(module))
+
+    def shape(leaf, place):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+
+    return jax.tree.map(shape, shapes, places(shapes, mesh, rules))
 
 
 def laid_out(tensor: np.ndarray, op: Callable, dtype: Any) -> np.ndarray:
@@ -139,7 +144,7 @@ def load_component(source: Source, name: str, dtype=jnp.float32) -> tuple[Any, P
     """One network of a model and its parameters on the default device in `dtype`."""
     module = COMPONENTS[name].make(source.config(name), dtype)
     with readers() as pool:
-        return module, collect(begin(pool, source, name, frozen(abstract(name, module), dtype)))
+        return module, collect(begin(pool, source, name, abstract(name, module, dtype)))
 
 
 def begin(
@@ -169,13 +174,14 @@ def load(
     revision: str = "",
     prediction_type: str = "",
     mesh: Mesh | None = None,
+    rules: Rules = (),
 ) -> Pipeline:
     """A Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds `path`; None or "" is the
     embedded mini model.
 
     `dtype` (a key of DTYPES) is that of the text encoders' and the UNet's weights and computation; the VAE's is always
-    float32: it runs a few times, and half precision is known to overflow in it. `mesh` is where the parameters shall
-    lie; None: on the default device.
+    float32: it runs a few times, and half precision is known to overflow in it. The parameters go to
+    the devices of `mesh`, as `rules` (of the form of sharding.FROZEN) split them; without one, to the default device.
     """
     source = open_source(str(path or MINI), revision, variant, prediction_type)
     texts = [name for name in ("text", "text_2") if name in source.components]
@@ -186,7 +192,7 @@ def load(
 
     @cache
     def shapes(name: str) -> Params:
-        return frozen(abstract(name, modules[name]), dtypes[name], mesh)
+        return abstract(name, modules[name], dtypes[name], mesh, rules)
 
     def convert() -> tuple[dict[str, Params], str]:
         digests: dict[str, bytes] = {}

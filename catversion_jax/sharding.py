@@ -1,29 +1,66 @@
-"""Which mesh axis each logical axis is split over: the one file that knows."""
+"""The mesh of devices, and which of its axes each array axis is split over: the one file that knows."""
 
 import math
+import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from catversion_jax.errors import UserError
 from catversion_jax.types import Params
 
-AXES = ("concept", "data")
+AXES = ("concept", "data", "fsdp", "tensor")
+"""concept: independent concepts. data: a concept's batch. fsdp: the batch too, and the base model's parameters, which
+are gathered where they are used. tensor: the base model's channels and heads, of one and the same batch."""
 
 RULES = {
-    "concept": "concept",  # the leading axis of state and data: independent concepts
-    "batch": AXES,  # concepts x batch, flattened: what the UNet sees
-    "frozen": None,  # the base model: whole on every device
+    "concept": "concept",  # the leading axis of state and data
+    "batch": ("concept", "data", "fsdp"),  # concepts x batch, flattened: what the UNet sees
+    "frozen": None,  # what of the base model no rule splits: whole on every device
 }
 """logical axis -> mesh axes, None = not split."""
 
+COLUMN = r".*/(to_[qkv]|[qkv]_proj|fc1|conv1|time_emb_proj)/(kernel|bias)"
+ROW = r".*/(to_out_0|out_proj|fc2|conv2)/kernel"
+FROZEN = (
+    (COLUMN, -1, "tensor"),
+    (ROW, -2, "tensor"),
+    (COLUMN, -2, "fsdp"),
+    (r".*/(kernel|embedding)", -1, "fsdp"),
+)
+"""How the base model is split: (pattern of parameter paths, array axis, mesh axis); of the rules for one mesh axis, the
+first that matches. Pairs of layers are split by output, then by input channels, so that one sum joins each pair."""
 
-def make_mesh(concepts: int, batch_size: int, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over as many devices as divide the work evenly: first the concepts, then each concept's batch."""
-    devices = jax.devices() if devices is None else devices
-    concept = math.gcd(concepts, len(devices))
-    data = math.gcd(batch_size, len(devices) // concept)
-    return Mesh(np.asarray(devices[: concept * data]).reshape(concept, data), AXES)
+Rules = Sequence[tuple[str, int, str]]
+
+
+def make_mesh(
+    concepts: int, batch_size: int, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over as many of this process's devices as divide the work evenly: `fsdp` x `tensor` devices hold one copy
+    of the base model; over the copies, first the concepts are split, then each concept's batch.
+
+    Raises UserError where the devices or the work cannot be divided so.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    copies, rest = divmod(len(devices), fsdp * tensor)
+    if rest or not copies:
+        raise UserError(
+            f"config.mesh: fsdp x tensor = {fsdp} x {tensor}; expected a divisor of the {len(devices)} devices"
+        )
+    concept = math.gcd(concepts, copies)
+    data = math.gcd(batch_size, copies // concept)
+    share = concepts * batch_size // (concept * data)
+    if share % fsdp:
+        raise UserError(
+            f"config.mesh.fsdp={fsdp}: splits the batch too; expected a divisor of {share}, which is what is left of "
+            f"{concepts} x {batch_size}; choose another one, or another train.batch_size"
+        )
+    shape = (concept, data, fsdp, tensor)
+    return Mesh(np.asarray(devices[: math.prod(shape)]).reshape(shape), AXES)
 
 
 def sharding(mesh: Mesh, logical: str) -> NamedSharding:
@@ -31,7 +68,20 @@ def sharding(mesh: Mesh, logical: str) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES[logical]))
 
 
-def frozen(shapes: Params, dtype, mesh: Mesh | None = None) -> Params:
-    """Shapes of a base model's parameters in `dtype` as they lie on the mesh, or on the default device."""
-    place = SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding(mesh, "frozen")
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), shapes)
+def places(params: Params, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
+    """Where each parameter of a network (arrays or shapes) lies: as `rules` split it over the mesh; without a mesh, on
+    the default device."""
+    if mesh is None:
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), params)
+    specs = {path: spec(path, leaf.shape, mesh, rules) for path, leaf in flatten_dict(params, sep="/").items()}
+    return unflatten_dict({path: NamedSharding(mesh, of_leaf) for path, of_leaf in specs.items()}, sep="/")
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """The mesh axis of each array axis of a parameter; an array axis that cannot be divided evenly stays whole."""
+    split: list[str | None] = [None] * len(shape)
+    for axis in AXES:
+        place = next((n for pattern, n, name in rules if name == axis and re.fullmatch(pattern, path)), None)
+        if place is not None and -place <= len(shape) and split[place] is None and shape[place] % mesh.shape[axis] == 0:
+            split[place] = axis
+    return PartitionSpec(*split)

@@ -20,6 +20,8 @@ class TrainState(flax.struct.PyTreeNode):
     seed: UInt32[Array, "C"]  # the base key of all randomness; step t draws from fold_in(key(seed), t)
     prefix: tuple[Float[Array, "C P L 2 H D"], ...]  # one for each text encoder
     opt_state: optax.OptState
+    best: Float[Array, "C"]  # the lowest evaluation loss so far
+    stale: Int[Array, "C"]  # evaluations since then
 
 
 class ConceptData(flax.struct.PyTreeNode):
@@ -55,6 +57,6 @@ def init_state(
     def one(seed: UInt32[Array, ""]) -> TrainState:
         key = jax.random.fold_in(jax.random.key(seed), jnp.uint32(2**32 - 1))
         prefix = init_prefixes(key, adapter, heads)
-        return TrainState(jnp.int32(0), seed, prefix, optimizer.init(prefix))
+        return TrainState(jnp.int32(0), seed, prefix, optimizer.init(prefix), jnp.float32(jnp.inf), jnp.int32(0))
 
     return jax.jit(jax.vmap(one))(jnp.asarray(seeds, jnp.uint32))

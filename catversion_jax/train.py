@@ -3,10 +3,12 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 import numpy as np
 from absl import flags, logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
@@ -20,11 +22,12 @@ from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.journal import Journal
+from catversion_jax.models.unet import UNet2DConditionModel
 from catversion_jax.pipeline import Pipeline, load
 from catversion_jax.run_dir import RunDir, plain
-from catversion_jax.sharding import make_mesh, sharding
+from catversion_jax.sharding import Rules, places, sharding
 from catversion_jax.state import ConceptData, Frozen, TrainState, init_state
-from catversion_jax.train_step import StepConfig, compile_chunk
+from catversion_jax.train_step import StepConfig, StopConfig, compile_chunk, compile_evaluate, finished
 
 VALIDATION_PROMPTS = 4  # of config.sample.prompts, drawn every config.sample.every steps
 ACCELERATOR_STEPS_PER_DISPATCH = 10  # hides the host's work behind the device's
@@ -45,9 +48,9 @@ def given_config(arguments: flags.FlagValues) -> ConfigDict:
     return arguments.config
 
 
-def load_model(config: ConfigDict) -> Pipeline:
+def load_model(config: ConfigDict, concepts: int = 1) -> Pipeline:
     """The base model that the config names, on the devices of its training step."""
-    return load(**config.model, mesh=make_mesh(1, config.train.batch_size))
+    return load(**config.model, mesh=config_lib.mesh(config, concepts), rules=config.mesh.rules)
 
 
 def train(config: ConfigDict, resume: bool = False) -> int:
@@ -105,18 +108,23 @@ def stored_or_read(run: RunDir, config: ConfigDict, resolution: int) -> list[Pho
     return read_photos(config.data.dir, resolution, config.data.masks_dir)
 
 
-def make_step_config(config: ConfigDict, pipeline: Pipeline) -> StepConfig:
+def make_step_config(config: ConfigDict, pipeline: Pipeline, concepts: int = 1) -> StepConfig:
+    unet = UNet2DConditionModel(replace(pipeline.networks.unet.config, remat=config.train.remat))
     return StepConfig(
-        networks=pipeline.networks,
+        networks=replace(pipeline.networks, unet=unet),
         adapter=config_lib.adapter_config(config, pipeline.networks),
         optimizer=config_lib.optimizer_config(config),
         batch_size=config.train.batch_size,
-        mesh=make_mesh(1, config.train.batch_size),
+        mesh=config_lib.mesh(config, concepts),
+        stop=StopConfig(**config.stop),
     )
 
 
-def prepare(config: ConfigDict, step_config: StepConfig, pipeline: Pipeline, photos: list[Photo]) -> ConceptData:
-    """Latents and text states of one concept, padded to their buckets, with a concept axis of size 1."""
+def prepare(
+    config: ConfigDict, step_config: StepConfig, pipeline: Pipeline, photos: list[Photo], size: int = 0
+) -> ConceptData:
+    """Latents and text states of one concept, padded to `size` photos or to their bucket, with a concept axis of size
+    1."""
     networks, params = pipeline.networks, pipeline.params
     images = np.stack([photo.image for photo in photos])
     mean, std = posteriors(networks.vae, params["vae"], images, config.data.flip)
@@ -131,7 +139,7 @@ def prepare(config: ConfigDict, step_config: StepConfig, pipeline: Pipeline, pho
         text.lower(encoder, weights, ids, text.visibility(ids, word, adapter.scope), stop=layers[0])
         for encoder, weights, ids, layers in zip(networks.text, params["text"], token_ids, adapter.layers, strict=True)
     )
-    size, length = bucket(len(photos)), bucket(len(prompts))
+    size, length = max(size, bucket(len(photos))), bucket(len(prompts))
     data = ConceptData(
         mean=pad(mean, size),
         std=pad(std, size),
@@ -154,27 +162,29 @@ def loop(
     """Train from the last checkpoint, or from the start, to the last step. Returns the state and, where a signal
     ended it early, the signal. Raises UserError at a loss that is not finite, the last good state saved."""
     networks, mesh = pipeline.networks, step_config.mesh
-    on_concepts, on_frozen = sharding(mesh, "concept"), sharding(mesh, "frozen")
+    on_concepts = sharding(mesh, "concept")
     state = init_state([config.seed], step_config.adapter, networks.heads, step_config.optimizer.transformation())
     state = jax.device_put(state, on_concepts)
     if checkpoints.latest is not None:
         state = checkpoints.restore(state)
-    frozen = Frozen(pipeline.params["unet"], pipeline.params["text"], networks.schedule.alphas_cumprod)
-    frozen, data = jax.device_put(frozen, on_frozen), jax.device_put(data, on_concepts)
+    frozen, data = freeze(pipeline, mesh, config.mesh.rules), jax.device_put(data, on_concepts)
 
-    total, step = config.train.steps, int(state.step[0])
-    on_cpu = jax.default_backend() == "cpu"
-    per_dispatch = config.train.steps_per_dispatch or (1 if on_cpu else ACCELERATOR_STEPS_PER_DISPATCH)
-    events = [n for n in (total, config.checkpoint.every, config.sample.every) if n]  # a dispatch ends at each
+    total, stop, step = config.train.steps, step_config.stop, int(state.step[0])
+    events = [
+        n for n in (total, config.checkpoint.every, config.sample.every, stop.every) if n
+    ]  # a dispatch ends there
     journal = Journal(run.metrics, run.events, step)
+
+    def done() -> bool:
+        return bool(finished(state, data.steps, stop)[0])
 
     def save() -> None:
         checkpoints.save(step, state, plain(config))
 
     try:
         with signals() as received, tqdm(total=total, initial=step, unit=" steps", desc="compiling") as bar:
-            while step < total and not received:
-                length = min(per_dispatch, *(until(step, n) for n in events))
+            while not done() and not received:
+                length = min(steps_per_dispatch(config), *(until(step, n) for n in events))
                 state, metrics = compile_chunk(step_config, length)(state, frozen, data)
                 start, step = step, int(state.step[0])
                 if bar.desc.startswith("compiling"):
@@ -184,7 +194,10 @@ def loop(
                 if step < start + length:
                     save()
                     raise UserError(not_finite(run, step, config))
-                if step % config.checkpoint.every == 0 or step == total:
+                if stop.every and step % stop.every == 0:
+                    state, loss = compile_evaluate(step_config)(state, frozen, data)
+                    journal.scalars(step, {"evaluation_loss": float(loss[0])})
+                if step % config.checkpoint.every == 0:
                     save()
                 if config.sample.every and step % config.sample.every == 0:
                     concept = to_concept(config, step_config, pipeline, state)
@@ -193,7 +206,22 @@ def loop(
             save()
     finally:
         journal.close()
-    return state, received[0] if received and step < total else None
+    return state, received[0] if received and not done() else None
+
+
+def freeze(pipeline: Pipeline, mesh: Mesh, rules: Rules) -> Frozen:
+    """The base model's share in the step, on the step's mesh: moved only where it does not lie so already."""
+
+    def put(params):
+        return jax.device_put(params, places(params, mesh, rules))
+
+    alphas = jax.device_put(pipeline.networks.schedule.alphas_cumprod, sharding(mesh, "frozen"))
+    return Frozen(put(pipeline.params["unet"]), tuple(map(put, pipeline.params["text"])), alphas)
+
+
+def steps_per_dispatch(config: ConfigDict) -> int:
+    on_cpu = jax.default_backend() == "cpu"
+    return config.train.steps_per_dispatch or (1 if on_cpu else ACCELERATOR_STEPS_PER_DISPATCH)
 
 
 def until(step: int, multiple: int) -> int:
@@ -221,13 +249,15 @@ def not_finite(run: RunDir, step: int, config: ConfigDict) -> str:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGTERM and SIGINT, so that the step under way ends and is saved; a second one acts at once."""
+    """Collect SIGTERM and SIGINT, so that the step under way ends and is saved; a second Ctrl-C acts at once. A second
+    SIGTERM does not: at a machine's shutdown it comes from its parent and from the system."""
     received: list[signal.Signals] = []
     previous = {}
 
     def receive(number, frame):
         received.append(signal.Signals(number))
-        signal.signal(number, previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
 
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, receive)

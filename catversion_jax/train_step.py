@@ -18,7 +18,7 @@ from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Networks
 from catversion_jax.sharding import sharding
 from catversion_jax.state import ConceptData, Frozen, TrainState
-from catversion_jax.types import Array, Float, Int, Key, Params
+from catversion_jax.types import Array, Bool, Float, Int, Key, Params
 
 DECAYS = {
     "constant": lambda progress: jnp.ones_like(progress),
@@ -54,6 +54,15 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    """When a concept has learned enough: its evaluation loss has not fallen any more."""
+
+    every: int = 0  # steps from one evaluation to the next; 0: none, every concept takes all of its steps
+    patience: int = 2  # evaluations without a lower loss after which a concept stops
+    margin: float = 0.0  # share of the lowest loss by which a lower one must be lower to count
+
+
+@dataclass(frozen=True)
 class StepConfig:
     """All that is static in the step."""
 
@@ -62,6 +71,7 @@ class StepConfig:
     optimizer: OptimizerConfig
     batch_size: int
     mesh: Mesh
+    stop: StopConfig = StopConfig()
 
 
 class Batch(flax.struct.PyTreeNode):
@@ -153,11 +163,16 @@ def prediction_error(
     return jnp.square(prediction - target).mean(axis=(1, 2, 3))
 
 
+def finished(state: TrainState, steps: Int[Array, "C"], stop: StopConfig) -> Bool[Array, "C"]:
+    """Which concepts have taken their last step. Of arrays of JAX or numpy."""
+    return (state.step >= steps) | ((stop.every > 0) & (state.stale >= stop.patience))
+
+
 def update(
     state: TrainState, frozen: Frozen, batch: Batch, steps: Int[Array, "C"], config: StepConfig
 ) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
-    """Move each concept's prefix by its own loss's gradient; a concept whose loss or gradient is not finite stays
-    at its last good state, and its `step` does not advance."""
+    """Move each concept's prefix by its own loss's gradient. A concept that is finished stays as it is; so does one
+    whose loss or gradient is not finite: its `step` does not advance."""
 
     def total(prefix):
         losses = denoising_loss(prefix, frozen, batch, config)
@@ -166,15 +181,16 @@ def update(
     grads, losses = jax.grad(total, has_aux=True)(state.prefix)
     learning_rate = config.optimizer.learning_rate_at(state.step, steps)
 
-    def one(state: TrainState, grad, loss, learning_rate) -> tuple[TrainState, Float[Array, ""]]:
+    def one(state: TrainState, grad, loss, learning_rate, done) -> tuple[TrainState, Float[Array, ""]]:
         norm = optax.tree.norm(grad)
         updates, opt_state = config.optimizer.transformation().update(grad, state.opt_state, state.prefix)
         prefix = jax.tree.map(lambda x, update: x + learning_rate * update, state.prefix, updates)
         moved = state.replace(step=state.step + 1, prefix=prefix, opt_state=opt_state)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~done
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state), norm
 
-    moved, norms = jax.vmap(one)(state, grads, losses, learning_rate)
+    done = finished(state, steps, config.stop)
+    moved, norms = jax.vmap(one)(state, grads, losses, learning_rate, done)
     return moved, {"loss": losses, "grad_norm": norms, "learning_rate": learning_rate}
 
 
@@ -196,13 +212,59 @@ def chunk(
     )
 
 
+EVALUATED = 8  # noisy photos per concept in an evaluation
+
+
+def fixed_batch(data: ConceptData, config: StepConfig) -> Batch:
+    """One concept's batch for evaluations (no concept axis): always the same photos, in turn, without the posterior's
+    spread, the same noise, and timesteps in the middle of equal parts."""
+    index = jnp.arange(EVALUATED)
+    latents = data.mean[index % jnp.maximum(1, data.photos), 0]
+    total = config.networks.schedule.num_train_timesteps
+    return Batch(
+        latents=latents,
+        noise=jax.random.normal(jax.random.key(0), latents.shape),
+        timesteps=((index + 0.5) * total / EVALUATED).astype(jnp.int32),
+        prompts=jax.tree.map(lambda x: x[index % jnp.maximum(1, data.prompt_count)], data.prompts),
+    )
+
+
+def evaluate(
+    state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig
+) -> tuple[TrainState, Float[Array, "C"]]:
+    """The evaluation loss of every concept, noted in the state of those that are due: whose step is a multiple of
+    `stop.every` and who are not finished."""
+    batch = jax.vmap(lambda data: fixed_batch(data, config))(data)
+    losses = denoising_loss(state.prefix, frozen, batch, config)
+    stop = config.stop
+    due = (state.step > 0) & (state.step % stop.every == 0) & ~finished(state, data.steps, stop)
+    better = losses < state.best * (1 - stop.margin)
+    stale = jnp.where(better, 0, state.stale + 1)
+    noted = state.replace(
+        best=jnp.where(due, jnp.minimum(state.best, losses), state.best), stale=jnp.where(due, stale, state.stale)
+    )
+    return noted, losses
+
+
+@cache
+def compile_evaluate(config: StepConfig):
+    """`evaluate(state, frozen, data)` jitted over the config's mesh; the state's buffers are donated."""
+    concept = sharding(config.mesh, "concept")
+    return jax.jit(
+        partial(evaluate, config=config),
+        in_shardings=(concept, None, concept),
+        out_shardings=(concept, None),
+        donate_argnums=0,
+    )
+
+
 @cache
 def compile_chunk(config: StepConfig, length: int):
     """`chunk(state, frozen, data)` jitted over the config's mesh; the state's buffers are donated."""
-    concept, frozen = sharding(config.mesh, "concept"), sharding(config.mesh, "frozen")
+    concept = sharding(config.mesh, "concept")
     return jax.jit(
         partial(chunk, config=config, length=length),
-        in_shardings=(concept, frozen, concept),
+        in_shardings=(concept, None, concept),  # None: the base model as it lies
         out_shardings=(concept, None),
         donate_argnums=0,
     )

@@ -32,6 +32,7 @@ def train_flags(model: Path, run_dir: Path, **changes) -> list[str]:
         "concept.class_word": "teapot",
         "adapter.length": 2,
         "train.steps": STEPS,
+        "train.decay": "cosine",
         "checkpoint.every": 4,
         "sample.every": 6,
         "sample.steps": 2,

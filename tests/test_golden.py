@@ -93,7 +93,11 @@ def test_guided_ddim(mini, golden):
 def test_gradient_and_twenty_steps(mini, golden):
     networks = mini.networks
     config = ts.StepConfig(
-        networks, AdapterConfig((LAYERS,)), ts.OptimizerConfig(), batch_size=2, mesh=make_mesh(1, 1, jax.devices()[:1])
+        networks,
+        AdapterConfig((LAYERS,)),
+        ts.OptimizerConfig(),
+        batch_size=2,
+        mesh=make_mesh(1, 1, devices=jax.devices()[:1]),
     )
     frozen = Frozen(mini.params["unet"], mini.params["text"], jnp.asarray(networks.schedule.alphas_cumprod))
     (encoder,), (params,) = networks.text, mini.params["text"]

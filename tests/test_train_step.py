@@ -1,6 +1,7 @@
 """The compiled step: one trace, the same numbers however it is dispatched, split or stacked."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from catversion_jax import train_step as ts
 from catversion_jax.adapter import AdapterConfig
 from catversion_jax.data.posteriors import bucket, pad
+from catversion_jax.models.unet import UNet2DConditionModel
 from catversion_jax.sharding import make_mesh, sharding
 from catversion_jax.state import ConceptData, Frozen, init_state
 from catversion_jax.text import Prompts
@@ -21,7 +23,7 @@ BATCH = 4
 def step_config(pipeline, devices, **optimizer) -> ts.StepConfig:
     adapter = AdapterConfig(((1, 2, 3),), length=2, init_std=0.1)
     return ts.StepConfig(
-        pipeline.networks, adapter, ts.OptimizerConfig(**optimizer), BATCH, make_mesh(1, BATCH, list(devices))
+        pipeline.networks, adapter, ts.OptimizerConfig(**optimizer), BATCH, make_mesh(1, BATCH, devices=list(devices))
     )
 
 
@@ -60,12 +62,15 @@ def config(tiny_pipeline) -> ts.StepConfig:
     return step_config(tiny_pipeline, jax.devices()[:1])
 
 
+def on_mesh(config, state, frozen, data):
+    whole, split = sharding(config.mesh, "frozen"), sharding(config.mesh, "concept")
+    return jax.device_put(state, split), jax.device_put(frozen, whole), jax.device_put(data, split)
+
+
 def run(config, frozen, data, steps=3, state=None, length=1):
     """`steps` steps; returns the final state and the losses [steps, C]."""
     state = start(config) if state is None else state
-    mesh = config.mesh
-    state, data = (jax.device_put(x, sharding(mesh, "concept")) for x in (state, data))
-    frozen = jax.device_put(frozen, sharding(mesh, "frozen"))
+    state, frozen, data = on_mesh(config, state, frozen, data)
     losses = []
     for _ in range(0, steps, length):
         state, metrics = ts.compile_chunk(config, length)(state, frozen, data)
@@ -102,9 +107,18 @@ def test_several_steps_in_one_dispatch_give_the_same_numbers(config, frozen):
     assert_close(a, b)
 
 
+def test_layers_computed_again_give_the_same_numbers(config, frozen):
+    networks = config.networks
+    unet = UNet2DConditionModel(replace(networks.unet.config, remat=True))
+    a, losses = run(config, frozen, concept(5), steps=2)
+    b, again = run(replace(config, networks=replace(networks, unet=unet)), frozen, concept(5), steps=2)
+    np.testing.assert_allclose(losses, again, rtol=1e-5)
+    assert_close(a, b, atol=1e-4)
+
+
 def test_two_devices_equal_one(tiny_pipeline, frozen, config):
     two = step_config(tiny_pipeline, jax.devices())
-    assert dict(two.mesh.shape) == {"concept": 1, "data": 2}
+    assert dict(two.mesh.shape) == {"concept": 1, "data": 2, "fsdp": 1, "tensor": 1}
     a, losses = run(config, frozen, concept(5))
     b, split = run(two, frozen, concept(5))
     np.testing.assert_allclose(losses, split, rtol=1e-5)
@@ -113,7 +127,7 @@ def test_two_devices_equal_one(tiny_pipeline, frozen, config):
 
 def test_the_batch_is_really_split(tiny_pipeline, frozen):
     two = step_config(tiny_pipeline, jax.devices())
-    compiled = ts.compile_chunk(two, 1).lower(start(two), frozen, concept(5)).compile()
+    compiled = ts.compile_chunk(two, 1).lower(*on_mesh(two, start(two), frozen, concept(5))).compile()
     first_convolution = re.search(r"f32\[(\d+),8,8,32\]\S* convolution", compiled.as_text())
     assert int(first_convolution[1]) == BATCH // 2
 

@@ -1,0 +1,50 @@
+"""report.jsonl of a batch: a line for each concept that is done or failed; processes may share it."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from catversion_jax.files import write_atomically
+
+FILE_NAME = "report.jsonl"
+
+
+class Report:
+    """The report in `folder`. Every change is made under a lock, so that no process loses another's lines."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / FILE_NAME
+        self._lock = folder / f".{FILE_NAME}.lock"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        with self._lock.open("w") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            yield
+
+    def entries(self) -> Iterator[dict]:
+        """What is reported; a line that a crash cut is not."""
+        if self.path.is_file():
+            with self.path.open() as file:
+                for line in file:
+                    with contextlib.suppress(ValueError):
+                        yield json.loads(line)
+
+    def reconcile(self, done: dict[str, bool]) -> None:
+        """Keep, of the concepts in `done`, one line for each that is done; a failed one is tried again. Those of
+        others stay."""
+        with self.locked():
+            kept = {entry["id"]: entry for entry in self.entries() if self.stays(entry, done)}
+            kept |= {id: {"id": id, "status": "done"} for id, is_done in done.items() if is_done and id not in kept}
+            text = "".join(json.dumps(entry) + "\n" for entry in kept.values())
+            write_atomically(self.path, lambda path: path.write_text(text))
+
+    @staticmethod
+    def stays(entry: dict, done: dict[str, bool]) -> bool:
+        return entry["id"] not in done or (done[entry["id"]] and entry["status"] == "done")
+
+    def add(self, entry: dict) -> None:
+        with self.locked(), self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")

@@ -1,0 +1,256 @@
+"""Many concepts in one compiled step: each as in a run of its own, whatever happens to the others."""
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from catversion_jax import artifact, batch, manifest, train
+from catversion_jax import train_step as ts
+from catversion_jax.config import default
+from catversion_jax.distributed import Process
+from catversion_jax.errors import UserError
+from catversion_jax.run_dir import RunDir
+from tests.commands import ENVIRONMENT, ROOT, catversion, command, error_of
+
+CONCEPTS = ROOT / "catversion_jax" / "concepts"
+LINES = [
+    {"id": "a", "dir": "teapot/train", "class_word": "teapot"},
+    {"id": "b", "dir": "dog/train", "class_word": "dog", "seed": 5, "masks": "dog/train_masks"},
+    {"id": "c", "dir": "owl/train", "class_word": "owl", "steps": 9},
+    {"id": "d", "dir": "rocket/train", "class_word": "rocket", "steps": 4, "seed": 7, "article": "the"},
+]
+STEPS = 6
+
+
+def config_of(tiny_model: Path, run_dir: Path, **changes):
+    config = default()
+    config.update_from_flattened_dict({
+        "model.path": str(tiny_model), "run_dir": str(run_dir), "adapter.length": 2, "adapter.init_std": 0.1,
+        "train.steps": STEPS, "train.batch_size": 2, "train.decay": "cosine", "checkpoint.every": 2, "batch.slots": 3,
+        **changes,
+    })  # fmt: skip
+    return config
+
+
+def write(path: Path, lines: list[dict]) -> Path:
+    """A manifest beside a link to the shipped concepts, which its relative folders begin at."""
+    for concept in CONCEPTS.iterdir():
+        link = path.parent / concept.name
+        if concept.is_dir() and not link.exists():
+            link.symlink_to(concept)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def report(run_dir: Path) -> dict[str, dict]:
+    """The report by id; no id occurs twice."""
+    entries = [json.loads(line) for line in (run_dir / "report.jsonl").read_text().splitlines()]
+    assert len({entry["id"] for entry in entries}) == len(entries)
+    return {entry["id"]: entry for entry in entries}
+
+
+def prefixes(run_dir: Path, ids="abcd") -> dict[str, np.ndarray]:
+    return {id: artifact.load(run_dir / id).prefix for id in ids}
+
+
+def assert_close(ours: dict, theirs: dict):
+    assert ours.keys() == theirs.keys()
+    for id, prefix in theirs.items():
+        np.testing.assert_allclose(
+            ours[id], prefix, atol=1e-4, err_msg=id
+        )  # AdamW amplifies small gradients' last bits
+
+
+@pytest.fixture(scope="module")
+def solo(tiny_model, tiny_pipeline, tmp_path_factory):
+    """What each line learns in a run of its own."""
+
+    def learn(**changes) -> dict[str, np.ndarray]:
+        learned = {}
+        for line in LINES:
+            config = config_of(tiny_model, tmp_path_factory.mktemp("solo") / line["id"], **changes)
+            config.data.dir = str(CONCEPTS / line["dir"])
+            config.concept.update({key: line[key] for key in ("class_word", "article") if key in line})
+            config.seed, config.train.steps = line.get("seed", 0), line.get("steps", STEPS)
+            learned[line["id"]] = train.learn(config, RunDir(Path(config.run_dir)), tiny_pipeline)[0]
+        return learned
+
+    return learn
+
+
+@pytest.fixture(scope="module")
+def alone(solo) -> dict[str, np.ndarray]:
+    return {id: concept.prefix for id, concept in solo().items()}
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_each_concept_equals_its_solo_run(tiny_model, tmp_path, alone, slots):
+    config = config_of(tiny_model, tmp_path / "out", **{"batch.slots": slots})
+    assert batch.run(config, write(tmp_path / "list.jsonl", LINES), Process()) == 0
+    assert_close(prefixes(tmp_path / "out"), alone)
+    entries = report(tmp_path / "out")
+    assert {id: (entry["status"], entry["steps"]) for id, entry in entries.items()} == {
+        "a": ("done", STEPS), "b": ("done", STEPS), "c": ("done", 9), "d": ("done", 4),
+    }  # fmt: skip
+    concept = artifact.load(tmp_path / "out" / "b")
+    assert (concept.class_word, concept.seed, concept.steps) == ("dog", 5, STEPS)
+
+
+def test_one_trace_and_one_executable(tiny_model, tmp_path, monkeypatch):
+    shapes = []
+    loss = ts.denoising_loss
+    monkeypatch.setattr(
+        ts, "denoising_loss", lambda prefix, *rest: shapes.append(prefix[0].shape) or loss(prefix, *rest)
+    )
+    config = config_of(tiny_model, tmp_path / "out", **{"batch.slots": 8, "train.steps": 2, "train.eps": 2e-8})
+    lines = [{**LINES[i % 4], "id": str(i), "seed": i, "steps": 2 + i % 3} for i in range(20)]
+    assert batch.run(config, write(tmp_path / "list.jsonl", lines), Process()) == 0
+    assert {entry["status"] for entry in report(tmp_path / "out").values()} == {"done"}
+    assert len(report(tmp_path / "out")) == 20
+    ((count, *_),) = shapes  # one trace
+    assert count == 8
+    config.concept.class_word = "thing"
+    step_config = train.make_step_config(config, train.load_model(config, 8), 8)
+    assert ts.compile_chunk(step_config, 1)._cache_size() == 1
+
+
+def test_bad_concepts_disturb_no_others(tiny_model, tmp_path, alone, monkeypatch):
+    prepare = train.prepare
+
+    def spoiled(config, *rest):
+        data = prepare(config, *rest)
+        return data.replace(mean=data.mean * np.nan) if config.seed == 13 else data
+
+    monkeypatch.setattr(train, "prepare", spoiled)
+    (tmp_path / "corrupt").mkdir()
+    (tmp_path / "corrupt" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    bad = [
+        {"id": "missing", "dir": "nowhere", "class_word": "teapot"},
+        {"id": "corrupt", "dir": "corrupt", "class_word": "teapot"},
+        {**LINES[0], "id": "nan", "seed": 13},
+    ]
+    path = write(tmp_path / "list.jsonl", [bad[0], LINES[0], bad[2], LINES[1], bad[1], LINES[2], LINES[3]])
+    config = config_of(tiny_model, tmp_path / "out")
+    assert batch.run(config, path, Process()) == batch.FAILED
+    assert_close(prefixes(tmp_path / "out"), alone)
+    entries = report(tmp_path / "out")
+    assert {id: entry["error"] for id, entry in entries.items() if entry["status"] == "failed"} == {
+        "missing": f"{tmp_path / 'nowhere'}: no such folder; data.dir takes a folder of 1 to 100 photos",
+        "corrupt": f"{tmp_path / 'corrupt' / '1.png'}: not a JPEG, PNG, WEBP picture; remove or convert it",
+        "nan": "loss or gradient not finite after step 0",
+    }
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/concept.safetensors")}
+    shutil.rmtree(tmp_path / "corrupt")
+    (tmp_path / "corrupt").symlink_to(CONCEPTS / "teapot" / "train")
+    assert batch.run(config, path, Process()) == batch.FAILED  # the others are not learned again
+    entries = report(tmp_path / "out")
+    assert entries["corrupt"]["status"] == "done"
+    assert sorted(id for id, entry in entries.items() if entry["status"] == "failed") == ["missing", "nan"]
+    assert done == {path: path.stat().st_mtime_ns for path in done}
+    np.testing.assert_allclose(artifact.load(tmp_path / "out" / "corrupt").prefix, alone["a"], atol=1e-4)
+
+
+def test_a_concept_stops_early_as_in_its_solo_run(tiny_model, tmp_path, solo):
+    changes = {"stop.every": 2, "stop.patience": 1, "stop.margin": 0.02, "train.decay": "constant"}
+    theirs = solo(**changes)
+    steps = {id: concept.steps for id, concept in theirs.items()}
+    assert min(steps.values()) < STEPS, steps  # else this shows nothing
+    config = config_of(tiny_model, tmp_path / "out", **changes, **{"batch.slots": 2})
+    assert batch.run(config, write(tmp_path / "list.jsonl", LINES), Process()) == 0
+    assert {id: entry["steps"] for id, entry in report(tmp_path / "out").items()} == steps
+    assert_close(prefixes(tmp_path / "out"), {id: concept.prefix for id, concept in theirs.items()})
+
+
+def flags(model: Path, run_dir: Path, path: Path, **changes) -> list[str]:
+    """The command as config_of has it."""
+    config = config_of(model, run_dir, **changes)
+    values = {f"{group}.{key}": config[group][key] for group, key in (
+        ("model", "path"), ("adapter", "length"), ("adapter", "init_std"), ("adapter", "scope"), ("train", "steps"),
+        ("train", "batch_size"), ("train", "decay"), ("train", "learning_rate"), ("train", "eps"),
+        ("checkpoint", "every"), ("batch", "slots"),
+    )}  # fmt: skip
+    values |= {"run_dir": run_dir}
+    return [
+        "batch",
+        "--config=configs/mini.py",
+        f"--manifest={path}",
+        *(f"--config.{k}={v}" for k, v in values.items()),
+    ]
+
+
+def test_killed_and_started_again(tiny_model, tmp_path):
+    """At whatever moment it dies, the same command goes on from the last checkpoint."""
+    lines = [{**LINES[i], "steps": 30} for i in range(4)]
+    path = write(tmp_path / "list.jsonl", lines)
+    run = flags(tiny_model, tmp_path / "out", path, **{"checkpoint.every": 10})
+    process = subprocess.Popen(command(*run), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    kept = tmp_path / "out" / "checkpoints" / "0-of-1"
+    while not list(kept.glob("[1-9]0")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "out").glob("*/concept.safetensors"))
+    clock = max(int(folder.name) for folder in kept.iterdir() if folder.name.isdigit())
+    catversion(*run)
+    assert {entry["status"] for entry in report(tmp_path / "out").values()} == {"done"}
+    # 3 slots, 4 concepts of 30 steps: two rounds of 30; the clock begins where it was kept
+    assert max(int(folder.name) for folder in kept.iterdir() if folder.name.isdigit()) <= 60
+    assert clock >= 10
+    assert batch.run(config_of(tiny_model, tmp_path / "whole"), path, Process()) == 0
+    assert_close(prefixes(tmp_path / "out"), prefixes(tmp_path / "whole"))
+    assert "all 4 concepts are done already" in catversion(*run).stdout
+
+
+def test_mistakes_in_the_command(tiny_model, tmp_path):
+    path = tmp_path / "list.jsonl"
+    run = flags(tiny_model, tmp_path / "out", path)
+    assert "list.jsonl: No such file or directory; --manifest takes a file" in error_of(*run)
+    path.write_text(json.dumps(LINES[0]) + "\n{")
+    assert "list.jsonl:2: not JSON" in error_of(*run)
+    assert "--manifest: missing" in error_of("batch", "--config=configs/mini.py")
+    assert not (tmp_path / "out").exists()
+
+
+GOOD = json.dumps(LINES[0])
+BAD = {
+    "": "list.jsonl: no lines; expected a JSON object a line",
+    "[1]\n": "list.jsonl:1: expected a JSON object with class_word, dir, id",
+    '{"id": "a"}': "list.jsonl:1: no class_word, no dir",
+    GOOD[:-1] + ', "step": 3}': "list.jsonl:1: 'step' is no key; expected id, dir, class_word",
+    GOOD[:-1] + ', "steps": 0}': "list.jsonl:1: steps=0; expected at least 1",
+    GOOD[:-1] + ', "seed": true}': "list.jsonl:1: seed=True; expected 0 to 2^32 - 1",
+    GOOD.replace('"a"', '"../a"'): "list.jsonl:1: id='../a'; expected a name for a folder",
+    GOOD.replace('"a"', '"checkpoints"'): "list.jsonl:1: id='checkpoints'; expected a name for a folder",
+    GOOD.replace('"teapot"', '" "'): "list.jsonl:1: class_word=' '; expected the base class",
+    GOOD + "\n\n" + GOOD: "list.jsonl:3: id 'a' is also that of line 1; give it another",
+    '{"id": "' + "a" * 2**16 + '"}': "list.jsonl:1: not JSON",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_mistakes_in_the_manifest(tmp_path, text):
+    path = tmp_path / "list.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        list(manifest.read(path))
+    assert BAD[text] in str(error.value)
+
+
+def test_ten_thousand_lines_are_read_one_at_a_time(tmp_path):
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps({**LINES[0], "id": str(i)}) + "\n" for i in range(10_000)))
+    shares = [[line.id for line in batch.share(path, Process(i, 3))] for i in range(3)]
+    assert sorted(itertools.chain(*shares), key=int) == [str(i) for i in range(10_000)]
+    prepared = []
+    queue = batch.ahead(manifest.read(path), lambda line: prepared.append(line.id), 8)
+    next(queue)
+    queue.close()
+    assert len(prepared) <= 9
