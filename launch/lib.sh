@@ -42,16 +42,35 @@ run_line() {
   if [[ -n $dry_run ]]; then printf '%s\n' "$1"; else bash -c "set -euo pipefail; $1"; fi
 }
 
-# Wait for a child, however often a signal interrupts that: its trap sets `interrupted`. Returns the child's status.
+# --- Processes in the background, and signals
+
+# Pass SIGTERM and SIGINT on to `children`, as SIGTERM; `signals` counts them. With `set -m` every child has a process
+# group of its own, so that a signal to the script's group reaches it once.
+pass_signals_on() {
+  signals=0 children=()
+  trap '((++signals)); kill -TERM "${children[@]}" 2> /dev/null || true' TERM INT
+}
+
+# Start a command in the background, as `child`.
+spawn() {
+  local before=$signals
+  "$@" &
+  child=$!
+  children+=("$child")
+  ((signals == before)) || kill -TERM "$child" # came before the trap knew of the child
+}
+
+# Wait for a child, however often a signal interrupts that, and return its status.
 await() {
-  local status
+  local before status
   while true; do
-    interrupted=
-    status=0
+    before=$signals status=0
     wait "$1" || status=$?
-    [[ -n $interrupted ]] || return "$status"
+    ((signals > before)) || return "$status"
   done
 }
+
+# --- Runs
 
 # The manifest below CONCEPTS: there, or an error.
 require_concepts() {
@@ -61,7 +80,7 @@ require_concepts() {
 
 # --- A run in a bucket: BUCKET/NAME/concepts goes to the hosts, BUCKET/NAME/host-I is what host I has done so far.
 
-# The name becomes part of commands that remote shells read.
+# The name becomes part of lines that remote shells read.
 require_name() {
   [[ -n ${NAME:-} ]] || die "NAME: not set; expected a name for the run, such as NAME=mugs"
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,37}[a-z0-9])?$ ]] ||
@@ -75,24 +94,28 @@ require_bucket() {
 }
 
 upload_concepts() {
-  run gcloud storage rsync --recursive "$CONCEPTS" "$store/concepts"
+  run gcloud storage rsync "$CONCEPTS" "$store/concepts" --recursive
 }
 
-# What a host runs in the folder of the checkout, before and as the worker. The worker's first argument after this
-# line is the host's index; the rest are flags of `catversion batch`.
+# Lines for a host's shell, in the folder of the checkout.
 fetch_concepts() {
-  printf '%s\n' "mkdir -p concepts && gcloud storage rsync --recursive $store/concepts concepts"
+  echo "mkdir -p concepts && gcloud storage rsync $store/concepts concepts --recursive"
 }
 
-batch_flags() {
-  quoted --config="$CONFIG" --manifest=concepts/concepts.jsonl --distributed "$@"
+# $1, $2: the host's index and how many there are, as its shell sees them; then flags of `catversion batch`.
+worker() {
+  echo "launch/worker.sh runs/$NAME $store/host-$1" \
+    "$(quoted --config="$CONFIG" --manifest=concepts/concepts.jsonl) --num_processes=$2 --process_id=$1" \
+    "$(quoted "${@:3}")"
 }
 
-# OUT/hosts is a mirror of the bucket; the hosts' shares of the manifest have no concept in common.
+# OUT/hosts is a mirror of the bucket. No concept is in the shares of two hosts, so their folders merge.
 collect() {
-  local hosts out
-  hosts=$(quoted "$OUT/hosts") out=$(quoted "$OUT")
-  run mkdir -p "$OUT/hosts" &&
-    run gcloud storage rsync --recursive '--exclude=concepts/.*|.*/checkpoints\.tar$' "$store" "$OUT/hosts" &&
-    run_line "cp -R $hosts/host-*/. $out && cat $hosts/host-*/report.jsonl > $out/report.jsonl"
+  local hosts=$OUT/hosts
+  run mkdir -p "$hosts" &&
+    run gcloud storage rsync "$store" "$hosts" --recursive '--exclude=concepts/.*|.*/checkpoints\.tar$' || return
+  [[ -n $dry_run ]] || compgen -G "$hosts/host-*/report.jsonl" > /dev/null ||
+    die "$store: no host has written a report yet; see the logs, and collect again later"
+  run_line "cp -R $(quoted "$hosts")/host-*/. $(quoted "$OUT")"
+  run_line "cat $(quoted "$hosts")/host-*/report.jsonl > $(quoted "$OUT/report.jsonl")"
 }

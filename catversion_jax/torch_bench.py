@@ -1,0 +1,197 @@
+"""The training step in PyTorch, of diffusers' and transformers' modules: what `catversion bench --vs=torch` compares
+with. It trains one concept; C concepts with batches of B are to it one batch of C x B pictures.
+
+PyTorch is no dependency: nothing here imports it before it is asked for.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from catversion_jax.adapter import resolve_layers
+from catversion_jax.errors import UserError
+from catversion_jax.source import FOLDERS
+
+PACKAGES = ("torch", "diffusers", "transformers")
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
+"""JAX's platform -> PyTorch's device."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train in PyTorch."""
+
+    label: str
+    dtype: str | None  # of the text encoder and the UNet; None: the config's
+    checkpointing: bool  # the UNet's activations are computed again in the backward pass
+    encodes: bool  # the VAE encodes the pictures in every step
+
+
+RECIPES = {
+    "torch_authors": Recipe("PyTorch, the authors' recipe", "float32", checkpointing=True, encodes=True),
+    "torch_sdpa": Recipe("PyTorch, SDPA, latents given", None, checkpointing=False, encodes=False),
+}
+
+
+def check_installed() -> None:
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"--vs=torch: no {', no '.join(missing)} here; pip install {' '.join(missing)}")
+
+
+def builders(
+    config: ConfigDict, configs: dict[str, dict], folder: Path | None, platform: str, threads: int
+) -> tuple[str, dict[str, Callable]]:
+    """PyTorch's version, and for each recipe what makes of a row of the table the row and a dispatch.
+
+    `configs` are the components' config.json. `folder` is the model in diffusers layout; None: random weights.
+    """
+    if platform not in PLATFORMS:
+        raise UserError(f"--vs=torch: this is a {platform}; expected one of {', '.join(PLATFORMS)}")
+    if "text_2" in configs:
+        raise UserError("--vs=torch: Stable Diffusion XL has two text encoders; expected a 1.x or 2.x model")
+    import diffusers
+    import torch
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    return torch.__version__, {
+        what: partial(build, recipe, config, configs, folder, PLATFORMS[platform]) for what, recipe in RECIPES.items()
+    }
+
+
+def load(component: str, configs: dict[str, dict], folder: Path | None):
+    """A frozen network of the model, float32."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    kind = {"text": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}[component]
+    if folder is not None:
+        network = kind.from_pretrained(folder / FOLDERS[component], local_files_only=True)
+    elif component == "text":
+        network = kind(CLIPTextConfig(**configs[component]))
+    else:
+        network = kind.from_config(configs[component])
+    return network.float().requires_grad_(False)
+
+
+def attach(text_encoder, prefix, layers: tuple[int, ...], logit_bias: float) -> None:
+    """Put the prefix [P, L, 2, H, D] in front of the keys and values of the encoder's self-attention in `layers`."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    length, heads, head_dim = prefix.shape[0], *prefix.shape[3:]
+
+    def forward_of(attention, place: int):
+        def forward(hidden_states, *_, **__):
+            batch, queries = hidden_states.shape[:2]
+            query, key, value = (
+                project(hidden_states).unflatten(-1, (heads, head_dim)).transpose(1, 2)
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            first_key, first_value = (
+                part.to(query.dtype).transpose(0, 1).expand(batch, -1, -1, -1) for part in prefix[:, place].unbind(1)
+            )
+            causal = torch.ones(queries, queries, dtype=torch.bool, device=query.device).triu(1)
+            mask = torch.cat([query.new_full((queries, length), logit_bias), query.new_zeros(causal.shape)], dim=1)
+            mask[:, length:].masked_fill_(causal, -torch.inf)
+            out = scaled_dot_product_attention(
+                query, torch.cat([first_key, key], dim=2), torch.cat([first_value, value], dim=2), mask
+            )
+            return attention.out_proj(out.transpose(1, 2).flatten(2)), None
+
+        return forward
+
+    # transformers 4: model.text_model.encoder.layers; 5: model.encoder.layers
+    stack = getattr(text_encoder, "text_model", text_encoder).encoder.layers
+    for place, layer in enumerate(layers):
+        attention = stack[layer].self_attn
+        attention.forward = forward_of(attention, place)
+
+
+def build(recipe: Recipe, config: ConfigDict, configs: dict[str, dict], folder: Path | None, device: str, row):
+    """The row with what is known before it is timed, and a dispatch of its `steps_per_dispatch` steps, warmed up."""
+    import torch
+
+    on_gpu = device == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    step = make_step(recipe, config, configs, folder, device, row.concepts * row.batch)
+
+    def dispatch() -> None:
+        for _ in range(row.steps_per_dispatch):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    for _ in range(2):
+        dispatch()
+    if on_gpu:
+        most = torch.cuda.max_memory_allocated() - before
+        row = replace(row, peak_memory_bytes=most, peak_memory_from="device")
+    return row, dispatch
+
+
+def make_step(
+    recipe: Recipe, config: ConfigDict, configs: dict[str, dict], folder: Path | None, device: str, batch: int
+) -> Callable[[], Any]:
+    """A function that takes one training step and returns the loss: text encoder with the prefix, UNet, backward to the
+    prefix, AdamW. Pictures and token ids are random."""
+    import torch
+    from torch.nn.functional import mse_loss
+
+    torch.manual_seed(0)
+    dtype = getattr(torch, recipe.dtype or config.model.dtype)
+    text_encoder, unet = (load(name, configs, folder).to(device, dtype) for name in ("text", "unet"))
+    if recipe.checkpointing:
+        unet.train().enable_gradient_checkpointing()
+    depth, width = text_encoder.config.num_hidden_layers, text_encoder.config.hidden_size
+    heads = text_encoder.config.num_attention_heads
+    layers = resolve_layers(config.adapter.layers, depth)
+    shape = (config.adapter.length, len(layers), 2, heads, width // heads)
+    prefix = torch.nn.Parameter(config.adapter.init_std * torch.randn(shape, device=device))
+    attach(text_encoder, prefix, layers, config.adapter.logit_bias)
+    train = config.train
+    optimizer = torch.optim.AdamW(
+        [prefix], train.learning_rate, (train.b1, train.b2), train.eps, weight_decay=train.weight_decay
+    )
+    ids = torch.randint(text_encoder.config.vocab_size, (batch, 77), device=device)
+    alphas = torch.linspace(0.999, 0.005, 1000, device=device)  # one schedule takes as long as another
+    latents_shape = (batch, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    mean = torch.randn(latents_shape, device=device)
+    if recipe.encodes:
+        vae = load("vae", configs, folder).to(device)
+        side = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        images = torch.rand((batch, 3, side, side), device=device) * 2 - 1
+
+    def encoded():
+        with torch.no_grad():
+            return vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
+
+    def drawn():
+        return mean + 0.1 * torch.randn_like(mean)
+
+    draw = encoded if recipe.encodes else drawn
+
+    def step():
+        latents = draw()
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(1000, (batch,), device=device)
+        alpha = alphas[timesteps, None, None, None]
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        states = text_encoder(ids).last_hidden_state
+        loss = mse_loss(unet(noisy.to(dtype), timesteps, states).sample.float(), noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step

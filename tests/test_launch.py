@@ -1,0 +1,482 @@
+"""launch/: every script is clean, prints what it would run, and runs it; the clouds' tools are stand-ins."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+PAGES = sorted(LAUNCH.glob("*.md"))
+TOOLS = ("gcloud", "xpk", "sky", "kubectl", "docker", "nvidia-smi")
+SETTINGS = {
+    "NAME": "mugs",
+    "BUCKET": "gs://b",
+    "PROJECT": "p",
+    "ZONE": "us-west4-a",
+    "CLUSTER": "c",
+    "IMAGE": "eu-docker.pkg.dev/p/r/catversion:1",
+}
+TPU_PLACE = "mugs --project=p --zone=us-west4-a --quiet"
+BATCH = "--config=configs/sd15.py --manifest=concepts/concepts.jsonl"
+COUNT = "--num_processes=$((${#hosts} + 1))"
+DRY_RUNS = {
+    "tpu_vm.sh create": [
+        f"tpu-vm create {TPU_PLACE} --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite --spot"
+    ],
+    "tpu_vm.sh queue": ["queued-resources create mugs --node-id=mugs", "--runtime-version=v2-alpha-tpuv5-lite --spot"],
+    "tpu_vm.sh setup": [f"mugs:catversion.tar.gz {TPU_PLACE[5:]} --worker=all", "launch/install.sh tpu"],
+    "tpu_vm.sh run --config.seed=3": [
+        "gcloud storage rsync concepts gs://b/mugs/concepts --recursive",
+        f"tpu-vm ssh {TPU_PLACE} --worker=all",
+        f"launch/worker.sh runs/mugs gs://b/mugs/host-$host {BATCH} {COUNT} --process_id=$host --config.seed=3 <",
+    ],
+    "tpu_vm.sh logs": ["--worker=all", "tail -n 100 -F catversion/runs/mugs/host.log"],
+    "tpu_vm.sh logs 2": ["--worker=2"],
+    "tpu_vm.sh collect": ["gs://b/mugs runs/mugs/hosts --recursive", "> runs/mugs/report.jsonl"],
+    "tpu_vm.sh delete": [
+        f"queued-resources delete {TPU_PLACE} --force || gcloud compute tpus tpu-vm delete {TPU_PLACE}"
+    ],
+    "tpu_vm.sh keep": ["list", "queued-resources create", "install.sh", "worker.sh", "until", "report.jsonl", "delete"],
+    "gke_xpk.sh image": ["docker build", "Dockerfile --tag=eu-docker.pkg.dev/p/r/catversion:1", "docker push"],
+    "gke_xpk.sh run": [
+        "xpk workload create --cluster=c --workload=mugs --project=p --zone=us-west4-a --tpu-type=v5litepod-8",
+        "--docker-image=eu-docker.pkg.dev/p/r/catversion:1 --max-restarts=100",
+        f"exec launch/worker.sh runs/mugs gs://b/mugs/host-${{TPU_WORKER_ID:-0}} {BATCH} {COUNT}",
+    ],
+    "gke_xpk.sh logs": ["kubectl logs --follow", "--selector=xpk.google.com/workload=mugs"],
+    "gke_xpk.sh collect": ["gs://b/mugs runs/mugs/hosts --recursive"],
+    "gke_xpk.sh delete": ["xpk workload delete --cluster=c --workload=mugs"],
+    "local_gpu.sh": [
+        "catversion batch --config=configs/sd15.py --manifest=concepts/concepts.jsonl --config.run_dir=runs/batch"
+    ],
+    "local_gpu.sh --split": ["--num_processes=2 --process_id=1 >> runs/batch/logs/"],
+}
+"""Command -> what its --dry-run prints, in this order."""
+
+ERRORS = [
+    ("tpu_vm.sh", {}, "no command; expected create"),
+    ("tpu_vm.sh start", {}, "start: no such command; expected create"),
+    ("tpu_vm.sh create now", {}, "create takes no argument"),
+    ("tpu_vm.sh logs all", {}, "logs takes the number of one host"),
+    ("tpu_vm.sh create", {"NAME": ""}, "NAME: not set"),
+    ("tpu_vm.sh create", {"NAME": "my mugs; ls"}, "NAME=my mugs; ls: expected"),
+    ("tpu_vm.sh create", {"SPOT": "1"}, "SPOT=1: expected yes or no"),
+    ("tpu_vm.sh create", {"ACCELERATOR": "h100"}, "ACCELERATOR=h100: expected"),
+    ("tpu_vm.sh run", {"BUCKET": ""}, "BUCKET=: expected a bucket"),
+    ("tpu_vm.sh keep", {"BUCKET": "s3://b"}, "BUCKET=s3://b: expected a bucket"),
+    ("tpu_vm.sh run", {"CONCEPTS": "nowhere"}, "nowhere/concepts.jsonl: no such file"),
+    ("gke_xpk.sh", {}, "no command; expected image"),
+    ("gke_xpk.sh start", {}, "start: no such command"),
+    ("gke_xpk.sh run", {"NAME": ""}, "NAME: not set"),
+    ("gke_xpk.sh run", {"CLUSTER": ""}, "CLUSTER: not set"),
+    ("gke_xpk.sh image", {"IMAGE": ""}, "IMAGE: not set"),
+    ("local_gpu.sh split", {}, "split: expected --split"),
+    ("local_gpu.sh", {"CONCEPTS": "nowhere"}, "nowhere/concepts.jsonl: no such file"),
+    ("local_gpu.sh --split", {"CUDA_VISIBLE_DEVICES": ""}, "nvidia-smi lists no GPU"),
+    ("worker.sh out", {}, "1 arguments; expected OUT COPY FLAG"),
+]
+
+
+class Place:
+    """A scratch folder with concepts/, and stand-ins for the tools in bin/, first on PATH."""
+
+    def __init__(self, path: Path):
+        self.path, self.calls_file = path, path / "calls"
+        (path / "bin").mkdir()
+        (path / "concepts").mkdir()
+        (path / "concepts" / "concepts.jsonl").write_text('{"id": "a", "dir": "a", "class_word": "mug"}\n')
+        for name in TOOLS:
+            self.fake(name, "exit 99")
+        self.fake("catversion", "exit 0")
+        self.environment = SETTINGS | {
+            "PATH": f"{path / 'bin'}:/usr/local/bin:/usr/bin:/bin",
+            "HOME": str(path),
+            "TMPDIR": str(path),
+            "CALLS": str(self.calls_file),
+            "CUDA_VISIBLE_DEVICES": "3,5",
+        }
+
+    def fake(self, name: str, body: str, path: str = "bin") -> None:
+        """A program that appends its name and arguments to `calls`, quoted, and then does `body`."""
+        script = self.path / path / name
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(f'#!/bin/bash\necho "{name} ${{*@Q}}" >> "$CALLS"\n{body}\n')
+        script.chmod(0o755)
+
+    @property
+    def calls(self) -> list[list[str]]:
+        lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        return [shlex.split(line) for line in lines]
+
+    def start(self, command: str, **settings: str) -> subprocess.Popen:
+        """`command` is a script of launch/ with its arguments."""
+        return self.shell(f"{LAUNCH}/{command}", **settings)
+
+    def shell(self, line: str, **settings: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", "-c", f"exec {line}" if line.startswith(str(LAUNCH)) else line],
+            cwd=self.path,
+            env=self.environment | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def until(self, condition) -> None:
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end, "nothing happened in 10 s"
+            time.sleep(0.02)
+
+    def read(self, name: str) -> str:
+        path = self.path / name
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture
+def place(tmp_path) -> Place:
+    return Place(tmp_path)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_syntax(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK) or script.name == "lib.sh"
+
+
+def test_shellcheck():
+    beside = Path(sys.executable).parent / "shellcheck"
+    program = beside if beside.exists() else shutil.which("shellcheck")
+    assert program, "shellcheck is missing: pip install -e '.[test]'"
+    done = subprocess.run([program, "--external-sources", *SCRIPTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", DRY_RUNS)
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_dry_run_prints_and_runs_nothing(place, command, first):
+    script, *arguments = command.split()
+    words = [script, "--dry-run", *arguments] if first else [script, *arguments, "--dry-run"]
+    before = set(place.path.rglob("*"))
+    out, _ = finish(place.start(" ".join(words)))
+    at = 0
+    for part in DRY_RUNS[command]:
+        assert part in out[at:], f"{part!r} is not in, or not in this order:\n{out}"
+        at = out.index(part, at)
+    assert place.calls == []
+    assert set(place.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [c for c in DRY_RUNS if not c.startswith("local_gpu") and "keep" not in c])
+def test_what_a_dry_run_prints_is_what_runs(place, command):
+    out, _ = finish(place.start(f"{command} --dry-run"))
+    place.fake("tar", "")
+    for name in TOOLS:
+        place.fake(name, PLAYED if name == "gcloud" else "")
+    finish(place.start(command))
+    ran = place.calls
+    place.calls_file.unlink()
+    finish(place.shell(out))
+    assert ran == place.calls
+    assert ran
+
+
+@pytest.mark.parametrize(("command", "settings", "message"), ERRORS)
+def test_errors_are_one_line(place, command, settings, message):
+    out, err = finish(place.start(command, **settings), status=1)
+    assert message in err
+    assert (out, err.count("\n")) == ("", 1)
+    assert [call for call in place.calls if call[0] != "nvidia-smi"] == []
+
+
+def test_catversion_must_be_there(place):
+    (place.path / "bin" / "catversion").unlink()
+    _, err = finish(place.start("local_gpu.sh"), status=1)
+    assert "catversion: not found; install it and activate its environment" in err
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke_xpk.sh", "local_gpu.sh"])
+def test_help(place, script):
+    out, _ = finish(place.start(f"{script} --help", NAME=""))
+    assert out.startswith(f"usage: launch/{script}")
+
+
+PLAYED = """
+next() { head -n 1 "$1"; sed -i 1d "$1"; }
+case "$*" in
+  *"queued-resources list"*) next states ;;
+  *"until ["*) exit "$(next ends)" ;;
+  *install.sh*) exit "$(cat broken 2> /dev/null || echo 0)" ;;
+  *"rsync gs://b/mugs "*)
+    for host in 0 1; do
+      mkdir -p "$4/host-$host/mug-$host"
+      echo "artifact $host" > "$4/host-$host/mug-$host/concept.safetensors"
+      echo "{\\"id\\": \\"mug-$host\\"}" > "$4/host-$host/report.jsonl"
+    done ;;
+esac
+"""
+"""A gcloud whose queue and hosts behave as the files `states`, `ends` and `broken` say."""
+
+
+def keep(place: Place, states: list[str], ends: list[int], status: int = 0) -> tuple[str, list[str]]:
+    """What `tpu_vm.sh keep` complains of, and which of the calls below it made."""
+    place.fake("gcloud", PLAYED)
+    place.fake("tar", "")
+    place.fake("sleep", "exec /bin/sleep 0.01")
+    (place.path / "states").write_text("".join(f"{state}\n" for state in states))
+    (place.path / "ends").write_text("".join(f"{end}\n" for end in ends))
+    _, err = finish(place.start("tpu_vm.sh keep"), status)
+    known = {"create": "queue", "delete": "delete", "install": "set up", "worker.sh": "run", "until": "await"}
+    known |= {"rsync gs://b/mugs ": "collect"}
+    lines = [" ".join(call) for call in place.calls if call[0] == "gcloud"]
+    return err, [what for line in lines for word, what in known.items() if re.search(word, line)]
+
+
+def test_keep_goes_on_after_a_preemption(place):
+    states = ["", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE"]
+    _, did = keep(place, states, ends=[255, 0])
+    attempt = ["queue", "set up", "run", "await"]
+    assert did == [*attempt, "delete", *attempt, "collect", "delete"]
+    assert place.read("runs/mugs/report.jsonl") == '{"id": "mug-0"}\n{"id": "mug-1"}\n'
+    assert place.read("runs/mugs/mug-0/concept.safetensors") == "artifact 0\n"
+    assert place.read("runs/mugs/mug-1/concept.safetensors") == "artifact 1\n"
+
+
+def test_keep_stops_at_a_mistake(place):
+    err, did = keep(place, ["ACTIVE"], ends=[1], status=1)
+    assert did == ["set up", "run", "await", "collect"]
+    assert "a host ended with status 1, see runs/mugs/hosts/host-*/host.log; the VM is still there and paid for" in err
+
+
+def test_keep_stops_where_the_hosts_cannot_be_set_up(place):
+    (place.path / "broken").write_text("1")
+    err, did = keep(place, ["ACTIVE"] * 9, ends=[], status=1)
+    assert did == ["set up"] * 3
+    assert "not set up in 3 attempts" in err
+
+
+def test_collect_before_there_is_anything(place):
+    place.fake("gcloud", "")
+    _, err = finish(place.start("tpu_vm.sh collect"), status=1)
+    assert "gs://b/mugs: no host has written a report yet" in err
+
+
+WAITS = """
+import os, signal, sys, time
+received = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: received.append(signal.Signals(number).name))
+process = "".join(word[13:] for word in sys.argv if word.startswith("--process_id="))
+open(f"ready-{process}", "w").close()
+while not received:
+    time.sleep(0.02)
+time.sleep(0.3)
+with open(f"saved-{process}", "w") as file:
+    file.write(" ".join([os.environ["CUDA_VISIBLE_DEVICES"], *received]))
+sys.exit(143)
+"""
+"""A catversion that runs until a signal, and a moment longer, and tells its GPU and all signals it got."""
+
+
+def process_that_waits(place: Place) -> None:
+    place.fake("catversion", f"exec {sys.executable} -I -S - \"$@\" << 'END'\n{WAITS}\nEND")
+
+
+def test_one_process_over_all_gpus(place):
+    place.fake("catversion", "exit 2")
+    finish(place.start("local_gpu.sh --config.seed=3", CUDA_VISIBLE_DEVICES=""), status=2)
+    batch = "catversion batch --config=configs/sd15.py --manifest=concepts/concepts.jsonl --config.run_dir=runs/batch"
+    assert place.calls == [[*batch.split(), "--config.seed=3"]]
+
+
+def test_split_gives_each_gpu_a_process_and_ends_with_the_worst_status(place):
+    place.fake("nvidia-smi", "printf '0\\n1\\n2\\n'")
+    place.fake("catversion", 'echo "GPU $CUDA_VISIBLE_DEVICES"\ncase "$*" in *_id=1*) exit 2 ;; esac')
+    _, err = finish(place.start("local_gpu.sh --split", CUDA_VISIBLE_DEVICES="", OUT="my out"), status=2)
+    assert err == "process 1 ended with status 2: my out/logs/process-1.log\n"
+    for i in range(3):
+        assert place.read(f"my out/logs/process-{i}.log") == f"GPU {i}\n"
+    calls = sorted(call for call in place.calls if call[0] == "catversion")
+    assert [call[-2:] for call in calls] == [["--num_processes=3", f"--process_id={i}"] for i in range(3)]
+
+
+@pytest.mark.parametrize("from_terminal", [False, True], ids=["SIGTERM", "Ctrl-C"])
+def test_split_passes_a_signal_on_once(place, from_terminal):
+    process_that_waits(place)
+    process = place.start("local_gpu.sh --split")
+    place.until(lambda: (place.path / "ready-0").exists() and (place.path / "ready-1").exists())
+    if from_terminal:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
+    finish(process, status=143)
+    assert place.read("saved-0") == "3 SIGTERM"
+    assert place.read("saved-1") == "5 SIGTERM"
+
+
+WORKER = "worker.sh out copy --config=x"
+STEPS_OF_ONE_HOST = """
+mkdir -p out/mug out/checkpoints
+echo artifact > out/mug/concept.safetensors
+echo state > out/checkpoints/7
+exit "$(head -n 1 ends; sed -i 1d ends)"
+"""
+
+
+@pytest.mark.parametrize(("ends", "status"), [([0], 0), ([1], 1), ([2], 0), ([137, 134, 143, 0], 0), ([139] * 21, 139)])
+def test_worker_restarts_after_a_crash_only(place, ends, status):
+    place.fake("sleep", "exec /bin/sleep 0.01")
+    place.fake("catversion", STEPS_OF_ONE_HOST)
+    (place.path / "ends").write_text("".join(f"{end}\n" for end in ends))
+    out, _ = finish(place.start(WORKER), status)
+    calls = [call for call in place.calls if call[0] == "catversion"]
+    assert calls == [["catversion", "batch", "--config=x", "--config.run_dir=out"]] * len(ends)
+    assert place.read("copy/mug/concept.safetensors") == "artifact\n"
+    assert place.read("out.status") == f"{status}\n"
+    assert ("out/report.jsonl names them" in out) == (ends == [2])
+    assert (place.path / "copy" / "checkpoints.tar").exists() == (status > 2)
+    assert not (place.path / "copy" / "checkpoints").exists()
+
+
+def test_a_new_host_goes_on_where_the_lost_one_was(place):
+    process_that_waits(place)
+    (place.path / "out" / "checkpoints").mkdir(parents=True)
+    (place.path / "out" / "checkpoints" / "7").write_text("state")
+    process = place.start(WORKER)
+    place.until(lambda: (place.path / "ready-").exists())
+    process.terminate()
+    finish(process, status=143)
+    assert place.read("saved-") == "3,5 SIGTERM"
+    shutil.rmtree(place.path / "out")  # the host is lost
+    place.fake("catversion", "cat out/checkpoints/7 > found\necho newer > out/checkpoints/7")
+    finish(place.start(WORKER))
+    assert place.read("found") == "state"
+    finish(place.start(WORKER))  # on the same disk
+    assert place.read("found") == "newer\n"
+
+
+def test_worker_copies_while_it_runs(place):
+    place.fake("sleep", "exec /bin/sleep 0.01")
+    process_that_waits(place)
+    process = place.start(WORKER)
+    place.until(lambda: (place.path / "ready-").exists())
+    (place.path / "out" / "report.jsonl").write_text("line\n")
+    place.until(lambda: place.read("copy/report.jsonl") == "line\n")
+    second, _ = place.start(WORKER), process.poll()
+    assert "a worker runs here already" in finish(second, status=1)[1]
+    assert not (place.path / "out.status").exists()
+    process.terminate()
+    finish(process, status=143)
+
+
+def test_worker_refuses_a_place_that_cannot_be_written(place):
+    _, err = finish(place.start("worker.sh out gs://b/host-0 --config=x"), status=1)
+    assert "gs://b/host-0: cannot be written; give this host's account the right to" in err
+    (place.path / "file").touch()
+    _, err = finish(place.start("worker.sh out file/host-0 --config=x"), status=1)
+    assert "file/host-0" in err
+    assert "catversion" not in [call[0] for call in place.calls]
+
+
+STORAGE = """
+local_path() { case $1 in gs://*) echo "$HOME/gs/${1#gs://}" ;; *) echo "$1" ;; esac; }
+case "$2" in
+  ls) [[ -e $(local_path "$3") ]] ;;
+  rsync) mkdir -p "$(local_path "$4")" && cp -R "$(local_path "$3")/." "$(local_path "$4")" ;;
+esac
+"""
+"""A gcloud whose buckets are folders below gs/."""
+
+
+def test_what_a_tpu_host_runs(place):
+    """The line that `tpu_vm.sh run` sends to the hosts, in a shell as ssh would start it."""
+    out, _ = finish(place.start("tpu_vm.sh run --dry-run --config.seed=3"))
+    (line,) = [word for word in shlex.split(out) if word.startswith("--command=")]
+    shutil.copytree(LAUNCH, place.path / "catversion" / "launch")
+    shutil.copytree(place.path / "concepts", place.path / "gs" / "b" / "mugs" / "concepts")
+    place.fake("gcloud", STORAGE)
+    place.fake("curl", "case $* in *-number) echo 3 ;; *-endpoints) echo a:b:1,a:b:2,a:b:3,a:b:4 ;; esac")
+    place.fake("catversion", "cat concepts/concepts.jsonl > $HOME/seen\necho training", "catversion/.venv/bin")
+    finish(place.shell(line.removeprefix("--command=")))
+    place.until(lambda: place.read("catversion/runs/mugs.status") == "0\n")
+    assert '"id": "a"' in place.read("seen")
+    assert "training\n" in place.read("gs/b/mugs/host-3/host.log")
+    share = ["--num_processes=4", "--process_id=3"]
+    run = [*BATCH.split(), *share, "--config.seed=3", "--config.run_dir=runs/mugs"]
+    assert run in [call[2:] for call in place.calls]
+
+
+def test_install(place):
+    """On the host: a new environment, with the extra it was asked for."""
+    shutil.copytree(LAUNCH, place.path / "launch")
+    place.fake("python3", "[[ $* != *venv\\ --* ]] || { mkdir -p .venv/bin; cp bin/catversion .venv/bin; }")
+    finish(place.shell("launch/install.sh tpu"))
+    finish(place.shell("launch/install.sh cuda"))
+    uv = "python3 -m pip install --quiet --user uv"
+    pip = "python3 -m uv pip install --quiet --python .venv/bin/python -e"
+    assert [" ".join(call) for call in place.calls] == [
+        *[uv, "python3 -m uv venv --quiet --python 3.12 .venv", f"{pip} .[tpu]", "catversion --version"],
+        *[uv, f"{pip} .[cuda]", "catversion --version"],
+    ]
+
+
+def test_skypilot_task(place):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert task["resources"]["use_spot"] is True
+    recovered = task["resources"]["job_recovery"]["recover_on_exit_codes"]
+    assert 143 in recovered
+    assert not {0, 1, 2} & set(recovered)
+    assert task["file_mounts"]["~/bucket"] == {"source": "${BUCKET}", "mode": "MOUNT"}
+    assert [key for key, value in task["envs"].items() if value is None] == ["NAME", "BUCKET"]
+    assert task["setup"] == 'launch/install.sh "${EXTRA}"'
+    shutil.copytree(LAUNCH, place.path / "launch")
+    place.fake("catversion", "mkdir -p runs/mugs/a\ntouch runs/mugs/a/concept.safetensors", ".venv/bin")
+    settings = {key: value for key, value in task["envs"].items() if value is not None}
+    finish(place.shell(task["run"], **settings | {"FLAGS": "--config.seed=3 --config.train.steps=5"}))
+    manifest = place.path / "concepts" / "concepts.jsonl"
+    flags = f"--config=configs/sd15.py --manifest={manifest} --config.seed=3 --config.train.steps=5"
+    assert place.calls == [["catversion", "batch", *flags.split(), "--config.run_dir=runs/mugs"]]
+    assert (place.path / "bucket" / "mugs" / "host-0" / "a" / "concept.safetensors").exists()
+
+
+def test_what_is_copied_to_hosts_and_images_exists(place):
+    out, _ = finish(place.start("tpu_vm.sh setup --dry-run"))
+    archived = shlex.split(out.splitlines()[0])[6:]
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert sorted(archived) == sorted(copied)
+    assert all((ROOT / name).exists() for name in archived)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_of_the_pages(place, page):
+    """What a page says to run exists; its links lead somewhere."""
+    text = page.read_text()
+    for line in re.findall(r"^\$ (launch/[^#\n]*)", text, re.MULTILINE):
+        out, _ = finish(place.start(f"{line.removeprefix('launch/')} --dry-run"))
+        assert out
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (LAUNCH / target).exists(), target
+
+
+def test_every_script_is_in_the_index():
+    index = (LAUNCH / "README.md").read_text()
+    for name in ["local_gpu.sh", "tpu_vm.sh", "gke_xpk.sh", "skypilot.yaml", "Dockerfile"]:
+        assert f"]({name})" in index
