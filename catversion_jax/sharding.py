@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -66,6 +66,16 @@ def make_mesh(
 def sharding(mesh: Mesh, logical: str) -> NamedSharding:
     """Split the first array axis as RULES say for the logical axis."""
     return NamedSharding(mesh, PartitionSpec(RULES[logical]))
+
+
+def on_each_device(attend: Callable, heads: int) -> Callable:
+    """Attention [B, positions, heads, channels] of each device's share, where a step's mesh is in force: its pictures
+    and, where they can be divided, its heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attend
+    share = PartitionSpec(RULES["batch"], None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
+    return jax.shard_map(attend, in_specs=(share, share, share), out_specs=share, check_vma=False)
 
 
 def places(params: Params, mesh: Mesh | None = None, rules: Rules = ()) -> Params:

@@ -143,7 +143,8 @@ def denoising_loss(
         return split(x.reshape(concepts * size, *x.shape[2:]))
 
     latents, noise, timesteps, context = jax.tree.map(flat, (batch.latents, batch.noise, batch.timesteps, context))
-    errors = prediction_error(frozen, latents, noise, timesteps, context, net)
+    with jax.sharding.use_abstract_mesh(config.mesh.abstract_mesh):  # for attention kernels, which XLA cannot split
+        errors = prediction_error(frozen, latents, noise, timesteps, context, net)
     return errors.reshape(concepts, size).mean(axis=1)
 
 

@@ -1,9 +1,12 @@
 """The UNet's attention: every kernel gives what a plain softmax does, and each shape takes the one meant for it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from catversion_jax.models import attention
 from tests.conftest import max_error
@@ -24,19 +27,36 @@ def reference(query, key, value):
     return out
 
 
-@pytest.mark.parametrize("kernel", [attention.heads_first, attention.in_chunks])
-def test_kernels(kernel):
-    arrays = qkv(1024, 1024) if kernel is attention.in_chunks else qkv(64, 77)
+@pytest.mark.parametrize(
+    "kernel", [attention.heads_first, partial(attention.splash, interpret=True)], ids=["heads_first", "splash"]
+)
+@pytest.mark.parametrize("keys", [128, 256])
+def test_kernels(kernel, keys):
+    arrays = qkv(256, keys)
     assert max_error(jax.jit(kernel)(*arrays), reference(*arrays)) < 1e-5
 
 
-def test_chunks_have_the_gradient_of_the_whole():
-    arrays = qkv(1024, 77)
+@pytest.mark.parametrize("axis", ["data", "tensor"])
+def test_the_tpu_kernel_is_split_by_hand(axis):
+    """Over pictures or heads; numbers and gradients are those of one device, and the arrays stay where they are."""
+    shape = {"concept": 1, "data": 1, "fsdp": 1, "tensor": 1} | {axis: 2}
+    mesh = Mesh(np.asarray(jax.devices()).reshape(tuple(shape.values())), tuple(shape))
+    places = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    arrays = qkv(128, 128)
 
-    def grads(kernel):
-        return jax.jit(jax.grad(lambda *x: jnp.sin(kernel(*x)).sum(), argnums=(0, 1, 2)))(*arrays)
+    def value_and_grads(kernel, arrays):
+        return jax.value_and_grad(lambda *x: jnp.sin(kernel(*x)).sum(), argnums=(0, 1, 2))(*arrays)
 
-    for ours, theirs in zip(grads(attention.in_chunks), grads(attention.heads_first), strict=True):
+    def split(arrays):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return value_and_grads(partial(attention.splash, interpret=True), arrays)
+
+    compiled = jax.jit(split).lower(jax.device_put(arrays, places)).compile()
+    assert "all-gather" not in compiled.as_text()
+    value, grads = compiled(jax.device_put(arrays, places))
+    expected, expected_grads = value_and_grads(attention.heads_first, arrays)
+    assert float(value) == pytest.approx(float(expected), abs=1e-3)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
         assert max_error(ours, theirs) < 1e-5 * np.abs(theirs).max()
 
 
@@ -49,6 +69,8 @@ def test_chunks_have_the_gradient_of_the_whole():
         ("gpu", (2, 256, 8, 160), 256, "bfloat16", 1),
         ("tpu", (2, 4096, 8, 40), 4096, "bfloat16", 0),
         ("tpu", (2, 4096, 8, 40), 77, "bfloat16", 1),
+        ("tpu", (2, 2304, 8, 80), 2304, "bfloat16", 1),
+        ("tpu", (2, 256, 8, 160), 256, "bfloat16", 1),
         ("cpu", (2, 4096, 8, 40), 4096, "bfloat16", 0),
     ],
 )

@@ -197,7 +197,7 @@ def test_random_weights_are_finite_and_in_the_asked_type(tiny_pipeline):
     shapes = abstract("unet", tiny_pipeline.networks.unet)["mid_block"]["resnets_0"]
     params = bench.random_params(shapes, jnp.bfloat16)
     jax.tree.map(lambda leaf, shape: np.testing.assert_equal(leaf.shape, shape.shape), params, shapes)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.bfloat16}
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     kernel = np.asarray(params["conv1"]["kernel"], np.float32)
     assert float(kernel.std()) == pytest.approx((9 * 32) ** -0.5, rel=0.05)
     assert (params["conv1"]["bias"] == 0).all()
