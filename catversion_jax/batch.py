@@ -31,7 +31,7 @@ from catversion_jax.manifest import Line
 from catversion_jax.report import Report
 from catversion_jax.run_dir import RunDir
 from catversion_jax.slots import Slots
-from catversion_jax.state import ConceptData, TrainState, init_state
+from catversion_jax.state import ConceptData, TrainState
 
 FAILED = 2
 """Exit status where a concept failed."""
@@ -131,14 +131,14 @@ class Batch:
         self.config, self.folder, self.size, self.run, self.report = config, folder, size, run, report
         count, self.stop = config.batch.slots, config.stop
         self.pipeline = train.load_model(config, count)
-        self.step_config = train.make_step_config(config, self.pipeline, count)
+        self.step_config = train.make_step_config(config, self.pipeline.networks, count)
         self.length = math.gcd(train.steps_per_dispatch(config), self.stop.every)
         resolution = self.pipeline.networks.resolution
         blank = [Photo("blank", np.zeros((resolution, resolution, 3), np.uint8), None)]
         self.slots = Slots(
             self.step_config,
             train.freeze(self.pipeline, self.step_config.mesh, config.mesh.rules),
-            self.fresh([0] * count),
+            train.fresh_state(self.step_config, [0] * count),
             train.prepare(config, self.step_config, self.pipeline, blank, size),
             self.length,
         )
@@ -173,10 +173,6 @@ class Batch:
         photos = read_photos(config.data.dir, self.pipeline.networks.resolution, config.data.masks_dir)
         return train.prepare(config, self.step_config, self.pipeline, photos, self.size)
 
-    def fresh(self, seeds: list[int]) -> TrainState:
-        config = self.step_config
-        return init_state(seeds, config.adapter, config.networks.heads, config.optimizer.transformation())
-
     def fill(self, queue: Iterator[Prepared], bar: tqdm) -> bool:
         """Let the next concepts into the empty slots; whether there is one in any. With evaluations, only where those
         in the slots are evaluated, so that one evaluation serves all."""
@@ -190,7 +186,7 @@ class Batch:
             config = line.config(self.config, self.folder)
             state = self.saved.pop(line.id, None)
             if state is None or state.seed[0] != config.seed:
-                state = self.fresh([config.seed])
+                state = train.fresh_state(self.step_config, [config.seed])
             self.slots.put(index, state, data)
             self.entered[index] = Entered(line, config, time.monotonic())
         return bool(self.entered)
@@ -253,7 +249,7 @@ class Batch:
             checkpoints = Checkpoints(folder, self.config.checkpoint.keep)
             if checkpoints.latest is not None:
                 ids = checkpoints.note()["ids"]
-                shapes = jax.eval_shape(partial(self.fresh, [0] * len(ids)))
+                shapes = jax.eval_shape(partial(train.fresh_state, self.step_config, [0] * len(ids)))
                 stacked = checkpoints.restore(jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes))
                 for index, id in enumerate(ids):
                     state = jax.tree.map(lambda x, i=index: x[i : i + 1], stacked)

@@ -54,6 +54,7 @@ class Score:
     place_accuracy_base: float
     heldout_loss: float
     heldout_loss_base: float
+    steps: int  # of the training, fewer where it stopped early
 
 
 def main(arguments: flags.FlagValues) -> int:
@@ -151,7 +152,7 @@ def run(
         rows.append(pictures[::n_seeds])
     image = grid([list(held_out[: len(templates)]), *rows], ["held out", "base model", "personalized"], asked[0], 1)
     write_atomically(directory.path / "scored.png", image.save)
-    return Score(setting, folder.name, **values)
+    return Score(setting, folder.name, **values, steps=concept.steps)
 
 
 def draw(pipeline: Pipeline, prompts, n_seeds, sampler, concept=None) -> list[np.ndarray]:
@@ -171,8 +172,19 @@ def place_accuracy(embeddings, templates, n_seeds: int, places: dict[str, Float[
 
 def to_table(scores: list[Score]) -> str:
     """Markdown: a line a setting with the means, then a line a concept and setting."""
-    header = ["setting", "concept", "CLIP-I", "base", "change", "place accuracy", "base", "held-out loss", "base"]
-    rows = [header, ["---", "---"] + ["--:"] * 7]
+    header = [
+        "setting",
+        "concept",
+        "CLIP-I",
+        "base",
+        "change",
+        "place accuracy",
+        "base",
+        "held-out loss",
+        "base",
+        "steps",
+    ]
+    rows = [header, ["---", "---"] + ["--:"] * 8]
     for setting in dict.fromkeys(score.setting for score in scores):
         of_setting = [score for score in scores if score.setting == setting]
         rows += [line(setting, score.concept, [score]) for score in of_setting]
@@ -194,5 +206,6 @@ def line(setting: str, concept: str, scores: list[Score]) -> list[str]:
         f"{mean['place_accuracy_base']:.2f}",
         f"{mean['heldout_loss']:.4f}",
         f"{mean['heldout_loss_base']:.4f}",
+        f"{mean['steps']:.0f}",
     ]
     return [setting or "the config", concept, *numbers]

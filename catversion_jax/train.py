@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import jax
@@ -23,7 +23,7 @@ from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.journal import Journal
 from catversion_jax.models.unet import UNet2DConditionModel
-from catversion_jax.pipeline import Pipeline, load
+from catversion_jax.pipeline import Networks, Pipeline, load
 from catversion_jax.run_dir import RunDir, plain
 from catversion_jax.sharding import Rules, places, sharding
 from catversion_jax.state import ConceptData, Frozen, TrainState, init_state
@@ -82,7 +82,7 @@ def learn(
     """From photos to `concept.safetensors`: the concept, the photos and, where a signal ended the training early, that
     signal; then there is no file yet."""
     photos = stored_or_read(run, config, pipeline.networks.resolution)
-    step_config = make_step_config(config, pipeline)
+    step_config = make_step_config(config, pipeline.networks)
     schedulers.plan(pipeline.networks.schedule, config.sample.scheduler, config.sample.steps)  # refuses before training
     run.claim(config)
     with explained(f"{run.data}: could not store the photos"):
@@ -108,16 +108,22 @@ def stored_or_read(run: RunDir, config: ConfigDict, resolution: int) -> list[Pho
     return read_photos(config.data.dir, resolution, config.data.masks_dir)
 
 
-def make_step_config(config: ConfigDict, pipeline: Pipeline, concepts: int = 1) -> StepConfig:
-    unet = UNet2DConditionModel(replace(pipeline.networks.unet.config, remat=config.train.remat))
+def make_step_config(config: ConfigDict, networks: Networks, concepts: int = 1) -> StepConfig:
+    unet = UNet2DConditionModel(replace(networks.unet.config, remat=config.train.remat))
     return StepConfig(
-        networks=replace(pipeline.networks, unet=unet),
-        adapter=config_lib.adapter_config(config, pipeline.networks),
+        networks=replace(networks, unet=unet),
+        adapter=config_lib.adapter_config(config, networks),
         optimizer=config_lib.optimizer_config(config),
         batch_size=config.train.batch_size,
         mesh=config_lib.mesh(config, concepts),
         stop=StopConfig(**config.stop),
     )
+
+
+def fresh_state(step_config: StepConfig, seeds: Sequence[int]) -> TrainState:
+    """The state before the first step of a concept for each seed."""
+    optimizer = step_config.optimizer.transformation()
+    return init_state(seeds, step_config.adapter, step_config.networks.heads, optimizer)
 
 
 def prepare(
@@ -161,10 +167,9 @@ def loop(
 ) -> tuple[TrainState, signal.Signals | None]:
     """Train from the last checkpoint, or from the start, to the last step. Returns the state and, where a signal
     ended it early, the signal. Raises UserError at a loss that is not finite, the last good state saved."""
-    networks, mesh = pipeline.networks, step_config.mesh
+    mesh = step_config.mesh
     on_concepts = sharding(mesh, "concept")
-    state = init_state([config.seed], step_config.adapter, networks.heads, step_config.optimizer.transformation())
-    state = jax.device_put(state, on_concepts)
+    state = jax.device_put(fresh_state(step_config, [config.seed]), on_concepts)
     if checkpoints.latest is not None:
         state = checkpoints.restore(state)
     frozen, data = freeze(pipeline, mesh, config.mesh.rules), jax.device_put(data, on_concepts)

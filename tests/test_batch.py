@@ -117,7 +117,7 @@ def test_one_trace_and_one_executable(tiny_model, tmp_path, monkeypatch):
     ((count, *_),) = shapes  # one trace
     assert count == 8
     config.concept.class_word = "thing"
-    step_config = train.make_step_config(config, train.load_model(config, 8), 8)
+    step_config = train.make_step_config(config, train.load_model(config, 8).networks, 8)
     assert ts.compile_chunk(step_config, 1)._cache_size() == 1
 
 

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catversion_jax import bench
 from catversion_jax import config as config_lib
+from catversion_jax.bench import command, machine, random_model, step, timing
+from catversion_jax.bench.row import COLUMNS, OURS, Row, to_table, with_ratios
 from catversion_jax.errors import UserError
 from catversion_jax.pipeline import COMPONENTS, abstract
 from tests.commands import catversion, error_of
 
 STEPS = 2
-JOB = bench.Job(None, 2, 1, STEPS, vs_torch=False)
+JOB = command.Job(None, 2, 1, STEPS, vs_torch=False)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +72,14 @@ def test_flops_and_memory_grow_with_the_concepts(report):
 
 def test_the_table_has_a_line_for_each_row(report):
     lines = [line for line in report["stdout"].splitlines() if line.startswith("|")]
-    assert lines[0].split(" | ")[1:-1] == list(bench.COLUMNS)[1:-1]
+    assert lines[0].split(" | ")[1:-1] == list(COLUMNS)[1:-1]
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 1x1", "| 2x1"]
     assert f"device: {report['device']}" in report["stdout"]
 
 
 def test_the_lowered_step_counts_as_the_compiled_one(report, config, tiny_pipeline):
     """Which is what an accelerator's FLOPs are taken from."""
-    lowered = bench.count_flops(JOB, bench.prepared(replace(JOB, config=config)), tiny_pipeline.networks)
+    lowered = step.count_flops(command.prepared(replace(JOB, config=config)), tiny_pipeline.networks, JOB.concepts)
     assert lowered == pytest.approx(report["rows"][1]["flops_per_step"], rel=0.05)
 
 
@@ -86,7 +87,7 @@ def test_wrong_sizes_are_refused_in_a_line():
     assert error_of("bench", "--sizes=4x2,3").startswith("catversion: error: --sizes=4x2,3: expected CONCEPTSxBATCH")
     for value in ("", "0x1", "1x-2", "1x2x3", "4,2"):
         with pytest.raises(UserError, match=re.escape(f"--sizes={value}")):
-            bench.parse_sizes(value)
+            command.parse_sizes(value)
 
 
 def test_torch_is_missed_in_a_line():
@@ -98,10 +99,10 @@ def test_a_step_that_does_not_fit_is_not_run(monkeypatch):
     class Memory:
         available = 2**30
 
-    monkeypatch.setattr(bench.psutil, "virtual_memory", Memory)
-    bench.check_free(2**30)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", Memory)
+    machine.check_free(2**30)
     with pytest.raises(MemoryError, match=r"1\.5 GiB more are needed, 1\.0 GiB are free"):
-        bench.check_free(3 * 2**29)
+        machine.check_free(3 * 2**29)
 
 
 @pytest.mark.parametrize(
@@ -117,32 +118,32 @@ def test_a_size_that_does_not_fit_is_a_row(error, said, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(bench, "fresh", fail)
-    facts, (row,) = bench.run(JOB)
+    monkeypatch.setattr(command, "fresh", fail)
+    facts, (row,) = command.run(JOB)
     assert facts == {}
     assert row.error.endswith(said)
     assert {name for name, value in asdict(row).items() if value is not None} == {"what", "concepts", "batch", "error"}
-    assert f"| {row.error} |" in bench.to_table([row])
+    assert f"| {row.error} |" in to_table([row])
 
 
 def test_other_errors_are_not_hidden(monkeypatch):
     def fail(*_):
         raise RuntimeError("INTERNAL: a bug")
 
-    monkeypatch.setattr(bench, "fresh", fail)
+    monkeypatch.setattr(command, "fresh", fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        bench.run(JOB)
+        command.run(JOB)
 
 
 def test_an_accelerators_flops_are_counted_apart(monkeypatch):
-    ours = bench.Row(bench.OURS, 2, 1, ms_per_step=10.0, bytes_per_step=1e9, peak_flops_per_s=1e15)
-    theirs = bench.Row("torch_sdpa", 2, 1, ms_per_step=10.0)
+    ours = Row(OURS, 2, 1, ms_per_step=10.0, bytes_per_step=1e9, peak_flops_per_s=1e15)
+    theirs = Row("torch_sdpa", 2, 1, ms_per_step=10.0)
     answers = {
-        bench.measure: bench.Measured({"platform": "gpu"}, [ours, theirs], None, None),
-        bench.count_flops: 4e12,
+        command.measure: command.Measured({"platform": "gpu"}, [ours, theirs], None, None),
+        step.count_flops: 4e12,
     }
-    monkeypatch.setattr(bench, "fresh", lambda function, *_: answers[function])
-    _, (row, other) = bench.run(JOB)
+    monkeypatch.setattr(command, "fresh", lambda function, *_: answers[function])
+    _, (row, other) = command.run(JOB)
     assert (row.flops_per_step, row.flops_per_byte) == (4e12, 4000)
     assert row.utilisation == pytest.approx(0.4)
     assert other == theirs
@@ -150,16 +151,16 @@ def test_an_accelerators_flops_are_counted_apart(monkeypatch):
 
 def test_contenders_take_turns():
     turns = []
-    seconds = bench.take_turns({name: lambda name=name: turns.append(name) for name in "ab"}, 3)
+    seconds = timing.take_turns({name: lambda name=name: turns.append(name) for name in "ab"}, 3)
     assert "".join(turns) == "ababab"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_ratios_are_ours_by_theirs():
-    rows = [bench.Row(bench.OURS, 1, 2, ms_per_step=30.0, ms_per_step_smallest=20.0)]
-    rows += [bench.Row("torch_sdpa", 1, 2, ms_per_step=60.0, ms_per_step_smallest=50.0)]
-    rows += [bench.Row("torch_authors", 1, 2, error="does not fit")]
-    ratios = [(row.ours_per_theirs, row.ours_per_theirs_smallest) for row in bench.with_ratios(rows)]
+    rows = [Row(OURS, 1, 2, ms_per_step=30.0, ms_per_step_smallest=20.0)]
+    rows += [Row("torch_sdpa", 1, 2, ms_per_step=60.0, ms_per_step_smallest=50.0)]
+    rows += [Row("torch_authors", 1, 2, error="does not fit")]
+    ratios = [(row.ours_per_theirs, row.ours_per_theirs_smallest) for row in with_ratios(rows)]
     assert ratios == [(None, None), (0.5, 0.4), (None, None)]
 
 
@@ -181,21 +182,21 @@ def test_ratios_are_ours_by_theirs():
     ],
 )
 def test_peaks(kind, tera):
-    rates = [rate / 1e12 for pattern, rate in bench.PEAKS.items() if re.fullmatch(pattern, kind)]
+    rates = [rate / 1e12 for pattern, rate in machine.PEAKS.items() if re.fullmatch(pattern, kind)]
     assert rates == ([] if tera is None else [tera])
 
 
 def test_random_weights_have_stable_diffusions_shapes():
     counts = {}
     for name in ("text", "unet"):
-        shapes = abstract(name, COMPONENTS[name].make(bench.RANDOM[name], jnp.bfloat16))
+        shapes = abstract(name, COMPONENTS[name].make(random_model.RANDOM[name], jnp.bfloat16))
         counts[name] = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert counts == {"text": 123_060_480, "unet": 859_520_964}  # of the published weights
 
 
 def test_random_weights_are_finite_and_in_the_asked_type(tiny_pipeline):
     shapes = abstract("unet", tiny_pipeline.networks.unet)["mid_block"]["resnets_0"]
-    params = bench.random_params(shapes, jnp.bfloat16)
+    params = random_model.random_params(shapes, jnp.bfloat16)
     jax.tree.map(lambda leaf, shape: np.testing.assert_equal(leaf.shape, shape.shape), params, shapes)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     kernel = np.asarray(params["conv1"]["kernel"], np.float32)
@@ -209,8 +210,8 @@ def test_random_weights_stand_in_only_for_a_known_model_that_is_not_there(config
         raise UserError(f"{repo}: not in the cache")
 
     monkeypatch.setattr("catversion_jax.hub.fetch", not_there)
-    published, unknown = config_lib.stable_diffusion(bench.SD15), config_lib.stable_diffusion("someone/else")
-    assert bench.find_source(config) is not None
-    assert bench.find_source(published) is None
+    published, unknown = config_lib.stable_diffusion(random_model.SD15), config_lib.stable_diffusion("someone/else")
+    assert command.find_source(config) is not None
+    assert command.find_source(published) is None
     with pytest.raises(UserError, match="someone/else: not in the cache"):
-        bench.find_source(unknown)
+        command.find_source(unknown)

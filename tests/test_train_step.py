@@ -223,3 +223,15 @@ def test_only_the_prefix_is_differentiated(config, frozen):
     produced = re.findall(r"stablehlo\.convolution.*-> tensor<([\dx]+)xf32>", text)
     assert produced
     assert all(not shape.startswith("3x3x") for shape in produced)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_the_host_is_not_in_the_loop(config, frozen, length):
+    """A dispatch moves nothing between host and device, and its program calls nothing on the host."""
+    state, frozen, data = on_mesh(config, start(config), frozen, concept(5))
+    step = ts.compile_chunk(config, length)
+    program = step.lower(state, frozen, data).as_text()
+    assert not re.search("callback|infeed|outfeed|stablehlo.send|stablehlo.recv", program)
+    state, _ = step(state, frozen, data)  # compiles
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(step(state, frozen, data))

@@ -1,0 +1,79 @@
+"""Stable Diffusion 1.x of random weights, for where the published ones are not at hand: as fast as these."""
+
+import itertools
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from catversion_jax.convert import ldm
+from catversion_jax.diffusion import NoiseSchedule
+from catversion_jax.pipeline import COMPONENTS, DTYPES, Networks, Pipeline, abstract
+from catversion_jax.types import Array, Float, Key, Params
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+RANDOM = {
+    "text": {
+        "hidden_act": "quick_gelu",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 77,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "projection_dim": 768,
+        "vocab_size": 49408,
+    },
+    "unet": {
+        "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "cross_attention_dim": 768,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "sample_size": 64,
+    },
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+    },
+}
+"""component -> config.json of Stable Diffusion 1.x."""
+
+RANDOM_FOR = (SD15, "CompVis/stable-diffusion-v1-4")
+"""Models that random weights stand in for where they are not on the disk."""
+
+
+def random_model(dtype: str) -> Pipeline:
+    """Stable Diffusion 1.x of random weights, made on the device; no VAE's and no tokenizer, which the step does
+    not need."""
+    dtype = DTYPES[dtype]
+    text_encoder, unet, vae = (COMPONENTS[name].make(of_part, dtype) for name, of_part in RANDOM.items())
+    schedule = NoiseSchedule.from_json(ldm.FAMILIES[0].scheduler)
+    params = {
+        "text": (random_params(abstract("text", text_encoder), dtype),),
+        "unet": random_params(abstract("unet", unet), dtype),
+    }
+    return Pipeline(Networks((text_encoder,), unet, vae, schedule), params, tokenizers=(), fingerprint="")
+
+
+def random_params(shapes: Params, dtype: Any) -> Params:
+    """Weights that keep the activations' size, on the default device: one at a time, so that making them needs no more
+    memory than they take."""
+    key = jax.random.key(0, impl="rbg")
+    count = itertools.count()
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: random_param(jax.random.fold_in(key, next(count)), path[-1].key, leaf.shape, dtype), shapes
+    )
+
+
+@partial(jax.jit, static_argnames=("name", "shape", "dtype"))
+def random_param(key: Key[Array, ""], name: str, shape: tuple[int, ...], dtype: Any) -> Float[Array, "..."]:
+    fixed = {"scale": jnp.ones, "bias": jnp.zeros}
+    if name in fixed:
+        return fixed[name](shape, dtype)
+    limit = math.sqrt(3 / math.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, dtype, -limit, limit)

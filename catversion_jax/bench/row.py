@@ -1,0 +1,121 @@
+"""One line of the table: what was measured of a size, what follows from it, and how it is printed."""
+
+import statistics
+from dataclasses import dataclass, replace
+
+from catversion_jax.bench.torch_step import RECIPES
+
+OURS = "catversion"
+LABELS = {OURS: OURS} | {what: recipe.label for what, recipe in RECIPES.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. What does not apply or is not known is None.
+
+    `flops_per_step` are those of a step over all devices, as XLA counts them: multiplications and additions of the
+    matrix products and convolutions, forward and backward to the prefix, and of everything elementwise, a few percent.
+    On a CPU they are counted in the compiled program. Elsewhere library calls and fused attention (cuDNN, Pallas) count
+    as nothing there, so they are counted in the same step lowered for a CPU, where each product is to be seen; what a
+    device's own attention computes twice to save memory does not count. `bytes_per_step` is what the operations of the
+    compiled program read and write, as XLA counts it: more than reaches the memory where caches help. Of a loop over
+    the steps, XLA counts the body once.
+    """
+
+    what: str  # OURS, or a key of RECIPES
+    concepts: int
+    batch: int
+    error: str | None = None  # why there are no numbers
+    trace_s: float | None = None  # tracing and lowering, which no cache saves
+    compile_cold_s: float | None = None  # by XLA, with an empty persistent cache
+    compile_cached_s: float | None = None  # traced again in the same process, then from the persistent cache
+    devices: int | None = None  # that the step is split over
+    steps_per_dispatch: int | None = None
+    repetitions: int | None = None  # timed dispatches
+    ms_per_step: float | None = None  # median over the repetitions
+    ms_per_step_smallest: float | None = None
+    images_per_s: float | None = None  # at the median
+    concepts_per_hour: float | None = None  # at the config's train.steps of `batch` images
+    flops_per_step: float | None = None
+    bytes_per_step: float | None = None
+    flops_per_byte: float | None = None
+    peak_flops_per_s: float | None = None  # of the matrix products of all devices
+    utilisation: float | None = None  # share of that peak, at the median
+    peak_memory_bytes: float | None = None  # of one device
+    peak_memory_from: str | None = None  # `device`: what its allocator held; `program`: what the compiled step asks for
+    ours_per_theirs: float | None = None  # ratio of the times of a step, medians
+    ours_per_theirs_smallest: float | None = None
+
+
+def with_flops(row: Row, flops: float | None) -> Row:
+    """The row with its FLOPs and what follows of them; its times, where it has any, are known already."""
+    rate = flops and row.ms_per_step and flops / row.ms_per_step * 1e3
+    return replace(
+        row,
+        flops_per_step=flops,
+        flops_per_byte=flops and flops / row.bytes_per_step,
+        utilisation=rate and row.peak_flops_per_s and rate / row.peak_flops_per_s,
+    )
+
+
+def with_times(row: Row, seconds: list[float], train_steps: int) -> Row:
+    median, smallest = (pick(seconds) / row.steps_per_dispatch for pick in (statistics.median, min))
+    images_per_s = row.concepts * row.batch / median
+    timed = replace(
+        row,
+        ms_per_step=median * 1e3,
+        ms_per_step_smallest=smallest * 1e3,
+        images_per_s=images_per_s,
+        concepts_per_hour=images_per_s * 3600 / (row.batch * train_steps),
+    )
+    return with_flops(timed, row.flops_per_step)
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """Our times by theirs in their rows; the first row is ours."""
+    first, *others = rows
+    return [
+        first,
+        *(
+            replace(
+                row,
+                ours_per_theirs=first.ms_per_step / row.ms_per_step,
+                ours_per_theirs_smallest=first.ms_per_step_smallest / row.ms_per_step_smallest,
+            )
+            if first.ms_per_step and row.ms_per_step
+            else row
+            for row in others
+        ),
+    ]
+
+
+def number(value: float | None, form: str, unit: float = 1) -> str:
+    return "" if value is None else format(value / unit, form)
+
+
+COLUMNS = {
+    "concepts x batch": lambda row: f"{row.concepts}x{row.batch}",
+    "what": lambda row: LABELS[row.what],
+    "trace s": lambda row: number(row.trace_s, ".1f"),
+    "compile s, cold": lambda row: number(row.compile_cold_s, ".1f"),
+    "from the cache": lambda row: number(row.compile_cached_s, ".1f"),
+    "ms/step": lambda row: row.error or number(row.ms_per_step, ".1f"),
+    "smallest": lambda row: number(row.ms_per_step_smallest, ".1f"),
+    "images/s": lambda row: number(row.images_per_s, ".1f"),
+    "concepts/h": lambda row: number(row.concepts_per_hour, ".1f"),
+    "GFLOP/step": lambda row: number(row.flops_per_step, ".1f", 1e9),
+    "of the peak": lambda row: number(row.utilisation, ".1%"),
+    "GB/step": lambda row: number(row.bytes_per_step, ".2f", 1e9),
+    "FLOP/byte": lambda row: number(row.flops_per_byte, ".1f"),
+    "peak GiB": lambda row: number(row.peak_memory_bytes, ".2f", 2**30),
+    "by": lambda row: row.peak_memory_from or "",
+    "ours/theirs": lambda row: number(row.ours_per_theirs, ".2f"),
+    "of the smallest": lambda row: number(row.ours_per_theirs_smallest, ".2f"),
+}
+
+
+def to_table(rows: list[Row]) -> str:
+    """Markdown."""
+    lines = [list(COLUMNS), ["---", "---"] + ["--:"] * (len(COLUMNS) - 2)]
+    lines += [[cell(row) for cell in COLUMNS.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,120 @@
+"""Our training step on random numbers of a run's shapes: the step has neither photos nor a VAE in it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from catversion_jax import text, train
+from catversion_jax.bench.machine import check_free, on_cpu
+from catversion_jax.bench.row import Row, with_flops
+from catversion_jax.bench.timing import empty_cache, timed_compile
+from catversion_jax.data.posteriors import bucket
+from catversion_jax.models.clip import CLIPTextModel
+from catversion_jax.pipeline import DTYPES, Networks, Pipeline, abstract
+from catversion_jax.sharding import sharding
+from catversion_jax.state import ConceptData, Frozen
+from catversion_jax.train_step import StepConfig, compile_chunk
+from catversion_jax.types import Params
+
+WARM_UP = 2  # dispatches before these
+
+PHOTOS = 5  # of each concept
+
+
+def ours(
+    config: ConfigDict, pipeline: Pipeline, length: int, peak: float | None, row: Row
+) -> tuple[Row, Callable[[], object]]:
+    """The step, compiled twice and warmed up: the row with all but its times, and a dispatch of `length` steps."""
+    step_config = train.make_step_config(config, pipeline.networks, row.concepts)
+    mesh = step_config.mesh
+    frozen = train.freeze(pipeline, mesh, config.mesh.rules)
+    data = random_data(config, step_config, frozen.text, row.concepts)
+    state = train.fresh_state(step_config, range(row.concepts))
+    data, state = jax.device_put((data, state), sharding(mesh, "concept"))
+
+    with empty_cache():
+        trace_s, compile_cold_s, _, step = timed_compile(step_config, length, state, frozen, data)
+        jax.clear_caches()
+        _, compile_cached_s, hits, _ = timed_compile(step_config, length, state, frozen, data)
+    cost, memory = step.cost_analysis(), step.memory_analysis()
+    more = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if on_cpu():
+        check_free(more)
+
+    def dispatch() -> None:
+        nonlocal state
+        state, metrics = step(state, frozen, data)
+        jax.block_until_ready((state, metrics))
+
+    for _ in range(WARM_UP):
+        dispatch()
+    held = [device.memory_stats() for device in mesh.devices.flat]
+    on_device = all(stats and "peak_bytes_in_use" in stats for stats in held)
+    row = replace(
+        row,
+        devices=mesh.size,
+        trace_s=trace_s,
+        compile_cold_s=compile_cold_s,
+        compile_cached_s=compile_cached_s if hits else None,
+        bytes_per_step=cost["bytes accessed"] * mesh.size,
+        peak_flops_per_s=peak and peak * (1 if on_cpu() else mesh.size),
+        peak_memory_bytes=(
+            max(stats["peak_bytes_in_use"] for stats in held) if on_device else more + memory.argument_size_in_bytes
+        ),
+        peak_memory_from="device" if on_device else "program",
+    )
+    return with_flops(row, cost["flops"] * mesh.size if on_cpu() else None), dispatch
+
+
+def random_data(
+    config: ConfigDict, step_config: StepConfig, text_params: tuple[Params, ...], concepts: int
+) -> ConceptData:
+    """What `train.prepare` gives for PHOTOS photos, of random numbers. `text_params` may be shapes."""
+    rng, networks = np.random.default_rng(0), step_config.networks
+    templates = len(config.concept.templates)
+
+    def draw(leaf) -> np.ndarray:
+        shape = (concepts, *leaf.shape)
+        real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return (rng.standard_normal(shape, np.float32) if real else np.ones(shape)).astype(leaf.dtype)
+
+    def prompts(encoder: CLIPTextModel, params: Params, stop: int) -> text.Prompts:
+        ids = jax.ShapeDtypeStruct((bucket(templates), encoder.config.max_position_embeddings), jnp.int32)
+        visible = jax.ShapeDtypeStruct(ids.shape, bool)
+        lower = partial(text.lower, encoder, stop=stop)
+        return jax.tree.map(draw, jax.eval_shape(lower, params, ids, visible))
+
+    views = jax.ShapeDtypeStruct((bucket(PHOTOS), 1 + config.data.flip, *networks.latent_shape), jnp.float32)
+    firsts = [layers[0] for layers in step_config.adapter.layers]
+    return ConceptData(
+        mean=draw(views),
+        std=np.abs(draw(views)) / 10,
+        photos=np.full(concepts, PHOTOS, np.int32),
+        prompts=tuple(prompts(*of_one) for of_one in zip(networks.text, text_params, firsts, strict=True)),
+        prompt_count=np.full(concepts, templates, np.int32),
+        steps=np.full(concepts, config.train.steps, np.int32),
+    )
+
+
+def count_flops(config: ConfigDict, networks: Networks, concepts: int) -> float:
+    """Of one step lowered for one CPU, where nothing is a library's; nothing is loaded or compiled. To be called in a
+    process that has used no device yet."""
+    jax.config.update("jax_platforms", "cpu")
+    config.mesh.fsdp = config.mesh.tensor = 1
+    dtype = DTYPES[config.model.dtype]
+
+    def shapes(name: str, module) -> Params:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract(name, module))
+
+    step_config = train.make_step_config(config, networks, concepts)
+    of_text = tuple(shapes("text", encoder) for encoder in networks.text)
+    frozen = Frozen(shapes("unet", networks.unet), of_text, networks.schedule.alphas_cumprod)
+    data = random_data(config, step_config, of_text, concepts)
+    state = train.fresh_state(step_config, range(concepts))
+    lowered = compile_chunk(step_config, 1).lower(state, frozen, data)
+    return lowered.cost_analysis()["flops"]

@@ -1,0 +1,57 @@
+"""Clocks around dispatches and compilations."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from catversion_jax import cache
+from catversion_jax.train_step import StepConfig, compile_chunk
+
+
+def take_turns(dispatches: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each repetition. The contenders take turns, so that other work on the machine is fair to all."""
+    seconds: dict[str, list[float]] = {what: [] for what in dispatches}
+    for _ in range(repetitions):
+        for what, dispatch in dispatches.items():
+            start = time.perf_counter()
+            dispatch()
+            seconds[what].append(time.perf_counter() - start)
+    return seconds
+
+
+@contextlib.contextmanager
+def empty_cache() -> Iterator[None]:
+    """A persistent compilation cache of its own, with nothing in it."""
+    before = jax.config.jax_compilation_cache_dir
+    with tempfile.TemporaryDirectory() as folder:
+        use_cache(folder)
+        try:
+            yield
+        finally:
+            use_cache(before)
+
+
+def use_cache(folder: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # it looks at its folder once
+
+
+def timed_compile(step_config: StepConfig, length: int, *inputs) -> tuple[float, float, int, Any]:
+    """Seconds of tracing and of compiling, hits of the persistent cache, and the compiled program."""
+    hits = []
+
+    def listen(event: str, **_) -> None:
+        if cache.EVENTS.get(event) == "hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    begin = time.perf_counter()
+    lowered = compile_chunk(step_config, length).lower(*inputs)
+    traced = time.perf_counter()
+    step = lowered.compile()
+    return traced - begin, time.perf_counter() - traced, len(hits), step
