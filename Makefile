@@ -4,24 +4,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PARITY := .venv-parity/bin
+TPU := .venv-tpu/bin
 
 TEAPOT := catversion_jax/concepts/teapot
 DEMO := --config.run_dir=runs/demo --config.concept.class_word=teapot \
 	--config.data.dir=$(TEAPOT)/train --config.data.masks_dir=$(TEAPOT)/train_masks
 
-.PHONY: demo test parity full-size lint clean
+.PHONY: demo test parity full-size tpu lint clean
 
 demo: .venv/installed
 	$(BIN)/catversion train --config=configs/mini.py $(DEMO) --resume
 
 test: .venv/tested
-	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/full_size -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/full_size --ignore=tests/tpu -n 2 --dist loadfile --durations=15
 
 parity: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/parity
 
 full-size: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/full_size -s
+
+tpu: .venv-tpu/installed
+	JAX_PLATFORMS=cpu $(TPU)/python -m pytest tests/tpu
 
 lint: .venv/tested
 	$(BIN)/ruff check .
@@ -42,5 +46,10 @@ lint: .venv/tested
 	$(PARITY)/python -m pip install --quiet -e '.[parity]'
 	touch $@
 
+.venv-tpu/installed: setup.py
+	$(PYTHON) -m venv .venv-tpu
+	$(TPU)/python -m pip install --quiet -e '.[tpu]' 'pytest>=8'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-parity build *.egg-info
+	rm -rf .venv .venv-parity .venv-tpu build *.egg-info
