@@ -1,4 +1,4 @@
-"""CLIPModel and ViTModel, saved by transformers (PyTorch) at narrowed width: the same embeddings of the same pictures."""
+"""CLIPModel and ViTModel as transformers (PyTorch) saves them, at narrowed width: the same embeddings of pictures."""
 
 import numpy as np
 import pytest
