@@ -147,9 +147,7 @@ def draw(job: Job, drawing: Drawing, judges: Judges) -> Answers:
     photos = read_references(job, pipeline.networks.resolution)
     if photos[0].mask is None or not concept.class_word:
         return Answers(prompts, Pictures(images, None), unrelated)
-    see = functools.partial(
-        masks.attention_masks, pipeline, class_word=concept.class_word, concept=concept, strength=strength
-    )
+    see = functools.partial(masks.attention_masks, pipeline, class_word=concept.class_word)
     found = see(np.stack([photo.image for photo in photos]), [plain_prompt(concept)] * len(photos))
     overlaps = [masks.iou(mask, photo.mask) for mask, photo in zip(found, photos, strict=True)]
     return Answers(prompts, Pictures(images, see(np.stack(images), prompts)), unrelated, float(np.mean(overlaps)))

@@ -21,7 +21,7 @@ from catversion_jax.models.config import from_json
 from catversion_jax.models.vit import FIXED as VIT_FIXED
 from catversion_jax.models.vit import ViTConfig, ViTModel
 from catversion_jax.padded_batches import in_batches
-from catversion_jax.pipeline import COMPONENTS, laid_out, load_component
+from catversion_jax.pipeline import COMPONENTS, MINI, laid_out, load_component
 from catversion_jax.source import TOKENIZER_FILES, open_source, read_json
 from catversion_jax.text import Tokenizer
 from catversion_jax.types import Float, Params, UInt8
@@ -125,7 +125,8 @@ def of_model(path: str | Path) -> Clip:
     text, text_params = load_component(source, "text")
     if text.config.projection_dim != image.config.projection_dim:
         raise UserError(f"{path}: its text encoder does not share a space with image_encoder/; name a CLIP with --clip")
-    encoder = ImageEncoder(str(path), image, image_params, clip_preprocessing(image.config.image_size))
+    name = "the mini model" if Path(path) == MINI else str(path)
+    encoder = ImageEncoder(name, image, image_params, clip_preprocessing(image.config.image_size))
     return Clip(encoder, TextEncoder(text, text_params, Tokenizer(source.tokenizer("text"))))
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from catversion_jax import sampling, text
-from catversion_jax.artifact import Concept
 from catversion_jax.data.posteriors import posteriors
 from catversion_jax.diffusion import add_noise
 from catversion_jax.errors import UserError
@@ -81,11 +80,10 @@ def attention_masks(
     images: UInt8[np.ndarray, "N H W 3"],
     prompts: Sequence[str],
     class_word: str,
-    concept: Concept | None = None,
-    strength: float = 1.0,
 ) -> Bool[np.ndarray, "N H W"]:
     """A mask of each picture, of the pipeline's size: its latents are noised, always with the same noise, and denoised
-    a step on its prompt, and `word_attention` is parted by `otsu`. A mask depends on its picture and prompt alone.
+    a step on its prompt, and `word_attention` is parted by `otsu`. A mask depends on its picture and prompt alone, and
+    on no learned concept: who is judged does not choose what is looked at.
 
     Raises UserError for a prompt that does not hold the class word.
     """
@@ -101,7 +99,7 @@ def attention_masks(
     noises = np.random.default_rng(0).standard_normal((len(TIMESTEPS), *networks.latent_shape)).astype(np.float32)
     maps = []
     for index in padded_batches(len(images)):
-        context = sampling.condition(pipeline, [prompts[i] for i in index], concept, strength)
+        context = sampling.condition(pipeline, [prompts[i] for i in index])
         see = partial(word_attention, pipeline.params["unet"], latents[index], networks=networks)
         steps = [int(share * networks.schedule.num_train_timesteps) for share in TIMESTEPS]
         seen = [see(noise, step, context, of_word[index]) for noise, step in zip(noises, steps, strict=True)]

@@ -34,8 +34,9 @@ def overall(clip_t: Float[np.ndarray, "..."], clip_i: Float[np.ndarray, "..."]) 
 
 
 def drift(base: Float[np.ndarray, "G e"], moved: Float[np.ndarray, "G e"]) -> Float[np.ndarray, "G"]:
-    """How far each picture is from the base model's of the same prompt and seed: 1 - cosine, so 0 is unmoved."""
-    return 1 - np.einsum("ge,ge->g", base, moved)
+    """How far each picture is from the base model's of the same prompt and seed: 1 - cosine, written so that what did
+    not move gives exactly 0."""
+    return np.square(base - moved).sum(axis=1) / 2
 
 
 def relative_change(base: Float[np.ndarray, "..."], moved: Float[np.ndarray, "..."]) -> float:

@@ -98,8 +98,8 @@ LIVE_PROMPTS = (
     "a {} in a purple wizard outfit",
     *PROPERTIES,
 )
-"""DreamBench's subjects and prompts (Ruiz et al. 2023, https://github.com/google/dreambooth, CC-BY-4.0), the class in
-the place of its rare token and the class."""
+"""DreamBench's subjects and prompts (Ruiz et al. 2023, https://github.com/google/dreambooth), the class alone where
+its own have a rare token before it."""
 
 
 def dreambench(folder: Path) -> list[Subject]:

@@ -1,5 +1,6 @@
 """`catversion evaluate` as a user runs it, on a tiny model, and each mistake in one line."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from catversion_jax import answers, artifact, encoders, evaluate, metrics, score
 from catversion_jax.errors import UserError
 from catversion_jax.masks import FILL
 from tests import tiny
-from tests.commands import ROOT, catversion, error_of
+from tests.commands import ROOT, catversion
 
 TEAPOT = ROOT / "catversion_jax" / "concepts" / "teapot"
 REFERENCES = [f"--references={TEAPOT}/heldout", f"--masks={TEAPOT}/heldout_masks"]
@@ -102,8 +103,7 @@ def generated(embedding, tmp_path_factory) -> Path:
 
 def test_pictures_that_exist_get_the_same_scores(drawn, generated, judging_model, tmp_path):
     out = tmp_path / "scores.json"
-    prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
-    catversion("evaluate", f"--images={generated}", f"--model={judging_model}", *REFERENCES, *prompts, f"--out={out}")
+    assert evaluate.main(flags(images=str(generated), model=str(judging_model), prompt=PROMPTS, out=str(out))) == 0
     result, before = json.loads(out.read_text()), json.loads(drawn.read_text())
     for name in ("clip_t", "clip_i", "overall", "diversity"):
         assert result[name] == pytest.approx(before[name], abs=1e-6)
@@ -136,26 +136,56 @@ def test_masks_of_both_sides(judging_model, tmp_path):
     assert found["a teapot"]["masked_clip_i"].mean() != pytest.approx(found["a teapot"]["clip_i"].mean(), abs=1e-4)
 
 
-def test_trigger_scope_keeps_the_prior(embedding, judging_model, tiny_pipeline):
-    """Nothing moves where the class word is not: not even a bit."""
-    import dataclasses
+def job_of(embedding: Path, concept: artifact.Concept, prompt: str) -> tuple[answers.Job, answers.Drawing]:
+    job = answers.Job("teapot", (prompt,), TEAPOT / "heldout", None, concept, embedding, None)
+    return job, answers.Drawing(answers.SamplerConfig(2, 5.0, 2), (0, 1), 1.0, ("a car", "a red teapot"), "", "float32")
 
-    concept = dataclasses.replace(artifact.load(embedding), scope="trigger")
-    job = answers.Job("teapot", ("a teapot",), TEAPOT / "heldout", None, concept, embedding, None)
-    sampler = answers.SamplerConfig(3, 5.0, 2)  # as in test_sampling.py
-    drawing = answers.Drawing(sampler, (0,), 1.0, ("a car",), "", "float32")
-    answer = answers.draw(job, drawing, scores.Judges(encoders.of_model(judging_model), None))
-    moved = answer.unrelated["a car"]
-    assert moved["prior_drift_text"].item() == 0
-    assert moved["prior_drift"].item() == pytest.approx(0, abs=1e-6)
-    assert answer.pictures.masks is None  # the references have none
+
+@pytest.mark.parametrize("scope", ["trigger", "all"])
+def test_drift(embedding, judging_model, tiny_pipeline, scope):
+    """In the trigger scope nothing moves where the class word is not: not even a bit. The pictures are stand-ins, of
+    which test_sampling.py tells the same."""
+    concept = dataclasses.replace(artifact.load(embedding), scope=scope)
+    _, drawing = job_of(embedding, concept, "a teapot")
+    judges = scores.Judges(encoders.of_model(judging_model), None)
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, 16, 16, 3), np.uint8)
+
+    def paint(prompts, strength):
+        assert prompts == ["a car"]  # the other one holds the class word
+        return list(images[0 if scope == "trigger" else int(strength)])
+
+    moved = answers.measure_drift(tiny_pipeline, concept, drawing, judges, paint)["a car"]
+    assert moved["prior_drift"].shape == (2,)
+    if scope == "trigger":
+        assert moved["prior_drift_text"].item() == moved["prior_drift"].max() == 0
+    else:
+        cosines = np.einsum("se,se->s", *map(judges.clip.image, images))
+        np.testing.assert_allclose(moved["prior_drift"], 1 - cosines, atol=1e-6)
+        assert moved["prior_drift_text"].item() > 0.01
+
+
+def test_a_prompt_without_the_class_word(embedding):
+    with pytest.raises(UserError, match="--prompt='a car': no class word 'teapot', which the concept was learned with"):
+        answers.base_model(*job_of(embedding, artifact.load(embedding), "a car"))
 
 
 def flags(**changes) -> SimpleNamespace:
     """The command's flags as they are by default, but for `changes`."""
-    names = ("embedding", "images", "masks", "image_masks", "prompts_file", "protocol")
-    given = dict.fromkeys(names) | {"prompt": [], "subject": [], "references": TEAPOT / "heldout"} | changes
-    return SimpleNamespace(**given)
+    names = (
+        "embedding",
+        "images",
+        "masks",
+        "image_masks",
+        "prompts_file",
+        "protocol",
+        "manifest",
+        "clip",
+        "dino",
+        "out",
+    )
+    given = dict.fromkeys((*names, "model")) | {"prompt": [], "subject": [], "references": str(TEAPOT / "heldout")}
+    given |= {"unrelated": [], "num": 1, "seed": 0, "steps": 2, "guidance": 5.0, "batch_size": 2, "scheduler": ""}
+    return SimpleNamespace(**given | {"strength": 1.0, "dtype": "float32"} | changes)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +237,3 @@ def test_pictures_and_masks_that_do_not_match(tmp_path):
         read(images=tmp_path, prompt=PROMPTS, image_masks=tmp_path)
     with pytest.raises(UserError, match="a-blue-teapot_0: its mask shows no subject"):
         read(images=tmp_path, image_masks=tmp_path)
-
-
-def test_a_prompt_without_the_class_word(embedding, tmp_path):
-    out = tmp_path / "scores.json"
-    line = error_of("evaluate", f"--embedding={embedding}", *REFERENCES, *FAST, "--prompt=a car", f"--out={out}")
-    assert "--prompt='a car': no class word 'teapot', which the concept was learned with" in line
-    assert not out.exists()
