@@ -25,6 +25,8 @@ REQUIRES = [
     "jaxtyping>=0.3",  # shapes in signatures
     "tqdm>=4.66",  # the progress bar
     "tensorboardX>=2.6",  # event files without TensorFlow
+    "jinja2>=3.1",  # the page of `catversion evaluate`
+    "matplotlib>=3.9",  # its plots
     "psutil>=5.9",  # memory, for `catversion doctor`
 ]
 
@@ -44,7 +46,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     packages=find_packages(include=["catversion_jax*"]),
-    package_data={"catversion_jax": ["mini/**/*", "mini/*", "concepts/**/*", "exported/*"]},
+    package_data={"catversion_jax": ["mini/**/*", "mini/*", "concepts/**/*", "exported/*", "page.html"]},
     python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -14,7 +14,7 @@ from catversion_jax.source import FOLDERS
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "array-record", "ml-collections",
-    "transformers", "safetensors", "numpy", "pillow", "tensorboardX",
+    "transformers", "safetensors", "numpy", "pillow", "jinja2", "matplotlib", "tensorboardX",
 )  # fmt: skip
 ACCELERATORS = {
     "nvidia-smi": ("gpu", "an NVIDIA driver is here, but JAX sees no GPU: pip install 'catversion-jax[cuda]'"),

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("train", "learn a concept from a folder of photos"),
     "generate": ("generate", "draw pictures with a learned concept"),
     "batch": ("batch", "learn many concepts at once, from a manifest"),
+    "evaluate": ("evaluate", "score pictures of a concept, drawn here or before; benchmarks"),
     "bench": ("bench.command", "time the training step, for many sizes, and against PyTorch"),
     "sweep": ("sweep", "train and score settings on a folder of concepts with held-out photos"),
     "convert": ("convert.command", "an adapter of the paper's authors to a concept, or back"),

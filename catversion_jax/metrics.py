@@ -1,69 +1,56 @@
-"""How well a concept was learned: raw cosines in CLIP's space, and the loss on photos that were held out."""
+"""Scores of pictures, of their embeddings alone: raw cosines, neither scaled nor clipped.
 
-from collections.abc import Sequence
-from functools import cache, partial
-from pathlib import Path
+Embeddings are unit vectors, in rows: of generated pictures (G), reference pictures (R) and prompts, all of one space.
+"""
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Callable
+
 import numpy as np
-from PIL import Image
 
-from catversion_jax import pipeline as pipelines
-from catversion_jax.models.unet import Context
-from catversion_jax.pipeline import Networks, Pipeline
-from catversion_jax.source import open_source
-from catversion_jax.state import Frozen
-from catversion_jax.train_step import prediction_error
-from catversion_jax.types import Array, Float, Params, UInt8
+from catversion_jax.types import Float
 
-CLIP_MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32)
-BATCH = 8  # pictures per call of the image encoder and of the UNet
-LOSS_TIMESTEPS = 8  # evenly spaced
+RESAMPLES = 9999
+LEVEL = 0.95
 
 
-@cache
-def image_encoder(model: Path):
-    """A jitted encoder of pixels, and the size it takes, from a folder with `image_encoder/`."""
-    module, params = pipelines.load_component(open_source(str(model)), "image")
-    return jax.jit(lambda pixels: module.apply({"params": params}, pixels)), module.config.image_size
-
-
-def normalize(x: np.ndarray) -> np.ndarray:
+def normalize(x: Float[np.ndarray, "N e"]) -> Float[np.ndarray, "N e"]:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def in_batches(function, *arrays: np.ndarray) -> np.ndarray:
-    """`function` of BATCH rows at a time, the last rows repeated to fill it up, so that one program serves all."""
-    rows = len(arrays[0])
-    index = np.minimum(np.arange(-(-rows // BATCH) * BATCH), rows - 1)
-    parts = [function(*(array[i] for array in arrays)) for i in np.split(index, len(index) // BATCH)]
-    return np.concatenate(parts)[:rows]
+def clip_t(generated: Float[np.ndarray, "G e"], prompts: Float[np.ndarray, "G e"]) -> Float[np.ndarray, "G"]:
+    """Each picture's cosine with its own prompt."""
+    return np.einsum("ge,ge->g", generated, prompts)
 
 
-def embed_images(images: Sequence[UInt8[np.ndarray, "h w 3"]], model: Path) -> Float[np.ndarray, "N e"]:
-    """Unit CLIP embeddings of pictures: bicubic to the encoder's size, CLIP's mean and standard deviation removed."""
-    encode, size = image_encoder(model)
-    resized = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images]
-    pixels = (np.stack(resized).astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
-    return normalize(in_batches(encode, pixels))
+def clip_i(generated: Float[np.ndarray, "G e"], references: Float[np.ndarray, "R e"]) -> Float[np.ndarray, "G"]:
+    """Each picture's mean cosine with the references; the mean of these is that over all pairs. With the embeddings
+    of masked pictures it is the masked CLIP-I, with DINO's it is DINO."""
+    return (generated @ references.T).mean(axis=1)
 
 
-@partial(jax.jit, static_argnames=("networks",))
-def text_embeds(params: Params, token_ids: Array, *, networks: Networks) -> Float[Array, "B e"]:
-    return networks.text[0].apply({"params": params}, token_ids)["text_embeds"]
+def overall(clip_t: Float[np.ndarray, "..."], clip_i: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """The paper's score of both: sqrt(CLIP-T x CLIP-I); not a number where one of them is negative."""
+    return np.sqrt(np.where((clip_t < 0) | (clip_i < 0), np.nan, clip_t * clip_i))
 
 
-def embed_texts(prompts: list[str], pipeline: Pipeline) -> Float[np.ndarray, "N e"]:
-    """Unit CLIP embeddings of prompts by the base model's own text encoder, which must have a projection."""
-    encode = partial(text_embeds, pipeline.params["text"][0], networks=pipeline.networks)
-    return normalize(in_batches(encode, pipeline.tokenizer(prompts)))
+def drift(base: Float[np.ndarray, "G e"], moved: Float[np.ndarray, "G e"]) -> Float[np.ndarray, "G"]:
+    """How far each picture is from the base model's of the same prompt and seed: 1 - cosine, written so that what did
+    not move gives exactly 0."""
+    return np.square(base - moved).sum(axis=1) / 2
 
 
-def clip_i(generated: Float[np.ndarray, "G e"], references: Float[np.ndarray, "R e"]) -> float:
-    """Mean cosine over all pairs of generated and reference pictures."""
-    return float(np.mean(generated @ references.T))
+def relative_change(base: Float[np.ndarray, "..."], moved: Float[np.ndarray, "..."]) -> float:
+    """The L2 norm of what changed in text states, over that of the base model's."""
+    return float(np.linalg.norm(moved - base) / np.linalg.norm(base))
+
+
+def diversity(generated: Float[np.ndarray, "G e"]) -> float | None:
+    """The mean of 1 - cosine over all pairs of pictures of one prompt; None where there is no pair."""
+    count = len(generated)
+    if count < 2:
+        return None
+    # Of unit vectors, the sum over all ordered pairs of different ones is |sum|^2 - count.
+    return float(1 - (np.square(generated.sum(axis=0)).sum() - count) / (count * (count - 1)))
 
 
 def nearest(images: Float[np.ndarray, "G e"], captions: Float[np.ndarray, "N e"]) -> np.ndarray:
@@ -71,29 +58,13 @@ def nearest(images: Float[np.ndarray, "G e"], captions: Float[np.ndarray, "N e"]
     return np.argmax(images @ captions.T, axis=1)
 
 
-@partial(jax.jit, static_argnames=("networks",))
-def batch_error(
-    frozen: Frozen,
-    context: Context,
-    latents: Array,
-    noise: Array,
-    timesteps: Array,
-    *,
-    networks: Networks,
-) -> Float[Array, "B"]:
-    context = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), context)
-    return prediction_error(frozen, latents, noise, timesteps, context, networks)
-
-
-def denoising_loss(pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"], context: Context) -> float:
-    """The noise-prediction loss on latents at fixed timesteps and noise: the same question for every context, each of
-    one prompt."""
-    networks, params = pipeline.networks, pipeline.params
-    frozen = Frozen(params["unet"], params["text"], jnp.asarray(networks.schedule.alphas_cumprod))
-    total = networks.schedule.num_train_timesteps
-    spaced = ((np.arange(LOSS_TIMESTEPS) + 0.5) * total / LOSS_TIMESTEPS).astype(np.int32)
-    repeated = np.repeat(latents, LOSS_TIMESTEPS, axis=0)
-    noise = np.random.default_rng(0).standard_normal(repeated.shape).astype(np.float32)
-    timesteps = np.tile(spaced, len(latents))
-    error = partial(batch_error, frozen, context, networks=networks)
-    return float(in_batches(error, repeated, noise, timesteps).mean())
+def interval(statistic: Callable[..., np.ndarray], *samples: Float[np.ndarray, "N"]) -> tuple[float, float] | None:
+    """The bootstrap percentile interval, LEVEL of the resamples, of a statistic of the samples' means; the samples are
+    drawn together, row by row. None where there are fewer than two rows, or where the statistic has no value."""
+    rows = len(samples[0])
+    if rows < 2:
+        return None
+    index = np.random.default_rng(0).integers(0, rows, (RESAMPLES, rows))
+    values = statistic(*(sample[index].mean(axis=1) for sample in samples))
+    low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return None if np.isnan(low) else (float(low), float(high))

@@ -14,13 +14,14 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from catversion_jax import artifact, metrics, sampling
+from catversion_jax import artifact, encoders, metrics, sampling
 from catversion_jax import config as config_lib
 from catversion_jax.data.photos import read_photos
 from catversion_jax.data.posteriors import posteriors
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
+from catversion_jax.heldout_loss import heldout_loss
 from catversion_jax.pipeline import MINI, Pipeline
 from catversion_jax.run_dir import RunDir
 from catversion_jax.source import read_json
@@ -69,11 +70,12 @@ def main(arguments: flags.FlagValues) -> int:
     out.mkdir(parents=True, exist_ok=True)
     scores = read_scores(out / "scores.jsonl")
     base = cache(partial(draw, pipeline))  # the base model's pictures are the same for every setting
+    clip = encoders.of_model(model_path(config))
     for setting, config in configs.items():
         for folder in folders:
             if (setting, folder.name) in {(score.setting, score.concept) for score in scores}:
                 continue
-            score = run(config, setting, folder, out, pipeline, arguments.prompts, arguments.seeds, base)
+            score = run(config, setting, folder, out, pipeline, clip, arguments.prompts, arguments.seeds, base)
             scores.append(score)
             with (out / "scores.jsonl").open("a") as file:
                 file.write(json.dumps(vars(score)) + "\n")
@@ -82,6 +84,10 @@ def main(arguments: flags.FlagValues) -> int:
     write_atomically(out / "table.md", lambda path: path.write_text(table))
     print(table)
     return 0
+
+
+def model_path(config: ConfigDict) -> Path:
+    return config_lib.expand(config.model.path) if config.model.path else MINI
 
 
 def override(config: ConfigDict, setting: str) -> ConfigDict:
@@ -113,6 +119,7 @@ def run(
     folder: Path,
     out: Path,
     pipeline: Pipeline,
+    clip: encoders.Clip,
     n_prompts: int,
     n_seeds: int,
     base: Draw,
@@ -131,24 +138,23 @@ def run(
         concept, _, interrupted_by = learn(config, directory, pipeline)
         if interrupted_by:
             raise KeyboardInterrupt
-    model = config_lib.expand(config.model.path) if config.model.path else MINI
     templates = config.sample.prompts[:n_prompts]
     held_out = np.stack([photo.image for photo in read_photos(folder / "heldout", pipeline.networks.resolution)])
     latents, _ = posteriors(pipeline.networks.vae, pipeline.params["vae"], held_out, flip=False)
-    references = metrics.embed_images(held_out, model)
+    references = clip.image(held_out)
     training_prompt = config_lib.prompts(config.concept.templates, config)[0]
     asked = (tuple(config_lib.prompts(templates, config)), n_seeds, config_lib.sampler_config(config))
-    known = read_json(model / "world.json")["phrases"]
+    known = read_json(model_path(config) / "world.json")["phrases"]
     captions = config_lib.prompts([f"a photo of {{concept}} {place}" for place in known], config)
-    places = dict(zip(known, metrics.embed_texts(captions, pipeline), strict=True))
+    places = dict(zip(known, clip.text(captions), strict=True))
     answers = {"_base": (0.0, base(*asked)), "": (1.0, draw(pipeline, *asked, concept))}
     values, rows = {}, []
     for name, (strength, pictures) in answers.items():
-        embeddings = metrics.embed_images(pictures, model)
-        values["clip_i" + name] = metrics.clip_i(embeddings, references)
+        embeddings = clip.image(pictures)
+        values["clip_i" + name] = float(metrics.clip_i(embeddings, references).mean())
         values["place_accuracy" + name] = place_accuracy(embeddings, templates, n_seeds, places)
         context = sampling.condition(pipeline, [training_prompt], concept, strength)
-        values["heldout_loss" + name] = metrics.denoising_loss(pipeline, latents[:, 0], context)
+        values["heldout_loss" + name] = heldout_loss(pipeline, latents[:, 0], context)
         rows.append(pictures[::n_seeds])
     image = grid([list(held_out[: len(templates)]), *rows], ["held out", "base model", "personalized"], asked[0], 1)
     write_atomically(directory.path / "scored.png", image.save)

@@ -6,12 +6,18 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from catversion_jax import pipeline, source
+from catversion_jax.convert import rules
 from catversion_jax.convert.rules import LEAVES, Rule
+from catversion_jax.convert.torch import shapes_of
+from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+from catversion_jax.models.config import from_json
+from catversion_jax.models.vit import ViTConfig, ViTModel
 
 CHANGES = {
     "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 4},
@@ -45,19 +51,31 @@ XL_CHANGES = CHANGES | {
         "projection_class_embeddings_input_dim": 24 + 6 * 8,
     },
 }
+IMAGE_CHANGES = {
+    "image_encoder": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "image_size": 16,
+    },
+}
+"""To be written into the folder of a tiny model that is to judge pictures."""
 INVERSE = {
     "kernel": lambda w: w.transpose(3, 2, 0, 1) if w.ndim == 4 else w.T,
     "scale": lambda w: w,
     "bias": lambda w: w,
     "embedding": lambda w: w,
     "class_embedding": lambda w: w,
+    "cls_token": lambda w: w,
+    "position_embeddings": lambda w: w,
 }
 
 
-def to_torch(params: dict, rules: list[Rule]) -> dict[str, np.ndarray]:
+def to_torch(params: dict, table: list[Rule]) -> dict[str, np.ndarray]:
     """PyTorch's tensors of a Flax tree: the conversion backwards, written apart from it."""
     names = {}
-    for rule in rules:
+    for rule in table:
         for torch_leaf, ((flax_leaf, _),) in LEAVES[rule.kind].items():
             if rule.flax is not None:
                 path = f"{rule.flax}/{flax_leaf}".removesuffix("/")
@@ -99,7 +117,58 @@ def write(folder: Path, seed: int = 0, dtype=np.float16, changes: dict = CHANGES
         params = random_params(pipeline.abstract(name, module), np.random.default_rng(seed))
         (folder / part).mkdir(exist_ok=True)
         (folder / part / "config.json").write_text(json.dumps(config))
-        stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
+        stem = "model" if name.startswith(("text", "image")) else "diffusion_pytorch_model"
         tensors = {key: value.astype(dtype) for key, value in to_torch(params, source.RULES[name]).items()}
         save_file(tensors, folder / part / f"{stem}.safetensors")
+    return folder
+
+
+CLIP = {
+    "model_type": "clip",
+    "projection_dim": 24,
+    "text_config": {
+        "vocab_size": 1584,
+        "eos_token_id": 1583,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    },
+    "vision_config": {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "image_size": 32,
+        "patch_size": 16,
+    },
+}
+DINO = {"model_type": "vit", "num_hidden_layers": 2, "image_size": 32, "patch_size": 16} | {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+}
+
+
+def write_clip(folder: Path) -> Path:
+    """A random CLIP in the layout of transformers' CLIPModel, with the mini model's tokenizer."""
+    shutil.copytree(pipeline.MINI / "tokenizer", folder)
+    shared = {"projection_dim": CLIP["projection_dim"]}
+    text = CLIPTextModel(from_json(CLIPTextConfig, CLIP["text_config"] | shared, {}))
+    image = CLIPVisionModel(from_json(CLIPVisionConfig, CLIP["vision_config"] | shared, {}))
+    shapes = pipeline.abstract("text", text) | pipeline.abstract("image", image)
+    tensors = to_torch(random_params(shapes, np.random.default_rng(0)), rules.CLIP)
+    save_file(tensors | {"logit_scale": np.ones((), np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CLIP))
+    return folder
+
+
+def write_dino(folder: Path) -> Path:
+    """A random vision transformer in the layout of transformers' ViTModel."""
+    module = ViTModel(from_json(ViTConfig, DINO, {}))
+    shapes = shapes_of(module.init, jnp.zeros((1, DINO["image_size"], DINO["image_size"], 3)))
+    folder.mkdir()
+    tensors = to_torch(random_params(shapes, np.random.default_rng(0)), rules.VIT)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(DINO))
     return folder

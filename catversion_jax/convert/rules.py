@@ -175,3 +175,26 @@ CLIP_VISION = [
     Rule("vision_model.post_layernorm", "vision_model/post_layernorm", "norm"),
     Rule("visual_projection", "visual_projection", "dense"),
 ]
+
+CLIP = [*CLIP_TEXT, *CLIP_VISION, Rule("logit_scale", None, "array")]
+"""transformers' CLIPModel: both encoders in one file. Cosines need no scale."""
+
+VIT_LAYER = [
+    *(Rule(f"attention.attention.{name}", f"self_attn/{name[0]}_proj", "dense") for name in ("query", "key", "value")),
+    Rule("attention.output.dense", "self_attn/out_proj", "dense"),
+    Rule("layernorm_before", "layer_norm1", "norm"),
+    Rule("layernorm_after", "layer_norm2", "norm"),
+    Rule("intermediate.dense", "mlp/fc1", "dense"),
+    Rule("output.dense", "mlp/fc2", "dense"),
+]
+
+VIT = [
+    Rule("embeddings.cls_token", "cls_token", "array"),
+    Rule("embeddings.position_embeddings", "position_embeddings", "array"),
+    Rule("embeddings.patch_embeddings.projection", "patch_embedding", "conv"),
+    *under("encoder.layer.{i}", "encoder/layers/{i}", VIT_LAYER),
+    Rule("layernorm", "layernorm", "norm"),
+    Rule("pooler.dense.weight", None, "array"),  # DINO was trained without one: where a file has it, it is noise
+    Rule("pooler.dense.bias", None, "array"),
+]
+"""transformers' ViTModel, the layout of facebook/dino-vits16."""

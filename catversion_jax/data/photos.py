@@ -1,5 +1,6 @@
 """Read a user's folder of photos, and masks, whatever they come as."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, resolution: int, resample: Image.Resampling) -> np.ndarray:
-    """The largest centred square, resized."""
+def fit(image: Image.Image, resolution: int | None, resample: Image.Resampling) -> np.ndarray:
+    """The largest centred square, resized; without a resolution, all of it as it is."""
+    if resolution is None:
+        return np.asarray(image)
     return np.asarray(ImageOps.fit(image, (resolution, resolution), resample))
 
 
@@ -63,36 +66,44 @@ def is_candidate(path: Path) -> bool:
     return path.is_file() and not path.name.startswith(".") and path.name.lower() not in IGNORED
 
 
-def read_photos(folder: str | Path, resolution: int, masks_dir: str | Path = "") -> list[Photo]:
-    """The folder's photos by name, cut to squares of `resolution` pixels, with their masks.
+def read_photos(
+    folder: str | Path,
+    resolution: int | None,
+    masks_dir: str | Path = "",
+    keys: tuple[str, str] = ("data.dir", "data.masks_dir"),
+    most: int = MAX_PHOTOS,
+    keep: Callable[[Path], bool] = is_candidate,
+) -> list[Photo]:
+    """The folder's photos by name, cut to squares of `resolution` pixels (None: as they are), with their masks.
 
     Masks are pictures of the photo's shape (bright = subject) in `masks_dir`, or `<folder>/masks` where that exists,
-    with the photo's stem. Raises UserError naming the file for whatever is not a photo, and for a missing mask.
+    with the photo's stem. Raises UserError naming the file for whatever is not a photo, and for a missing mask; `keys`
+    are what the two folders are called there.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; data.dir takes a folder of 1 to {MAX_PHOTOS} photos")
-    paths = sorted(filter(is_candidate, folder.iterdir()))
-    if not 1 <= len(paths) <= MAX_PHOTOS:
-        raise UserError(f"{folder}: {len(paths)} photos; expected 1 to {MAX_PHOTOS} {', '.join(FORMATS)} files")
+        raise UserError(f"{folder}: no such folder; {keys[0]} takes a folder of 1 to {most} photos")
+    paths = sorted(filter(keep, folder.iterdir()))
+    if not 1 <= len(paths) <= most:
+        raise UserError(f"{folder}: {len(paths)} photos; expected 1 to {most} {', '.join(FORMATS)} files")
     stems = [path.stem for path in paths]
     double = next((path for path in paths if stems.count(path.stem) > 1), None)
     if double:
         raise UserError(f"{double}: another photo has the same name but for its ending; rename one of them")
-    masks = find_masks(folder, Path(masks_dir) if masks_dir else None)
+    masks = find_masks(folder, Path(masks_dir) if masks_dir else None, keys[1])
     return [read_photo(path, resolution, masks) for path in paths]
 
 
-def find_masks(folder: Path, masks_dir: Path | None) -> dict[str, Path] | None:
+def find_masks(folder: Path, masks_dir: Path | None, key: str) -> dict[str, Path] | None:
     """The masks by stem; None where there are none."""
     if masks_dir is None and not (masks_dir := folder / "masks").is_dir():
         return None
     if not masks_dir.is_dir():
-        raise UserError(f"{masks_dir}: no such folder; data.masks_dir takes a folder with a mask for each photo")
+        raise UserError(f"{masks_dir}: no such folder; {key} takes a folder with a mask for each photo")
     return {path.stem: path for path in filter(is_candidate, masks_dir.iterdir())}
 
 
-def read_photo(path: Path, resolution: int, masks: dict[str, Path] | None) -> Photo:
+def read_photo(path: Path, resolution: int | None, masks: dict[str, Path] | None) -> Photo:
     image = open_image(path)
     pixels = fit(to_rgb(image), resolution, Image.Resampling.BICUBIC)
     if masks is None:

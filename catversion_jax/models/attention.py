@@ -86,3 +86,9 @@ def dot_product_attention(
     kernels = KERNELS.get(jax.default_backend(), (XLA,))
     kernel = next(kernel for kernel in kernels if kernel.suits(query.shape, key.shape, query.dtype))
     return kernel.run(query, key, value)
+
+
+def probabilities(query: Float[Array, "B Q H D"], key: Float[Array, "B K H D"]) -> Float[Array, "B Q K"]:
+    """What attention gives to each key, the mean over heads, float32: for those who want to look at it."""
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits).mean(1)

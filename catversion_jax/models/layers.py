@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from catversion_jax.models.attention import dot_product_attention
+from catversion_jax.models.attention import dot_product_attention, probabilities
 from catversion_jax.types import Array, Float
 
 # Both are the PyTorch values. The last Flax classes used 1e-5 and tanh-GELU in the transformer; the published
@@ -61,7 +61,10 @@ class Upsample2D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over `context`; softmax in float32."""
+    """Multi-head attention of x over `context`; softmax in float32.
+
+    Applied with mutable="intermediates" it also hands out its `probabilities`, which nothing else computes.
+    """
 
     heads: int
     dtype: Any
@@ -74,7 +77,10 @@ class Attention(nn.Module):
             y = nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
             return y.reshape(*inputs.shape[:2], self.heads, channels // self.heads)
 
-        y = dot_product_attention(project("to_q", x), project("to_k", context), project("to_v", context))
+        query, key, value = project("to_q", x), project("to_k", context), project("to_v", context)
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "probabilities", probabilities(query, key))
+        y = dot_product_attention(query, key, value)
         return nn.Dense(channels, dtype=self.dtype, name="to_out_0")(y.reshape(x.shape))
 
 

@@ -1,0 +1,176 @@
+"""What a concept's pictures are: drawn with it, or read from a folder; with the masks that can be had of them."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from catversion_jax import artifact, config, masks, sampling, scores, text
+from catversion_jax.artifact import Concept
+from catversion_jax.conditioning import context
+from catversion_jax.data.photos import Photo, is_candidate, read_photos
+from catversion_jax.errors import UserError
+from catversion_jax.generate import unique_slugs
+from catversion_jax.pipeline import MINI, Pipeline, load
+from catversion_jax.sampling import SamplerConfig
+from catversion_jax.scores import Judges, Pictures, Values
+from catversion_jax.types import UInt8
+
+MAX_PICTURES = 10_000
+GRID = re.compile(r"grid(_\d+)?\.png")  # what `catversion generate` leaves beside its pictures
+DRAWN = re.compile(r"(.+)_\d+")  # and what it calls them
+
+
+@dataclass(frozen=True)
+class Job:
+    """One concept to evaluate: `concept`, or pictures of it in `images`."""
+
+    name: str
+    prompts: tuple[str, ...]
+    references: Path
+    masks: Path | None
+    concept: Concept | None
+    source: Path  # of the concept, or the folder of pictures
+    image_masks: Path | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A job's pictures, one for each of `prompts`, and what drawing them told besides."""
+
+    prompts: list[str]
+    pictures: Pictures
+    unrelated: dict[str, Values] = field(default_factory=dict)
+    attention_mask_iou: float | None = None  # of the attention masks and the given ones, of the references
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures of a concept are drawn."""
+
+    sampler: SamplerConfig
+    seeds: tuple[int, ...]  # a picture of each prompt with each
+    strength: float
+    unrelated: tuple[str, ...]  # prompts to see by how far the base model moved
+    model: str  # "": the one the concept was learned on
+    dtype: str
+
+
+def read_references(job: Job, resolution: int | None = None) -> list[Photo]:
+    """As they are or, with a resolution, as squares."""
+    return read_photos(job.references, resolution, job.masks or "", ("--references", "--masks"), MAX_PICTURES)
+
+
+def pictures_of(photos: Sequence[Photo]) -> Pictures:
+    if photos[0].mask is None:
+        return Pictures([photo.image for photo in photos], None)
+    empty = [photo.name for photo in photos if not photo.mask.any()]
+    if empty:
+        raise UserError(f"{empty[0]}: its mask shows no subject; expected it bright on black; correct the mask")
+    return Pictures([photo.image for photo in photos], [photo.mask for photo in photos])
+
+
+def is_picture(path: Path) -> bool:
+    return is_candidate(path) and not GRID.fullmatch(path.name)
+
+
+def read(job: Job) -> Answers:
+    """Pictures that exist: of one prompt all of them; of several, named as `catversion generate` does."""
+    keys = ("--images", "--image_masks")
+    photos = read_photos(job.source, None, job.image_masks or "", keys, MAX_PICTURES, is_picture)
+    if len(job.prompts) == 1:
+        return Answers([*job.prompts] * len(photos), pictures_of(photos))
+    by_slug = dict(zip(unique_slugs(list(job.prompts)), job.prompts, strict=True))
+    found = [(match := DRAWN.fullmatch(photo.name)) and by_slug.get(match[1]) for photo in photos]
+    named = "of several prompts, pictures are named <prompt-slug>_<seed>.png, as catversion generate does"
+    if None in found:
+        raise UserError(f"{job.source / photos[found.index(None)].name}.*: of none of the prompts; {named}")
+    if missing := [prompt for prompt in job.prompts if prompt not in found]:
+        raise UserError(f"{job.source}: no picture of {len(missing)} prompts, such as {missing[0]!r}; {named}")
+    pairs = sorted(zip(found, photos, strict=True), key=lambda pair: job.prompts.index(pair[0]))
+    return Answers([prompt for prompt, _ in pairs], pictures_of([photo for _, photo in pairs]))
+
+
+@functools.cache
+def open_model(path: str, revision: str, variant: str, prediction_type: str, dtype: str) -> Pipeline:
+    return load(path, dtype, variant=variant, revision=revision, prediction_type=prediction_type)
+
+
+def base_model(job: Job, drawing: Drawing) -> Pipeline:
+    """The model to draw with. Raises UserError where it is not the concept's, or a prompt lacks the class word."""
+    concept = job.concept
+    options = (concept.model_revision, concept.model_variant, concept.model_prediction_type)
+    model = drawing.model or concept.model_path
+    pipeline = open_model(model, *(("", "", "") if drawing.model else options), drawing.dtype)
+    texts = [encoder.config for encoder in pipeline.networks.text]
+    for warning in artifact.check_model(concept, pipeline.fingerprint, texts, str(job.source), model or str(MINI)):
+        tqdm.write(f"catversion: warning: {warning}")
+    without = [p for p, holds in zip(job.prompts, holds_word(pipeline, concept, job.prompts), strict=True) if not holds]
+    if concept.class_word and without:
+        raise UserError(
+            f"--prompt={without[0]!r}: no class word {concept.class_word!r}, which the concept was learned with; "
+            "write it into the prompt"
+        )
+    return pipeline
+
+
+def holds_word(pipeline: Pipeline, concept: Concept, prompts: Sequence[str]) -> list[bool]:
+    """Whether each prompt holds the class word; none does where it is not known."""
+    if not concept.class_word:
+        return [False] * len(prompts)
+    places = text.find_word(pipeline.tokenizer(list(prompts)), pipeline.tokenizer.word(concept.class_word))
+    return list(places >= 0)
+
+
+Paint = Callable[[Sequence[str], float], list[UInt8[np.ndarray, "H W 3"]]]
+"""(prompts, strength) -> a picture with each seed."""
+
+
+def draw(job: Job, drawing: Drawing, judges: Judges) -> Answers:
+    """Pictures of the concept, their masks where the references have some, and how far the base model moved."""
+    concept, strength = job.concept, drawing.strength
+    pipeline = base_model(job, drawing)
+
+    def paint(prompts: Sequence[str], strength: float) -> list[UInt8[np.ndarray, "H W 3"]]:
+        each = [prompt for prompt in prompts for _ in drawing.seeds]
+        again = list(drawing.seeds) * len(prompts)
+        drawn = sampling.paint(pipeline, each, again, drawing.sampler, concept, strength)
+        return list(tqdm(drawn, total=len(each), unit=" pictures", desc=job.name, leave=False))
+
+    prompts = [prompt for prompt in job.prompts for _ in drawing.seeds]
+    images = paint(job.prompts, strength)
+    unrelated = measure_drift(pipeline, concept, drawing, judges, paint)
+    photos = read_references(job, pipeline.networks.resolution)
+    if photos[0].mask is None or not concept.class_word:
+        return Answers(prompts, Pictures(images, None), unrelated)
+    see = functools.partial(masks.attention_masks, pipeline, class_word=concept.class_word)
+    found = see(np.stack([photo.image for photo in photos]), [plain_prompt(concept)] * len(photos))
+    overlaps = [masks.iou(mask, photo.mask) for mask, photo in zip(found, photos, strict=True)]
+    return Answers(prompts, Pictures(images, see(np.stack(images), prompts)), unrelated, float(np.mean(overlaps)))
+
+
+def measure_drift(
+    pipeline: Pipeline, concept: Concept, drawing: Drawing, judges: Judges, paint: Paint
+) -> dict[str, Values]:
+    """The drift of each unrelated prompt that does not hold the class word."""
+    # Strength 0 is the base model by the same program, so that what does not move is equal bit for bit.
+    strengths = (0.0, drawing.strength)
+    holding = holds_word(pipeline, concept, drawing.unrelated)
+    prompts = [prompt for prompt, holds in zip(drawing.unrelated, holding, strict=True) if not holds]
+    drawn = [np.split(np.stack(paint(prompts, s)), len(prompts)) for s in strengths] if prompts else [[], []]
+    return {
+        prompt: scores.of_unrelated(
+            base, moved, [context(pipeline, [prompt], concept, s).states for s in strengths], judges
+        )
+        for prompt, base, moved in zip(prompts, *drawn, strict=True)
+    }
+
+
+def plain_prompt(concept: Concept) -> str:
+    """The prompt for the references: the first that the concept was learned with."""
+    (template, *_) = (*concept.templates, "a photo of {concept}")
+    return config.fill(template, concept.class_word, config.article(concept.class_word))

@@ -1,0 +1,49 @@
+"""The plain vision transformer of DINO, in the layout of transformers' ViTModel."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from catversion_jax.models.clip import CLIPConfig, CLIPEncoder, layer_norm
+from catversion_jax.types import Array, Float
+
+FIXED = {
+    "attention_probs_dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "model_type": "vit",
+    "num_channels": 3,
+    "qkv_bias": True,
+}
+"""Config keys whose other values are other networks."""
+
+
+@dataclass(frozen=True)
+class ViTConfig(CLIPConfig):
+    """The layers are those of CLIP; the defaults are ViT-S/16's."""
+
+    hidden_size: int = 384
+    intermediate_size: int = 1536
+    num_attention_heads: int = 6
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    image_size: int = 224
+    patch_size: int = 16
+
+
+class ViTModel(nn.Module):
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B c"]:
+        """The class token's final state (not normalized) of pixels with ImageNet's mean and deviation removed."""
+        cfg = self.config
+        patch = (cfg.patch_size, cfg.patch_size)
+        x = nn.Conv(cfg.hidden_size, patch, patch, padding="VALID", dtype=cfg.dtype, name="patch_embedding")(pixels)
+        x = x.reshape(x.shape[0], -1, cfg.hidden_size)
+        init = nn.initializers.normal(0.02)
+        token = self.param("cls_token", init, (1, 1, cfg.hidden_size)).astype(x.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, cfg.hidden_size)), x], axis=1)
+        x = x + self.param("position_embeddings", init, (1, x.shape[1], cfg.hidden_size)).astype(x.dtype)
+        x = CLIPEncoder(cfg, name="encoder")(x, jnp.ones((x.shape[1], x.shape[1]), bool))[-1]
+        return layer_norm(cfg, "layernorm")(x[:, 0])
