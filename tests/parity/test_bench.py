@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from catversion_jax import config as config_lib
-from catversion_jax import text, torch_bench, train_step
+from catversion_jax import text, train_step
+from catversion_jax.bench import torch_step
 from catversion_jax.errors import UserError
 from catversion_jax.source import open_source
 from tests.commands import catversion
@@ -23,7 +24,7 @@ def test_rows_for_both(tiny_model, tmp_path):
     report = json.loads(out.read_text())
     assert report["torch"] == torch.__version__
     ours, *theirs = report["rows"]
-    assert [row["what"] for row in theirs] == list(torch_bench.RECIPES)
+    assert [row["what"] for row in theirs] == list(torch_step.RECIPES)
     for row in theirs:
         assert (row["error"], row["repetitions"]) == (None, ours["repetitions"])
         assert row["images_per_s"] == pytest.approx(2 / row["ms_per_step"] * 1e3)
@@ -50,22 +51,22 @@ def test_the_text_states_with_a_prefix_are_ours(bias, tiny_model, tiny_pipeline)
         lambda prefix: train_step.condition((prefix,), (lowered,), params["text"], adapter, networks).states
     )(prefix)
 
-    theirs = torch_bench.load("text", configs_of(tiny_model), tiny_model)
-    torch_bench.attach(theirs, torch.from_numpy(prefix), layers, bias)
+    theirs = torch_step.load("text", configs_of(tiny_model), tiny_model)
+    torch_step.attach(theirs, torch.from_numpy(prefix), layers, bias)
     with torch.no_grad():
         states = theirs(torch.from_numpy(ids).long()).last_hidden_state
     assert max_error(context, states) < 1e-4
 
 
 @pytest.mark.parametrize("weights", ["own", "random"])
-@pytest.mark.parametrize("recipe", torch_bench.RECIPES)
+@pytest.mark.parametrize("recipe", torch_step.RECIPES)
 def test_a_step_moves_the_prefix(recipe, weights, tiny_model, monkeypatch):
     prefixes = []
-    attach = torch_bench.attach
-    monkeypatch.setattr(torch_bench, "attach", lambda *args: prefixes.append(args[1]) or attach(*args))
+    attach = torch_step.attach
+    monkeypatch.setattr(torch_step, "attach", lambda *args: prefixes.append(args[1]) or attach(*args))
     folder = tiny_model if weights == "own" else None
     config = config_lib.default()
-    step = torch_bench.make_step(torch_bench.RECIPES[recipe], config, configs_of(tiny_model), folder, "cpu", 2)
+    step = torch_step.make_step(torch_step.RECIPES[recipe], config, configs_of(tiny_model), folder, "cpu", 2)
     (prefix,) = prefixes
     before = prefix.detach().clone()
     losses = [float(step().detach()) for _ in range(2)]
@@ -77,6 +78,6 @@ def test_a_step_moves_the_prefix(recipe, weights, tiny_model, monkeypatch):
 def test_what_cannot_be_compared_is_refused():
     config = config_lib.default()
     with pytest.raises(UserError, match="this is a tpu"):
-        torch_bench.builders(config, {}, None, "tpu", 1)
+        torch_step.builders(config, {}, None, "tpu", 1)
     with pytest.raises(UserError, match="two text encoders"):
-        torch_bench.builders(config, {"text_2": {}}, None, "cpu", 1)
+        torch_step.builders(config, {"text_2": {}}, None, "cpu", 1)
