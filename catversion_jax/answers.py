@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from catversion_jax import artifact, config, masks, sampling, scores, text
+from catversion_jax import config, masks, sampling, scores
 from catversion_jax.artifact import Concept
 from catversion_jax.conditioning import context
 from catversion_jax.data.photos import Photo, is_candidate, read_photos
 from catversion_jax.errors import UserError
-from catversion_jax.generate import unique_slugs
-from catversion_jax.pipeline import MINI, Pipeline, load
+from catversion_jax.generate import open_model, unique_slugs, without_word
+from catversion_jax.pipeline import Pipeline, load
 from catversion_jax.sampling import SamplerConfig
 from catversion_jax.scores import Judges, Pictures, Values
 from catversion_jax.types import UInt8
@@ -95,35 +95,23 @@ def read(job: Job) -> Answers:
     return Answers([prompt for prompt, _ in pairs], pictures_of([photo for _, photo in pairs]))
 
 
-@functools.cache
-def open_model(path: str, revision: str, variant: str, prediction_type: str, dtype: str) -> Pipeline:
-    return load(path, dtype, variant=variant, revision=revision, prediction_type=prediction_type)
+load_once = functools.cache(load)
+"""Concepts of one base model share it."""
 
 
 def base_model(job: Job, drawing: Drawing) -> Pipeline:
     """The model to draw with. Raises UserError where it is not the concept's, or a prompt lacks the class word."""
     concept = job.concept
-    options = (concept.model_revision, concept.model_variant, concept.model_prediction_type)
-    model = drawing.model or concept.model_path
-    pipeline = open_model(model, *(("", "", "") if drawing.model else options), drawing.dtype)
-    texts = [encoder.config for encoder in pipeline.networks.text]
-    for warning in artifact.check_model(concept, pipeline.fingerprint, texts, str(job.source), model or str(MINI)):
+    pipeline, unsure = open_model(concept, str(job.source), drawing.model, drawing.dtype, load_once)
+    for warning in unsure:
         tqdm.write(f"catversion: warning: {warning}")
-    without = [p for p, holds in zip(job.prompts, holds_word(pipeline, concept, job.prompts), strict=True) if not holds]
+    without = without_word(pipeline, concept, job.prompts)
     if concept.class_word and without:
         raise UserError(
             f"--prompt={without[0]!r}: no class word {concept.class_word!r}, which the concept was learned with; "
             "write it into the prompt"
         )
     return pipeline
-
-
-def holds_word(pipeline: Pipeline, concept: Concept, prompts: Sequence[str]) -> list[bool]:
-    """Whether each prompt holds the class word; none does where it is not known."""
-    if not concept.class_word:
-        return [False] * len(prompts)
-    places = text.find_word(pipeline.tokenizer(list(prompts)), pipeline.tokenizer.word(concept.class_word))
-    return list(places >= 0)
 
 
 Paint = Callable[[Sequence[str], float], list[UInt8[np.ndarray, "H W 3"]]]
@@ -159,8 +147,7 @@ def measure_drift(
     """The drift of each unrelated prompt that does not hold the class word."""
     # Strength 0 is the base model by the same program, so that what does not move is equal bit for bit.
     strengths = (0.0, drawing.strength)
-    holding = holds_word(pipeline, concept, drawing.unrelated)
-    prompts = [prompt for prompt, holds in zip(drawing.unrelated, holding, strict=True) if not holds]
+    prompts = without_word(pipeline, concept, drawing.unrelated)
     drawn = [np.split(np.stack(paint(prompts, s)), len(prompts)) for s in strengths] if prompts else [[], []]
     return {
         prompt: scores.of_unrelated(

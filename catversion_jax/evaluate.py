@@ -11,15 +11,24 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from catversion_jax import __version__, answers, artifact, config, encoders, masks, page, protocols, scores
+from catversion_jax import (
+    __version__,
+    answers,
+    artifact,
+    config,
+    drawing_flags,
+    encoders,
+    masks,
+    page,
+    protocols,
+    scores,
+)
 from catversion_jax.answers import Drawing, Job
 from catversion_jax.config import expand
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.generate import make_folder, read_prompts
-from catversion_jax.pipeline import DTYPES, MINI
-from catversion_jax.sampling import SamplerConfig
-from catversion_jax.schedulers import SCHEDULERS
+from catversion_jax.pipeline import MINI
 from catversion_jax.scores import Judges
 
 UNRELATED = (
@@ -52,15 +61,8 @@ def define_flags() -> None:
     flags.DEFINE_string("manifest", None, "Write the benchmark's subjects for catversion batch; evaluate nothing.")
     flags.DEFINE_string("clip", None, "A CLIPModel folder, or its name on Hugging Face. Default: the base model's own.")
     flags.DEFINE_string("dino", None, "A ViTModel folder, or its name on Hugging Face, such as facebook/dino-vits16.")
-    flags.DEFINE_integer("num", protocols.PICTURES_PER_PROMPT, "Pictures (seeds) per prompt.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of each prompt's first picture.", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_float("guidance", 5.0, "Scale of classifier-free guidance; 1: none.", lower_bound=0)
-    flags.DEFINE_string("scheduler", "", f"One of {', '.join(SCHEDULERS)}. Default: the model's own.")
-    flags.DEFINE_integer("steps", 30, "Of the scheduler.", lower_bound=1, upper_bound=1000)
-    flags.DEFINE_float("strength", 1.0, "Of the concept, 0 to 1; 0: the base model.", lower_bound=0, upper_bound=1)
-    flags.DEFINE_string("model", None, "The base model. Default: the one the concept was learned on.")
-    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the base model's computation.")
-    flags.DEFINE_integer("batch_size", 4, "Pictures at once.", lower_bound=1)
+    drawing_flags.define(protocols.PICTURES_PER_PROMPT)
+    flags.adopt_module_key_flags(drawing_flags)
 
 
 def main(arguments: flags.FlagValues) -> int:
@@ -162,8 +164,8 @@ def load_judges(arguments: flags.FlagValues, jobs: Sequence[Job]) -> Judges:
 
 def drawing_of(arguments: flags.FlagValues) -> Drawing:
     return Drawing(
-        SamplerConfig(arguments.steps, arguments.guidance, arguments.batch_size, arguments.scheduler),
-        tuple((arguments.seed + i) % 2**32 for i in range(arguments.num)),
+        drawing_flags.sampler(arguments),
+        drawing_flags.seeds(arguments),
         arguments.strength,
         tuple(dict.fromkeys(arguments.unrelated)),
         arguments.model or "",

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,13 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from catversion_jax import artifact, sampling, text
+from catversion_jax import artifact, drawing_flags, sampling, text
 from catversion_jax.conditioning import movement
 from catversion_jax.config import expand
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
-from catversion_jax.pipeline import DTYPES, MINI, Pipeline, load
-from catversion_jax.schedulers import SCHEDULERS
+from catversion_jax.pipeline import MINI, Pipeline, load
 
 SLUG_LENGTH = 80
 GRID_COLUMNS = 8
@@ -27,20 +27,11 @@ def define_flags() -> None:
     flags.DEFINE_string("embedding", None, "A run directory of catversion train, or its concept.safetensors.")
     flags.DEFINE_multi_string("prompt", [], "A prompt with the class word; may be given several times.")
     flags.DEFINE_string("prompts_file", None, "A text file with one prompt a line.")
-    flags.DEFINE_integer("num", 4, "Pictures per prompt.", lower_bound=1)
-    flags.DEFINE_integer(
-        "seed", 0, "Of the first picture; the next ones count up.", lower_bound=0, upper_bound=2**32 - 1
-    )
     flags.DEFINE_string("out", "pictures", "The folder for the pictures; a second call adds to it.")
     flags.DEFINE_string("negative_prompt", "", "What to steer away from; never sees the concept.")
-    flags.DEFINE_float("guidance", 5.0, "Scale of classifier-free guidance; 1: none.", lower_bound=0)
-    flags.DEFINE_string("scheduler", "", f"One of {', '.join(SCHEDULERS)}. Default: the model's own.")
-    flags.DEFINE_integer("steps", 30, "Of the scheduler.", lower_bound=1, upper_bound=1000)
-    flags.DEFINE_float("strength", 1.0, "Of the concept, 0 to 1; 0: the base model.", lower_bound=0, upper_bound=1)
-    flags.DEFINE_string("model", None, "The base model's folder. Default: the one the concept was learned on.")
-    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the computation.")
-    flags.DEFINE_integer("batch_size", 4, "Pictures at once.", lower_bound=1)
     flags.DEFINE_bool("check", False, "Draw nothing; print how far the concept moves each prompt's text states.")
+    drawing_flags.define()
+    flags.adopt_module_key_flags(drawing_flags)
 
 
 def main(arguments: flags.FlagValues) -> int:
@@ -49,7 +40,6 @@ def main(arguments: flags.FlagValues) -> int:
         raise UserError("--embedding: missing; expected a run directory of catversion train")
     concept = artifact.load(expand(arguments.embedding))
     prompts = read_prompts(arguments)
-    seeds = [(arguments.seed + i) % 2**32 for i in range(arguments.num)]
     out = expand(arguments.out)
     if not arguments.check:
         make_folder(out)
@@ -58,8 +48,8 @@ def main(arguments: flags.FlagValues) -> int:
         print(*movement(pipeline, prompts, concept, arguments.strength), sep="\n")
         return 0
 
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    config = sampling.SamplerConfig(arguments.steps, arguments.guidance, arguments.batch_size, arguments.scheduler)
+    jobs = [(prompt, seed) for prompt in prompts for seed in drawing_flags.seeds(arguments)]
+    config = drawing_flags.sampler(arguments)
     pictures = sampling.paint(
         pipeline, *zip(*jobs, strict=True), config, concept, arguments.strength, arguments.negative_prompt
     )
@@ -97,15 +87,30 @@ def load_model(
     arguments: flags.FlagValues, concept: artifact.Concept, prompts: list[str], dtype: str = "float32"
 ) -> Pipeline:
     """The base model of --model or the concept's own; prints what makes the concept do less than one would think."""
-    model = arguments.model or concept.model_path
-    known = {key: getattr(concept, f"model_{key}") for key in ("revision", "variant", "prediction_type")}
-    pipeline = load(model, dtype, **({} if arguments.model else known))
-    encoders = [encoder.config for encoder in pipeline.networks.text]
-    source = str(expand(arguments.embedding))
-    unsure = artifact.check_model(concept, pipeline.fingerprint, encoders, source, model or str(MINI))
+    pipeline, unsure = open_model(concept, str(expand(arguments.embedding)), arguments.model, dtype)
     for warning in unsure + warnings(pipeline, concept, prompts, arguments.strength):
         print(f"catversion: warning: {warning}")
     return pipeline
+
+
+def open_model(
+    concept: artifact.Concept, source: str, model: str | None, dtype: str, load: Callable[..., Pipeline] = load
+) -> tuple[Pipeline, list[str]]:
+    """The base model, the concept's own where `model` names none, and what to warn of. Raises UserError where it is not
+    the one that the concept of `source` was learned on."""
+    path = model or concept.model_path
+    known = {key: getattr(concept, f"model_{key}") for key in ("revision", "variant", "prediction_type")}
+    pipeline = load(path, dtype, **({} if model else known))
+    encoders = [encoder.config for encoder in pipeline.networks.text]
+    return pipeline, artifact.check_model(concept, pipeline.fingerprint, encoders, source, path or str(MINI))
+
+
+def without_word(pipeline: Pipeline, concept: artifact.Concept, prompts: Sequence[str]) -> list[str]:
+    """The prompts that do not hold the class word: all, where it is not known."""
+    if not concept.class_word:
+        return list(prompts)
+    places = text.find_word(pipeline.tokenizer(list(prompts)), pipeline.tokenizer.word(concept.class_word))
+    return [prompt for prompt, place in zip(prompts, places, strict=True) if place < 0]
 
 
 def make_folder(path: Path) -> Path:
@@ -121,8 +126,7 @@ def warnings(pipeline: Pipeline, concept: artifact.Concept, prompts: list[str], 
     lines = []
     if strength == 0:
         lines.append("--strength=0 removes the concept: what follows is the base model's")
-    places = text.find_word(pipeline.tokenizer(prompts), pipeline.tokenizer.word(concept.class_word))
-    without = [prompt for prompt, place in zip(prompts, places, strict=True) if place < 0]
+    without = without_word(pipeline, concept, prompts)
     if without and concept.class_word:
         listed = ", ".join(repr(prompt) for prompt in without)
         lines.append(f"without the class word {concept.class_word!r}, which the concept was learned with: {listed}")

@@ -55,8 +55,8 @@ def positionals(module: ModuleType) -> tuple[str, ...]:
 
 
 def command_help(name: str, module: ModuleType) -> str:
-    """The flags that the command's module defines."""
-    defined = flags.FLAGS.get_flags_for_module(module)
+    """The flags that the command's module defines or adopts."""
+    defined = flags.FLAGS.get_key_flags_for_module(module)
     lines = [f"  --{flag.name}: {flag.help} (default: {flag.default})" for flag in defined]
     usage = " ".join(["catversion", name, *positionals(module)])
     return "\n".join([f"{usage}: {COMMANDS[name][1]}", "", *lines])
