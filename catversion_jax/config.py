@@ -8,7 +8,7 @@ from ml_collections import ConfigDict, config_dict
 from catversion_jax.adapter import SCOPES, AdapterConfig, resolve_layers
 from catversion_jax.diffusion import TARGETS
 from catversion_jax.errors import UserError
-from catversion_jax.pipeline import DTYPES, Networks
+from catversion_jax.pipeline import DTYPES, MINI, Networks
 from catversion_jax.sampling import SamplerConfig
 from catversion_jax.schedulers import SCHEDULERS
 from catversion_jax.sharding import FROZEN, make_mesh
@@ -162,6 +162,11 @@ def flat(config: ConfigDict) -> dict:
 def expand(path: str) -> Path:
     """A path as a shell would read it: flags keep a leading ~."""
     return Path(path).expanduser()
+
+
+def model_path(config: ConfigDict) -> Path:
+    """Where the base model lies, where `model.path` is no name on Hugging Face."""
+    return expand(config.model.path) if config.model.path else MINI
 
 
 def article(class_word: str) -> str:

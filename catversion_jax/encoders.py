@@ -21,7 +21,7 @@ from catversion_jax.models.config import from_json
 from catversion_jax.models.vit import FIXED as VIT_FIXED
 from catversion_jax.models.vit import ViTConfig, ViTModel
 from catversion_jax.padded_batches import in_batches
-from catversion_jax.pipeline import COMPONENTS, MINI, laid_out, load_component
+from catversion_jax.pipeline import MINI, abstract, laid_out, load_component
 from catversion_jax.source import TOKENIZER_FILES, open_source, read_json
 from catversion_jax.text import Tokenizer
 from catversion_jax.types import Float, Params, UInt8
@@ -140,9 +140,7 @@ def load_clip(name: str) -> Clip:
     )
     text = CLIPTextModel(from_json(CLIPTextConfig, text_json, {"attention_dropout": 0.0}))
     image = CLIPVisionModel(from_json(CLIPVisionConfig, vision_json, {"attention_dropout": 0.0}))
-    text_shapes, image_shapes = (
-        shapes_of(module.init, *COMPONENTS[name].inputs(module)) for name, module in (("text", text), ("image", image))
-    )
+    text_shapes, image_shapes = abstract("text", text), abstract("image", image)
     params = read(folder, rules.CLIP, text_shapes | image_shapes)
     encoder = ImageEncoder(
         name, image, {key: params[key] for key in image_shapes}, clip_preprocessing(image.config.image_size)

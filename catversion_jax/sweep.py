@@ -22,7 +22,7 @@ from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.heldout_loss import heldout_loss
-from catversion_jax.pipeline import MINI, Pipeline
+from catversion_jax.pipeline import Pipeline
 from catversion_jax.run_dir import RunDir
 from catversion_jax.source import read_json
 from catversion_jax.train import given_config, learn, load_model
@@ -70,7 +70,7 @@ def main(arguments: flags.FlagValues) -> int:
     out.mkdir(parents=True, exist_ok=True)
     scores = read_scores(out / "scores.jsonl")
     base = cache(partial(draw, pipeline))  # the base model's pictures are the same for every setting
-    clip = encoders.of_model(model_path(config))
+    clip = encoders.of_model(config_lib.model_path(config))
     for setting, config in configs.items():
         for folder in folders:
             if (setting, folder.name) in {(score.setting, score.concept) for score in scores}:
@@ -84,10 +84,6 @@ def main(arguments: flags.FlagValues) -> int:
     write_atomically(out / "table.md", lambda path: path.write_text(table))
     print(table)
     return 0
-
-
-def model_path(config: ConfigDict) -> Path:
-    return config_lib.expand(config.model.path) if config.model.path else MINI
 
 
 def override(config: ConfigDict, setting: str) -> ConfigDict:
@@ -144,7 +140,7 @@ def run(
     references = clip.image(held_out)
     training_prompt = config_lib.prompts(config.concept.templates, config)[0]
     asked = (tuple(config_lib.prompts(templates, config)), n_seeds, config_lib.sampler_config(config))
-    known = read_json(model_path(config) / "world.json")["phrases"]
+    known = read_json(config_lib.model_path(config) / "world.json")["phrases"]
     captions = config_lib.prompts([f"a photo of {{concept}} {place}" for place in known], config)
     places = dict(zip(known, clip.text(captions), strict=True))
     answers = {"_base": (0.0, base(*asked)), "": (1.0, draw(pipeline, *asked, concept))}
@@ -176,21 +172,22 @@ def place_accuracy(embeddings, templates, n_seeds: int, places: dict[str, Float[
     return float(np.mean(hits)) if hits else float("nan")
 
 
+COLUMNS = (
+    ("CLIP-I", lambda mean: f"{mean['clip_i']:.3f}"),
+    ("base", lambda mean: f"{mean['clip_i_base']:.3f}"),
+    ("change", lambda mean: f"{mean['clip_i'] - mean['clip_i_base']:+.3f}"),
+    ("place accuracy", lambda mean: f"{mean['place_accuracy']:.2f}"),
+    ("base", lambda mean: f"{mean['place_accuracy_base']:.2f}"),
+    ("held-out loss", lambda mean: f"{mean['heldout_loss']:.4f}"),
+    ("base", lambda mean: f"{mean['heldout_loss_base']:.4f}"),
+    ("steps", lambda mean: f"{mean['steps']:.0f}"),
+)
+"""Of the table: header, and what stands there of the means of some scores."""
+
+
 def to_table(scores: list[Score]) -> str:
-    """Markdown: a line a setting with the means, then a line a concept and setting."""
-    header = [
-        "setting",
-        "concept",
-        "CLIP-I",
-        "base",
-        "change",
-        "place accuracy",
-        "base",
-        "held-out loss",
-        "base",
-        "steps",
-    ]
-    rows = [header, ["---", "---"] + ["--:"] * 8]
+    """Markdown: a line for each concept and setting, then a line a setting with the means."""
+    rows = [["setting", "concept", *(header for header, _ in COLUMNS)], ["---", "---"] + ["--:"] * len(COLUMNS)]
     for setting in dict.fromkeys(score.setting for score in scores):
         of_setting = [score for score in scores if score.setting == setting]
         rows += [line(setting, score.concept, [score]) for score in of_setting]
@@ -204,14 +201,4 @@ def line(setting: str, concept: str, scores: list[Score]) -> list[str]:
         for name in vars(scores[0])
         if name not in ("setting", "concept")
     }
-    numbers = [
-        f"{mean['clip_i']:.3f}",
-        f"{mean['clip_i_base']:.3f}",
-        f"{mean['clip_i'] - mean['clip_i_base']:+.3f}",
-        f"{mean['place_accuracy']:.2f}",
-        f"{mean['place_accuracy_base']:.2f}",
-        f"{mean['heldout_loss']:.4f}",
-        f"{mean['heldout_loss_base']:.4f}",
-        f"{mean['steps']:.0f}",
-    ]
-    return [setting or "the config", concept, *numbers]
+    return [setting or "the config", concept, *(cell(mean) for _, cell in COLUMNS)]

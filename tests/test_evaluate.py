@@ -212,9 +212,7 @@ def test_flags_that_do_not_fit(changes, message):
 
 
 def read(**changes):
-    (job,) = evaluate.find_jobs(
-        flags(prompt=["a teapot"]) if not changes else flags(**{"prompt": ["a teapot"]} | changes)
-    )
+    (job,) = evaluate.find_jobs(flags(**{"prompt": ["a teapot"]} | changes))
     return answers.read_references(job), answers.read(job)
 
 

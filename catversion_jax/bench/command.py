@@ -59,7 +59,7 @@ def define_flags() -> None:
 class Job:
     """One size."""
 
-    config: ConfigDict | None  # None: `default_config` on the machine's devices
+    config: ConfigDict | None  # None: `prepared` takes one for the machine's devices
     concepts: int
     batch: int
     steps: int | None  # None: REPETITIONS dispatches
@@ -156,7 +156,7 @@ def measure(job: Job) -> Measured:
     builders = {OURS: partial(ours, config, pipeline, length, peak)}
     if job.vs_torch:
         configs = RANDOM if source is None else {name: source.config(name) for name in source.components}
-        path = config_lib.expand(config.model.path) if config.model.path else MINI
+        path = config_lib.model_path(config)
         folder = path if path.is_dir() else None
         facts["torch"], theirs = torch_step.builders(config, configs, folder, jax.default_backend(), cores())
         builders |= theirs

@@ -107,13 +107,10 @@ def count_flops(config: ConfigDict, networks: Networks, concepts: int) -> float:
     jax.config.update("jax_platforms", "cpu")
     config.mesh.fsdp = config.mesh.tensor = 1
     dtype = DTYPES[config.model.dtype]
-
-    def shapes(name: str, module) -> Params:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract(name, module))
-
     step_config = train.make_step_config(config, networks, concepts)
-    of_text = tuple(shapes("text", encoder) for encoder in networks.text)
-    frozen = Frozen(shapes("unet", networks.unet), of_text, networks.schedule.alphas_cumprod)
+    of_text = tuple(abstract("text", encoder, dtype, step_config.mesh) for encoder in networks.text)
+    unet = abstract("unet", networks.unet, dtype, step_config.mesh)
+    frozen = Frozen(unet, of_text, networks.schedule.alphas_cumprod)
     data = random_data(config, step_config, of_text, concepts)
     state = train.fresh_state(step_config, range(concepts))
     lowered = compile_chunk(step_config, 1).lower(state, frozen, data)

@@ -18,7 +18,7 @@ from catversion_jax.convert import ldm
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.models import attention
 from catversion_jax.pipeline import COMPONENTS, Networks, abstract
-from catversion_jax.sharding import make_mesh, places, sharding
+from catversion_jax.sharding import make_mesh, sharding
 from catversion_jax.state import Frozen
 from catversion_jax.train_step import compile_chunk
 from tests.eight_devices import COLLECTIVE
@@ -53,15 +53,12 @@ def program(chips, monkeypatch, concepts: int, length: int, **mesh: int) -> str:
     monkeypatch.setattr(config_lib, "mesh", lambda *_: make_mesh(concepts, 2, **mesh, devices=chips))
     step_config = train.make_step_config(config, networks, concepts)
 
-    def shapes(tree, where):
-        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, where)
-
     def on_concepts(tree):
-        return shapes(tree, jax.tree.map(lambda _: sharding(step_config.mesh, "concept"), tree))
+        place = sharding(step_config.mesh, "concept")
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
     def spread(name, module):
-        tree = abstract(name, module, dtype)
-        return shapes(tree, places(tree, step_config.mesh, config.mesh.rules))
+        return abstract(name, module, dtype, step_config.mesh, config.mesh.rules)
 
     text_params = (spread("text", of_text),)
     frozen = Frozen(spread("unet", unet), text_params, jax.ShapeDtypeStruct((1000,), jnp.float32))
