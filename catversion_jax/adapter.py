@@ -8,12 +8,10 @@ layers of the text encoder and each of its heads:
 which equals (1 - m(q)) Attn(Q, K, V) + m(q) Attn(Q, dK, dV), where m(q) is the attention mass that
 query q gives to the prefix: a learned residual on the attention output. The prefix (dK, dV) is all that
 is trained. Its layout, here and in every file we write, is float32 [P, L, 2, H, D], 2 = (key, value).
-A model with two text encoders (SDXL) has a prefix in each: what is learned is a tuple, one for each encoder.
+A model with two text encoders (SDXL) has a prefix in each. catversion.py has it as the training step takes it.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import flax.struct
 import jax
@@ -24,17 +22,6 @@ from catversion_jax.types import Array, Bool, Float, Key
 SCOPES = ("all", "trigger")
 """`all` (the paper): every token of every prompt sees the prefix.
 `trigger`: only tokens at and after the class word do, and only in prompts that hold it."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Where the prefix enters and how it starts. Hashable: it is static under `jax.jit`."""
-
-    layers: tuple[tuple[int, ...], ...]  # for each text encoder, ascending indices into its layers
-    length: int = 1  # P, prefix positions per layer
-    init_std: float = 1.0  # standard deviation of the initial prefix
-    logit_bias: float = 0.0  # added to every prefix logit: 0 in the paper, 1 in the authors' files
-    scope: str = "all"  # one of SCOPES
 
 
 class Prefix(flax.struct.PyTreeNode):
@@ -73,18 +60,16 @@ def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(resolved)
 
 
-def init_prefixes(
-    key: Key[Array, ""], config: AdapterConfig, heads: Sequence[tuple[int, int]]
-) -> tuple[Float[Array, "P L 2 H D"], ...]:
-    """A prefix for each text encoder, of which `heads` are (H, D), drawn from N(0, init_std^2), float32."""
-    shapes = [(config.length, len(layers), 2, *hd) for layers, hd in zip(config.layers, heads, strict=True)]
-    keys = [key, *(jax.random.fold_in(key, i) for i in range(1, len(shapes)))]
-    return tuple(config.init_std * jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, shapes, strict=True))
+def init_prefix(
+    key: Key[Array, ""], length: int, layers: int, heads: tuple[int, int], std: float
+) -> Float[Array, "P L 2 H D"]:
+    """A prefix drawn from N(0, std^2), float32; `heads` are (H, D) of its text encoder."""
+    return std * jax.random.normal(key, (length, layers, 2, *heads), jnp.float32)
 
 
-def strength_bias(logit_bias: float, strength: float) -> float:
+def strength_bias(logit_bias: float, strength: Float[Array, ""] | float) -> Float[Array, ""]:
     """The prefix logit's bias at a strength in [0, 1]: log(strength) is added, so 0 removes the prefix exactly."""
-    return logit_bias + (math.log(strength) if strength > 0 else -math.inf)
+    return logit_bias + jnp.log(jnp.float32(strength))
 
 
 def attend(

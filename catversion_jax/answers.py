@@ -14,10 +14,11 @@ from catversion_jax.artifact import Concept
 from catversion_jax.conditioning import context
 from catversion_jax.data.photos import Photo, is_candidate, read_photos
 from catversion_jax.errors import UserError
-from catversion_jax.generate import open_model, unique_slugs, without_word
+from catversion_jax.generate import open_model, unique_slugs
 from catversion_jax.pipeline import Pipeline, load
 from catversion_jax.sampling import SamplerConfig
 from catversion_jax.scores import Judges, Pictures, Values
+from catversion_jax.text import without_word
 from catversion_jax.types import UInt8
 
 MAX_PICTURES = 10_000
@@ -102,10 +103,10 @@ load_once = functools.cache(load)
 def base_model(job: Job, drawing: Drawing) -> Pipeline:
     """The model to draw with. Raises UserError where it is not the concept's, or a prompt lacks the class word."""
     concept = job.concept
-    pipeline, unsure = open_model(concept, str(job.source), drawing.model, drawing.dtype, load_once)
+    pipeline, unsure = open_model({str(job.source): concept}, drawing.model, drawing.dtype, load_once)
     for warning in unsure:
         tqdm.write(f"catversion: warning: {warning}")
-    without = without_word(pipeline, concept, job.prompts)
+    without = without_word(pipeline.tokenizer, concept.class_word, job.prompts)
     if concept.class_word and without:
         raise UserError(
             f"--prompt={without[0]!r}: no class word {concept.class_word!r}, which the concept was learned with; "
@@ -126,7 +127,7 @@ def draw(job: Job, drawing: Drawing, judges: Judges) -> Answers:
     def paint(prompts: Sequence[str], strength: float) -> list[UInt8[np.ndarray, "H W 3"]]:
         each = [prompt for prompt in prompts for _ in drawing.seeds]
         again = list(drawing.seeds) * len(prompts)
-        drawn = sampling.paint(pipeline, each, again, drawing.sampler, concept, strength)
+        drawn = sampling.paint(pipeline, each, again, drawing.sampler, [concept], strength)
         return list(tqdm(drawn, total=len(each), unit=" pictures", desc=job.name, leave=False))
 
     prompts = [prompt for prompt in job.prompts for _ in drawing.seeds]
@@ -145,13 +146,12 @@ def measure_drift(
     pipeline: Pipeline, concept: Concept, drawing: Drawing, judges: Judges, paint: Paint
 ) -> dict[str, Values]:
     """The drift of each unrelated prompt that does not hold the class word."""
-    # Strength 0 is the base model by the same program, so that what does not move is equal bit for bit.
     strengths = (0.0, drawing.strength)
-    prompts = without_word(pipeline, concept, drawing.unrelated)
+    prompts = without_word(pipeline.tokenizer, concept.class_word, drawing.unrelated)
     drawn = [np.split(np.stack(paint(prompts, s)), len(prompts)) for s in strengths] if prompts else [[], []]
     return {
         prompt: scores.of_unrelated(
-            base, moved, [context(pipeline, [prompt], concept, s).states for s in strengths], judges
+            base, moved, [context(pipeline, [prompt], [concept], s).states for s in strengths], judges
         )
         for prompt, base, moved in zip(prompts, *drawn, strict=True)
     }

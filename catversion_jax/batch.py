@@ -28,6 +28,8 @@ from catversion_jax.data.photos import MAX_PHOTOS, Photo, is_candidate, read_pho
 from catversion_jax.data.posteriors import bucket
 from catversion_jax.errors import UserError, short
 from catversion_jax.manifest import Line
+from catversion_jax.methods import METHODS
+from catversion_jax.preparation import prepare
 from catversion_jax.report import Report
 from catversion_jax.run_dir import RunDir
 from catversion_jax.slots import Slots
@@ -56,6 +58,10 @@ def run(config: ConfigDict, path: Path, process: distributed.Process) -> int:
     config = config.copy_and_resolve_references()
     config.data.dir, config.concept.class_word = "", "thing"  # each line has its own
     config_lib.check(config, without=("data.dir",))
+    if METHODS[config.method].changes_unet:
+        raise UserError(
+            f"config.method={config.method!r}: changes the UNet, which concepts share; use catversion train"
+        )
     run = RunDir(config_lib.expand(config.run_dir))
     run.check(config, resume=True)
     size = bucket(max(1, *(photo_count(line, config, path.parent) for line in manifest.read(path))))
@@ -134,12 +140,14 @@ class Batch:
         self.step_config = train.make_step_config(config, self.pipeline.networks, count)
         self.length = math.gcd(train.steps_per_dispatch(config), self.stop.every)
         resolution = self.pipeline.networks.resolution
-        blank = [Photo("blank", np.zeros((resolution, resolution, 3), np.uint8), None)]
+        blank = [
+            Photo("blank", np.zeros((resolution, resolution, 3), np.uint8), np.ones((resolution, resolution), bool))
+        ]
         self.slots = Slots(
             self.step_config,
             train.freeze(self.pipeline, self.step_config.mesh, config.mesh.rules),
             train.fresh_state(self.step_config, [0] * count),
-            train.prepare(config, self.step_config, self.pipeline, blank, size),
+            prepare(config, self.step_config.method, self.pipeline, blank, size),
             self.length,
         )
         self.saved = self.read_saved()
@@ -171,7 +179,7 @@ class Batch:
         """A line's photos and prompts as the step takes them."""
         config = line.config(self.config, self.folder)
         photos = read_photos(config.data.dir, self.pipeline.networks.resolution, config.data.masks_dir)
-        return train.prepare(config, self.step_config, self.pipeline, photos, self.size)
+        return prepare(config, self.step_config.method, self.pipeline, photos, self.size)
 
     def fill(self, queue: Iterator[Prepared], bar: tqdm) -> bool:
         """Let the next concepts into the empty slots; whether there is one in any. With evaluations, only where those

@@ -12,19 +12,18 @@ from catversion_jax.pipeline import Pipeline
 
 
 def context(
-    pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None = None, strength: float = 1.0
+    pipeline: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept] = (), strength: float = 1.0
 ) -> Context:
-    """What the UNet is conditioned on with a concept; without one, in the base model. Float32, on the host."""
+    """What the UNet is conditioned on with concepts; without one, in the base model. Float32, on the host."""
     # One prompt at a time: one program, however many prompts.
-    parts = [sampling.condition(pipeline, [prompt], concept, strength) for prompt in prompts]
+    parts = [sampling.condition(pipeline, [prompt], concepts, strength) for prompt in prompts]
     return jax.tree.map(lambda *x: np.concatenate(x).astype(np.float32), *parts)
 
 
-def movement(pipeline: Pipeline, prompts: Sequence[str], concept: Concept, strength: float) -> Iterator[str]:
+def movement(pipeline: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept], strength: float) -> Iterator[str]:
     """One line a prompt: the relative L2 change of its text states against the base model, and where it is largest."""
     for prompt in prompts:
-        # Strength 0 is the base model by the same program, so that what does not move is equal bit for bit.
-        base, moved = (context(pipeline, [prompt], concept, s).states[0] for s in (0.0, strength))
+        base, moved = (context(pipeline, [prompt], concepts, s).states[0] for s in (0.0, strength))
         steps = np.linalg.norm(moved - base, axis=-1)
         if not steps.any():
             yield f"{prompt!r}: nothing moved"

@@ -5,9 +5,12 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
-from catversion_jax.adapter import SCOPES, AdapterConfig, resolve_layers
+from catversion_jax.adapter import SCOPES
+from catversion_jax.catversion import PARTS
 from catversion_jax.diffusion import TARGETS
 from catversion_jax.errors import UserError
+from catversion_jax.method import Method
+from catversion_jax.methods import METHODS
 from catversion_jax.pipeline import DTYPES, MINI, Networks
 from catversion_jax.sampling import SamplerConfig
 from catversion_jax.schedulers import SCHEDULERS
@@ -36,13 +39,20 @@ def default() -> ConfigDict:
             "class_word": "",  # the base class, as you would name it in a prompt; required
             "article": "",  # "": a or an, by the class word's first letter
             "templates": ("a photo of {concept}",),  # training prompts; {concept} is article and class word
+            "identifier": "sks",  # of dreambooth and custom_diffusion: the word put before the class word
         },
-        "adapter": {
+        "method": "catversion",  # of methods.METHODS: or textual_inversion, dreambooth, custom_diffusion
+        "adapter": {  # of catversion
             "layers": (-3, -2, -1),  # text encoder layers; negative: from the last one that reaches the UNet
             "length": 1,  # P, prefix positions per layer
             "init_std": 1.0,
             "logit_bias": 0.0,  # 1 in the authors' files
             "scope": "all",  # or trigger: only from the class word on
+            "parts": ("key", "value"),  # or one of them: the other stays 0
+        },
+        "prior": {  # of dreambooth and custom_diffusion: the base model's own pictures of the class
+            "weight": 1.0,  # of the loss on them, beside that on the photos
+            "pictures": 200,
         },
         "train": {
             "steps": 1000,
@@ -55,6 +65,7 @@ def default() -> ConfigDict:
             "eps": 1e-8,
             "weight_decay": 0.01,
             "clip_norm": config_dict.placeholder(float),  # of the gradient; None: not clipped
+            "background_weight": 1.0,  # of what the photos' masks leave out, in the loss; the subject's is 1
             "remat": False,  # compute layers again for the gradient: less memory, more time
             "steps_per_dispatch": config_dict.placeholder(int),  # None: 1 on a CPU, 10 elsewhere
         },
@@ -119,6 +130,15 @@ def check(config: ConfigDict, without: tuple[str, ...] = ()) -> None:
             f"expected one of {', '.join(TARGETS)}",
         ),
         ("model.dtype", config.model.dtype in DTYPES, f"expected one of {', '.join(DTYPES)}"),
+        ("method", config.method in METHODS, f"expected one of {', '.join(METHODS)}"),
+        ("concept.identifier", bool(config.concept.identifier.strip()), "expected a word, such as sks"),
+        ("prior.weight", config.prior.weight >= 0, "expected 0 (none) or more"),
+        ("prior.pictures", 1 <= config.prior.pictures <= 10_000, "expected 1 to 10000"),
+        (
+            "adapter.parts",
+            bool(config.adapter.parts) and set(config.adapter.parts) <= set(PARTS),
+            f"expected some of {', '.join(PARTS)}",
+        ),
         ("adapter.scope", config.adapter.scope in SCOPES, f"expected one of {', '.join(SCOPES)}"),
         ("adapter.length", config.adapter.length >= 1, "expected at least 1"),
         ("adapter.init_std", config.adapter.init_std >= 0, "expected 0 or more"),
@@ -126,6 +146,7 @@ def check(config: ConfigDict, without: tuple[str, ...] = ()) -> None:
         ("train.steps", config.train.steps >= 1, "expected at least 1"),
         ("train.batch_size", config.train.batch_size >= 1, "expected at least 1"),
         ("train.learning_rate", config.train.learning_rate > 0, "expected more than 0"),
+        ("train.background_weight", 0 <= config.train.background_weight <= 1, "expected 0 to 1"),
         ("train.steps_per_dispatch", (config.train.steps_per_dispatch or 1) >= 1, "expected at least 1"),
         ("stop.every", config.stop.every >= 0, "expected 0 (none) or more"),
         ("stop.patience", config.stop.patience >= 1, "expected at least 1"),
@@ -186,13 +207,8 @@ def prompts(templates: tuple[str, ...], config: ConfigDict) -> list[str]:
     return [fill(t, concept.class_word, concept.article or article(concept.class_word)) for t in templates]
 
 
-def adapter_config(config: ConfigDict, networks: Networks) -> AdapterConfig:
-    """The config's adapter with its layers resolved against the text encoder."""
-    try:
-        layers = tuple(resolve_layers(config.adapter.layers, text.config.depth) for text in networks.text)
-    except ValueError as error:
-        raise UserError(f"config.adapter.{error}") from None
-    return AdapterConfig(**(config.adapter.to_dict() | {"layers": layers}))
+def method(config: ConfigDict, networks: Networks) -> Method:
+    return METHODS[config.method].from_config(config, networks)
 
 
 def mesh(config: ConfigDict, concepts: int = 1) -> Mesh:

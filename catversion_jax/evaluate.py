@@ -178,11 +178,7 @@ def describe(
 ) -> dict:
     """What has to be said with the numbers: who judged, how it was drawn and masked."""
     given = ("embedding", "images", "references", "masks", "image_masks", "protocol")
-    concepts = {
-        job.name: {k: v for k, v in vars(job.concept).items() if k not in artifact.TENSORS}
-        for job in jobs
-        if job.concept
-    }
+    concepts = {job.name: job.concept.metadata() for job in jobs if job.concept}
     measured = any(row["masked_clip_i"] is not None for row in rows)
     return {name: getattr(arguments, name) for name in given} | {
         "clip": judges.clip.image.described(),

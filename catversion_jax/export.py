@@ -9,6 +9,7 @@ from absl import flags
 from safetensors.numpy import save_file
 
 from catversion_jax import artifact
+from catversion_jax.catversion import CatVersion
 from catversion_jax.conditioning import context
 from catversion_jax.config import expand
 from catversion_jax.errors import UserError
@@ -48,6 +49,8 @@ def main(arguments: flags.FlagValues) -> int:
     if not arguments.out:
         raise UserError("--out: missing; expected the folder to write")
     concept = artifact.load(expand(arguments.embedding))
+    if not isinstance(concept.method, CatVersion):
+        raise UserError(f"{arguments.embedding}: learned by {concept.method_name}; only catversion's can be exported")
     wanted = arguments.prompt or arguments.prompts_file
     prompts = read_prompts(arguments) if wanted else []
     out = make_folder(expand(arguments.out))
@@ -64,8 +67,8 @@ def main(arguments: flags.FlagValues) -> int:
 
 def write_embeds(path: Path, arguments: flags.FlagValues, concept: artifact.Concept, prompts: list[str]) -> None:
     """The text states, named as the arguments of a diffusers pipeline, which wants positive and negative of a shape."""
-    pipeline = load_model(arguments, concept, prompts)
-    positive = context(pipeline, prompts, concept, arguments.strength)
+    pipeline = load_model(arguments, {str(expand(arguments.embedding)): concept}, prompts)
+    positive = context(pipeline, prompts, [concept], arguments.strength)
     negative = context(pipeline, [arguments.negative_prompt] * len(prompts))
     tensors = {"prompt_embeds": positive.states, "negative_prompt_embeds": negative.states}
     if positive.pooled is not None:  # SDXL

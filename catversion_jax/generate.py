@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from catversion_jax import artifact, drawing_flags, sampling, text
+from catversion_jax import artifact, drawing_flags, sampling
 from catversion_jax.conditioning import movement
 from catversion_jax.config import expand
+from catversion_jax.ensemble import ensemble
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.pipeline import MINI, Pipeline, load
+from catversion_jax.text import without_word
 
 SLUG_LENGTH = 80
 GRID_COLUMNS = 8
@@ -24,7 +27,9 @@ MAX_PROMPTS_BYTES = 2**20
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("embedding", None, "A run directory of catversion train, or its concept.safetensors.")
+    flags.DEFINE_multi_string(
+        "embedding", [], "A run directory of catversion train, or its concept.safetensors; several: in one prompt."
+    )
     flags.DEFINE_multi_string("prompt", [], "A prompt with the class word; may be given several times.")
     flags.DEFINE_string("prompts_file", None, "A text file with one prompt a line.")
     flags.DEFINE_string("out", "pictures", "The folder for the pictures; a second call adds to it.")
@@ -38,20 +43,22 @@ def main(arguments: flags.FlagValues) -> int:
     """Write `<prompt-slug>_<seed>.png` for every prompt and seed, and a grid of them."""
     if not arguments.embedding:
         raise UserError("--embedding: missing; expected a run directory of catversion train")
-    concept = artifact.load(expand(arguments.embedding))
+    concepts = {path: artifact.load(expand(path)) for path in arguments.embedding}
+    ensemble(list(concepts.values()))  # refuses those that cannot share a prompt
     prompts = read_prompts(arguments)
     out = expand(arguments.out)
     if not arguments.check:
         make_folder(out)
-    pipeline = load_model(arguments, concept, prompts, arguments.dtype)
+    pipeline = load_model(arguments, concepts, prompts, arguments.dtype)
+    personal = list(concepts.values())
     if arguments.check:
-        print(*movement(pipeline, prompts, concept, arguments.strength), sep="\n")
+        print(*movement(pipeline, prompts, personal, arguments.strength), sep="\n")
         return 0
 
     jobs = [(prompt, seed) for prompt in prompts for seed in drawing_flags.seeds(arguments)]
     config = drawing_flags.sampler(arguments)
     pictures = sampling.paint(
-        pipeline, *zip(*jobs, strict=True), config, concept, arguments.strength, arguments.negative_prompt
+        pipeline, *zip(*jobs, strict=True), config, personal, arguments.strength, arguments.negative_prompt
     )
     slugs = dict(zip(prompts, unique_slugs(prompts), strict=True))
     rows: dict[str, list[np.ndarray]] = {prompt: [] for prompt in prompts}
@@ -84,33 +91,29 @@ def read_prompts(arguments: flags.FlagValues) -> list[str]:
 
 
 def load_model(
-    arguments: flags.FlagValues, concept: artifact.Concept, prompts: list[str], dtype: str = "float32"
+    arguments: flags.FlagValues, concepts: dict[str, artifact.Concept], prompts: list[str], dtype: str = "float32"
 ) -> Pipeline:
-    """The base model of --model or the concept's own; prints what makes the concept do less than one would think."""
-    pipeline, unsure = open_model(concept, str(expand(arguments.embedding)), arguments.model, dtype)
-    for warning in unsure + warnings(pipeline, concept, prompts, arguments.strength):
+    """The base model of --model or the own one of the concepts, by their sources; prints what makes them do less than
+    one would think."""
+    pipeline, unsure = open_model(concepts, arguments.model, dtype)
+    for warning in unsure + warnings(pipeline, concepts.values(), prompts, arguments.strength):
         print(f"catversion: warning: {warning}")
     return pipeline
 
 
 def open_model(
-    concept: artifact.Concept, source: str, model: str | None, dtype: str, load: Callable[..., Pipeline] = load
+    concepts: Mapping[str, artifact.Concept], model: str | None, dtype: str, load: Callable[..., Pipeline] = load
 ) -> tuple[Pipeline, list[str]]:
-    """The base model, the concept's own where `model` names none, and what to warn of. Raises UserError where it is not
-    the one that the concept of `source` was learned on."""
-    path = model or concept.model_path
-    known = {key: getattr(concept, f"model_{key}") for key in ("revision", "variant", "prediction_type")}
+    """The base model, the first concept's own where `model` names none, and what to warn of. Raises UserError where it
+    is not the one that each of the concepts, which are given by their sources, was learned on."""
+    first, *_ = concepts.values()
+    path = model or first.model_path
+    known = {key: getattr(first, f"model_{key}") for key in ("revision", "variant", "prediction_type")}
     pipeline = load(path, dtype, **({} if model else known))
-    encoders = [encoder.config for encoder in pipeline.networks.text]
-    return pipeline, artifact.check_model(concept, pipeline.fingerprint, encoders, source, path or str(MINI))
-
-
-def without_word(pipeline: Pipeline, concept: artifact.Concept, prompts: Sequence[str]) -> list[str]:
-    """The prompts that do not hold the class word: all, where it is not known."""
-    if not concept.class_word:
-        return list(prompts)
-    places = text.find_word(pipeline.tokenizer(list(prompts)), pipeline.tokenizer.word(concept.class_word))
-    return [prompt for prompt, place in zip(prompts, places, strict=True) if place < 0]
+    check = partial(
+        artifact.check_model, fingerprint=pipeline.fingerprint, networks=pipeline.networks, model=path or str(MINI)
+    )
+    return pipeline, [line for source, concept in concepts.items() for line in check(concept, source=source)]
 
 
 def make_folder(path: Path) -> Path:
@@ -121,15 +124,17 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def warnings(pipeline: Pipeline, concept: artifact.Concept, prompts: list[str], strength: float) -> list[str]:
-    """One line for each thing that makes the concept do less than one would think."""
+def warnings(
+    pipeline: Pipeline, concepts: Iterable[artifact.Concept], prompts: list[str], strength: float
+) -> list[str]:
+    """One line for each thing that makes the concepts do less than one would think."""
     lines = []
     if strength == 0:
         lines.append("--strength=0 removes the concept: what follows is the base model's")
-    without = without_word(pipeline, concept, prompts)
-    if without and concept.class_word:
-        listed = ", ".join(repr(prompt) for prompt in without)
-        lines.append(f"without the class word {concept.class_word!r}, which the concept was learned with: {listed}")
+    for word in (concept.class_word for concept in concepts):
+        if word and (without := without_word(pipeline.tokenizer, word, prompts)):
+            listed = ", ".join(repr(prompt) for prompt in without)
+            lines.append(f"without the class word {word!r}, which the concept was learned with: {listed}")
     cut = [prompt for prompt in prompts if pipeline.tokenizer.is_cut(prompt)]
     if cut:
         lines.append(f"cut to {pipeline.tokenizer.length} tokens: {', '.join(repr(prompt) for prompt in cut)}")

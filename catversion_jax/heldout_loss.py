@@ -27,7 +27,7 @@ def batch_error(
     networks: Networks,
 ) -> Float[Array, "B"]:
     context = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), context)
-    return prediction_error(frozen, latents, noise, timesteps, context, networks)
+    return prediction_error(frozen, latents, noise, timesteps, context, networks=networks)
 
 
 def heldout_loss(pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"], context: Context) -> float:

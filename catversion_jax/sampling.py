@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax import schedulers, text
-from catversion_jax.adapter import Prefix, strength_bias
 from catversion_jax.artifact import Concept
+from catversion_jax.ensemble import ensemble
+from catversion_jax.method import Method
 from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Networks, Pipeline
-from catversion_jax.types import Array, Float, Int, Params, UInt8, UInt32
+from catversion_jax.types import Array, Bool, Float, Int, Params, UInt8, UInt32
 
 
 @partial(jax.jit, static_argnums=1)
@@ -96,36 +97,50 @@ class SamplerConfig:
     scheduler: str = ""  # a key of schedulers.SCHEDULERS; "": the pipeline's own
 
 
-@partial(jax.jit, static_argnames=("networks",))
+@partial(jax.jit, static_argnames=("networks", "method"))
 def encode(
     params: tuple[Params, ...],
     token_ids: tuple[Int[Array, "B Q"], ...],
-    prefixes: tuple[Prefix | None, ...],
+    places: tuple[Bool[Array, "B Q 1|P"], ...],
+    learned: Params,
+    strength: Float[Array, ""],
     *,
     networks: Networks,
+    method: Method,
 ) -> Context:
     """Tokens, as each text encoder takes them, to what the UNet is conditioned on."""
-    prompts = [
-        text.lower(encoder, weights, ids, jnp.ones(ids.shape, bool), stop=0)
-        for encoder, weights, ids in zip(networks.text, params, token_ids, strict=True)
-    ]
-    return text.upper(networks.text, params, prompts, prefixes, [0] * len(prompts))
+    of_encoders = zip(networks.text, params, token_ids, places, method.starts(networks), strict=True)
+    prompts = tuple(text.lower(encoder, p, ids, seen, stop=start) for encoder, p, ids, seen, start in of_encoders)
+    return method.condition(learned, prompts, params, networks, strength)
 
 
 def condition(
-    pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None = None, strength: float = 1.0
+    pipeline: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept] = (), strength: float = 1.0
 ) -> Context:
-    """Prompts to what the UNet is conditioned on, with a concept at a strength in [0, 1] (0: the base model, exactly,
-    by the same program) or, without one, in the base model."""
-    token_ids = tuple(tokenizer(list(prompts)) for tokenizer in pipeline.tokenizers)
-    prefixes = (None,) * len(token_ids)
-    if concept is not None:
-        bias = jnp.float32(strength_bias(concept.logit_bias, strength))
-        word = pipeline.tokenizer.word(concept.class_word)
-        visible = [jnp.asarray(text.visibility(ids, word, concept.scope)[..., None]) for ids in token_ids]
-        of_encoders = zip(concept.prefixes, visible, concept.encoder_layers, strict=True)
-        prefixes = tuple(Prefix(jnp.asarray(p), bias, seen, layers) for p, seen, layers in of_encoders)
-    return encode(pipeline.params["text"], token_ids, prefixes, networks=pipeline.networks)
+    """Prompts to what the UNet is conditioned on, with concepts at a strength in [0, 1] or, at 0 or without concepts,
+    in the base model: exactly, by the same program. So is a prompt in which no concept enters."""
+    those = ensemble(concepts if strength else ())
+    prompts = [those.prompt(prompt) for prompt in prompts]
+    token_ids = tuple(tokenizer(prompts) for tokenizer in pipeline.tokenizers)
+    places = those.places(pipeline.tokenizer, token_ids)
+    touched = np.any([seen.any((1, 2)) for seen in places], axis=0)
+    run = partial(encode, pipeline.params["text"], token_ids, places, networks=pipeline.networks)
+    if not touched.any():
+        return run({}, 0.0, method=Method())
+    moved = run(those.learned, strength, method=those.method)
+    if touched.all():
+        return moved
+    base = run({}, 0.0, method=Method())
+    return jax.tree.map(lambda x, y: jnp.where(touched.reshape(-1, *[1] * (x.ndim - 1)), x, y), moved, base)
+
+
+def with_unet(pipeline: Pipeline, concepts: Sequence[Concept], strength: float) -> Pipeline:
+    """The pipeline with the UNet as the concepts have it."""
+    if not concepts or not strength:
+        return pipeline
+    those = ensemble(concepts)
+    unet = those.method.unet(those.learned, pipeline.params["unet"], strength)
+    return replace(pipeline, params=pipeline.params | {"unet": unet})
 
 
 def paint(
@@ -133,7 +148,7 @@ def paint(
     prompts: Sequence[str],
     seeds: Sequence[int],
     config: SamplerConfig,
-    concept: Concept | None = None,
+    concepts: Sequence[Concept] = (),
     strength: float = 1.0,
     negative_prompt: str = "",
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
@@ -142,18 +157,37 @@ def paint(
     A picture depends on its prompt and seed, not on its neighbours. The negative (or unconditional) branch never
     sees the prefix. Raises UserError at once where the scheduler cannot be had in that many steps.
     """
-    net, params, size = pipeline.networks, pipeline.params, config.batch_size
+
+    def pictures(latents: Float[Array, "B h w c"]) -> UInt8[np.ndarray, "B H W 3"]:
+        return np.asarray(decode(pipeline.params["vae"], latents, networks=pipeline.networks))
+
+    batches = draw_latents(pipeline, prompts, seeds, config, concepts, strength, negative_prompt)
+    return itertools.chain.from_iterable(pictures(latents)[:real] for latents, real in batches)
+
+
+def draw_latents(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    config: SamplerConfig,
+    concepts: Sequence[Concept] = (),
+    strength: float = 1.0,
+    negative_prompt: str = "",
+) -> Iterator[tuple[Float[Array, "B h w c"], int]]:
+    """The latents of `paint`'s pictures, a batch at a time, and how many of the batch are asked for."""
+    net, size = pipeline.networks, config.batch_size
     trajectory = schedulers.plan(net.schedule, config.scheduler, config.steps)
     on_cpu = jax.default_backend() == "cpu"  # where a loop body's convolutions are slow
+    unet = with_unet(pipeline, concepts, strength).params["unet"]
     negative = condition(pipeline, [negative_prompt])
 
-    def batch(start: int) -> UInt8[np.ndarray, "B H W 3"]:
+    def batch(start: int) -> tuple[Float[Array, "B h w c"], int]:
         real = len(prompts[start : start + size])
         index = np.minimum(np.arange(start, start + size), start + real - 1)  # the last one fills up the batch
-        positive = condition(pipeline, [prompts[i] for i in index], concept, strength)
+        positive = condition(pipeline, [prompts[i] for i in index], concepts, strength)
         of_batch = jnp.asarray([seeds[i] for i in index], jnp.uint32)
         latents = sample_latents(
-            params["unet"],
+            unet,
             initial_latents(of_batch, net.latent_shape),
             of_batch,
             jax.tree.map(lambda n, p: jnp.stack([jnp.broadcast_to(n, p.shape), p]), negative, positive),
@@ -162,6 +196,6 @@ def paint(
             guidance=config.guidance,
             calls_per_dispatch=1 if on_cpu else len(trajectory.calls.index),
         )
-        return np.asarray(decode(params["vae"], latents, networks=net))[:real]
+        return latents, real
 
-    return itertools.chain.from_iterable(map(batch, range(0, len(prompts), size)))
+    return map(batch, range(0, len(prompts), size))

@@ -1,4 +1,4 @@
-"""What training carries (the learned prefix) and what it reads (one concept's photos and prompts).
+"""What training carries (what is learned) and what it reads (one concept's photos and prompts).
 
 Every leaf has a leading concept axis C, of size 1 for a solo run, so that concepts can be stacked.
 """
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from catversion_jax.adapter import AdapterConfig, init_prefixes
+from catversion_jax.method import Method
+from catversion_jax.pipeline import Networks
 from catversion_jax.text import Prompts
 from catversion_jax.types import Array, Float, Int, Params, UInt32
 
@@ -18,7 +19,7 @@ from catversion_jax.types import Array, Float, Int, Params, UInt32
 class TrainState(flax.struct.PyTreeNode):
     step: Int[Array, "C"]  # updates done
     seed: UInt32[Array, "C"]  # the base key of all randomness; step t draws from fold_in(key(seed), t)
-    prefix: tuple[Float[Array, "C P L 2 H D"], ...]  # one for each text encoder
+    learned: Params  # by the method: for CatVersion, a prefix [C, P, L, 2, H, D] for each text encoder
     opt_state: optax.OptState
     best: Float[Array, "C"]  # the lowest evaluation loss so far
     stale: Int[Array, "C"]  # evaluations since then
@@ -33,6 +34,8 @@ class ConceptData(flax.struct.PyTreeNode):
     prompts: tuple[Prompts, ...]  # [C, T, ...] for each text encoder
     prompt_count: Int[Array, "C"]  # how many of the T are real
     steps: Int[Array, "C"]  # the length of each concept's learning rate schedule
+    weight: Float[Array, "C N F h w 1"] | None = None  # of each place in the loss; None: all alike
+    prior: "ConceptData | None" = None  # the base model's own pictures of the class, where the method learns from them
 
 
 class Frozen(flax.struct.PyTreeNode):
@@ -44,19 +47,13 @@ class Frozen(flax.struct.PyTreeNode):
 
 
 def init_state(
-    seeds: Sequence[int],
-    adapter: AdapterConfig,
-    heads: Sequence[tuple[int, int]],
-    optimizer: optax.GradientTransformation,
+    seeds: Sequence[int], method: Method, networks: Networks, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """A fresh state for each seed; the initial prefix is drawn from a stream that no step draws from.
-
-    `heads` are (H, D) of each text encoder.
-    """
+    """A fresh state for each seed; what is random in it is drawn from a stream that no step draws from."""
 
     def one(seed: UInt32[Array, ""]) -> TrainState:
         key = jax.random.fold_in(jax.random.key(seed), jnp.uint32(2**32 - 1))
-        prefix = init_prefixes(key, adapter, heads)
-        return TrainState(jnp.int32(0), seed, prefix, optimizer.init(prefix), jnp.float32(jnp.inf), jnp.int32(0))
+        learned = method.init(key, networks)
+        return TrainState(jnp.int32(0), seed, learned, optimizer.init(learned), jnp.float32(jnp.inf), jnp.int32(0))
 
     return jax.jit(jax.vmap(one))(jnp.asarray(seeds, jnp.uint32))

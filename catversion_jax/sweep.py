@@ -143,24 +143,25 @@ def run(
     known = read_json(config_lib.model_path(config) / "world.json")["phrases"]
     captions = config_lib.prompts([f"a photo of {{concept}} {place}" for place in known], config)
     places = dict(zip(known, clip.text(captions), strict=True))
-    answers = {"_base": (0.0, base(*asked)), "": (1.0, draw(pipeline, *asked, concept))}
+    answers = {"_base": (0.0, base(*asked)), "": (1.0, draw(pipeline, *asked, [concept]))}
     values, rows = {}, []
     for name, (strength, pictures) in answers.items():
         embeddings = clip.image(pictures)
         values["clip_i" + name] = float(metrics.clip_i(embeddings, references).mean())
         values["place_accuracy" + name] = place_accuracy(embeddings, templates, n_seeds, places)
-        context = sampling.condition(pipeline, [training_prompt], concept, strength)
-        values["heldout_loss" + name] = heldout_loss(pipeline, latents[:, 0], context)
+        context = sampling.condition(pipeline, [training_prompt], [concept], strength)
+        personal = sampling.with_unet(pipeline, [concept], strength)
+        values["heldout_loss" + name] = heldout_loss(personal, latents[:, 0], context)
         rows.append(pictures[::n_seeds])
     image = grid([list(held_out[: len(templates)]), *rows], ["held out", "base model", "personalized"], asked[0], 1)
     write_atomically(directory.path / "scored.png", image.save)
     return Score(setting, folder.name, **values, steps=concept.steps)
 
 
-def draw(pipeline: Pipeline, prompts, n_seeds, sampler, concept=None) -> list[np.ndarray]:
-    """`n_seeds` pictures of each prompt, the same seeds for every setting; without a concept, the base model's."""
+def draw(pipeline: Pipeline, prompts, n_seeds, sampler, concepts=()) -> list[np.ndarray]:
+    """`n_seeds` pictures of each prompt, the same seeds for every setting; without concepts, the base model's."""
     repeated = [prompt for prompt in prompts for _ in range(n_seeds)]
-    return list(sampling.paint(pipeline, repeated, list(range(n_seeds)) * len(prompts), sampler, concept))
+    return list(sampling.paint(pipeline, repeated, list(range(n_seeds)) * len(prompts), sampler, concepts))
 
 
 def place_accuracy(embeddings, templates, n_seeds: int, places: dict[str, Float[np.ndarray, "e"]]) -> float:

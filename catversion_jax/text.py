@@ -1,6 +1,7 @@
 """Prompts to text states: tokens, the class word's place among them, and the encoder below and above the prefix."""
 
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,14 @@ def find_word(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Int[n
     return np.where(hits.any(1), hits.argmax(1) + len(word) - 1, -1)
 
 
+def without_word(tokenizer: Tokenizer, class_word: str, prompts: Sequence[str]) -> list[str]:
+    """The prompts that do not hold the class word: all, where it is not known."""
+    if not class_word:
+        return list(prompts)
+    places = find_word(tokenizer(list(prompts)), tokenizer.word(class_word))
+    return [prompt for prompt, place in zip(prompts, places, strict=True) if place < 0]
+
+
 def visibility(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...], scope: str) -> Bool[np.ndarray, "T Q"]:
     """Which query positions see the prefix in a scope of `adapter.SCOPES`."""
     if scope == "all":
@@ -65,19 +74,24 @@ def visibility(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...], scope: 
     return (place >= 0) & (np.arange(token_ids.shape[1]) >= place)
 
 
+def put_before(prompt: str, class_word: str, identifier: str) -> str:
+    """The prompt with an identifier before the class word's first occurrence, if there is one."""
+    return re.sub(rf"(?<!\w)({re.escape(class_word)})(?!\w)", rf"{identifier} \1", prompt, count=1, flags=re.IGNORECASE)
+
+
 class Prompts(flax.struct.PyTreeNode):
     """Prompts as the layers of one text encoder from the prefix on take them."""
 
     hidden: Float[Array, "*T Q c"]  # states below the prefix
-    visible: Bool[Array, "*T Q"]  # which positions see the prefix
+    visible: Bool[Array, "*T Q 1|P"]  # which positions see what was learned, or its P parts
     end: Int[Array, "*T"]  # the end token's position
 
 
 @partial(jax.jit, static_argnames=("text", "stop"))
 def lower(
-    text: CLIPTextModel, params: Params, token_ids: Int[Array, "T Q"], visible: Bool[Array, "T Q"], *, stop: int
+    text: CLIPTextModel, params: Params, token_ids: Int[Array, "T Q"], visible: Bool[Array, "T Q 1|P"], *, stop: int
 ) -> Prompts:
-    """The layers below `stop`, which no prefix reaches: once per prompt."""
+    """The layers below `stop`, which nothing learned reaches: once per prompt."""
 
     def run(model: CLIPTextModel):
         return model.layers(model.embed(token_ids), stop=stop)[-1], model.end(token_ids)

@@ -7,23 +7,23 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from catversion_jax import artifact, sampling, schedulers, text
+from catversion_jax import artifact, sampling, schedulers
 from catversion_jax import config as config_lib
 from catversion_jax.checkpoint import Checkpoints, explained
 from catversion_jax.data import dataset
 from catversion_jax.data.photos import Photo, read_photos
-from catversion_jax.data.posteriors import bucket, pad, posteriors
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.journal import Journal
 from catversion_jax.models.unet import UNet2DConditionModel
 from catversion_jax.pipeline import Networks, Pipeline, load
+from catversion_jax.preparation import prepare
 from catversion_jax.run_dir import RunDir, plain
 from catversion_jax.sharding import Rules, places, sharding
 from catversion_jax.state import ConceptData, Frozen, TrainState, init_state
@@ -87,7 +87,7 @@ def learn(
     run.claim(config)
     with explained(f"{run.data}: could not store the photos"):
         dataset.write(run.data, photos)
-    data = prepare(config, step_config, pipeline, photos)
+    data = prepare(config, step_config.method, pipeline, photos)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
     try:
         state, interrupted_by = loop(config, step_config, pipeline, data, run, checkpoints)
@@ -112,7 +112,7 @@ def make_step_config(config: ConfigDict, networks: Networks, concepts: int = 1) 
     unet = UNet2DConditionModel(replace(networks.unet.config, remat=config.train.remat))
     return StepConfig(
         networks=replace(networks, unet=unet),
-        adapter=config_lib.adapter_config(config, networks),
+        method=config_lib.method(config, networks),
         optimizer=config_lib.optimizer_config(config),
         batch_size=config.train.batch_size,
         mesh=config_lib.mesh(config, concepts),
@@ -123,38 +123,7 @@ def make_step_config(config: ConfigDict, networks: Networks, concepts: int = 1) 
 def fresh_state(step_config: StepConfig, seeds: Sequence[int]) -> TrainState:
     """The state before the first step of a concept for each seed."""
     optimizer = step_config.optimizer.transformation()
-    return init_state(seeds, step_config.adapter, step_config.networks.heads, optimizer)
-
-
-def prepare(
-    config: ConfigDict, step_config: StepConfig, pipeline: Pipeline, photos: list[Photo], size: int = 0
-) -> ConceptData:
-    """Latents and text states of one concept, padded to `size` photos or to their bucket, with a concept axis of size
-    1."""
-    networks, params = pipeline.networks, pipeline.params
-    images = np.stack([photo.image for photo in photos])
-    mean, std = posteriors(networks.vae, params["vae"], images, config.data.flip)
-    prompts = config_lib.prompts(config.concept.templates, config)
-    token_ids = [tokenizer(prompts) for tokenizer in pipeline.tokenizers]
-    word = pipeline.tokenizer.word(config.concept.class_word)
-    for prompt, place in zip(prompts, text.find_word(token_ids[0], word), strict=True):
-        if place < 0:
-            logging.warning("the training prompt %r does not hold the class word %r", prompt, config.concept.class_word)
-    adapter = step_config.adapter
-    of_encoders = tuple(
-        text.lower(encoder, weights, ids, text.visibility(ids, word, adapter.scope), stop=layers[0])
-        for encoder, weights, ids, layers in zip(networks.text, params["text"], token_ids, adapter.layers, strict=True)
-    )
-    size, length = max(size, bucket(len(photos))), bucket(len(prompts))
-    data = ConceptData(
-        mean=pad(mean, size),
-        std=pad(std, size),
-        photos=np.int32(len(photos)),
-        prompts=jax.tree.map(lambda x: pad(np.asarray(x), length), of_encoders),
-        prompt_count=np.int32(len(prompts)),
-        steps=np.int32(config.train.steps),
-    )
-    return jax.tree.map(lambda x: np.asarray(x)[None], data)
+    return init_state(seeds, step_config.method, step_config.networks, optimizer)
 
 
 def loop(
@@ -274,14 +243,12 @@ def signals() -> Iterator[list[signal.Signals]]:
 
 
 def to_concept(config: ConfigDict, step_config: StepConfig, pipeline: Pipeline, state: TrainState) -> artifact.Concept:
-    """The learned prefix with its metadata."""
+    """What was learned, with its metadata."""
     return artifact.Concept(
-        **dict(zip(artifact.TENSORS, (np.asarray(prefix[0]) for prefix in state.prefix), strict=False)),
+        learned=jax.tree.map(lambda x: np.asarray(x[0]), state.learned),
+        method=step_config.method,
         class_word=config.concept.class_word,
         templates=tuple(config.concept.templates),
-        **dict(zip(artifact.TENSORS.values(), step_config.adapter.layers, strict=False)),
-        logit_bias=step_config.adapter.logit_bias,
-        scope=step_config.adapter.scope,
         fingerprint=pipeline.fingerprint,
         **{f"model_{key}": config.model[key] for key in ("path", "revision", "variant", "prediction_type")},
         steps=int(state.step[0]),
@@ -296,7 +263,7 @@ def paint_prompts(
     """The pictures of the first `count` (None: all) of the config's prompts, with the config's seed."""
     prompts = config_lib.prompts(config.sample.prompts, config)[:count]
     seeds = [config.seed] * len(prompts)
-    return list(sampling.paint(pipeline, prompts, seeds, config_lib.sampler_config(config), concept, strength))
+    return list(sampling.paint(pipeline, prompts, seeds, config_lib.sampler_config(config), [concept], strength))
 
 
 def sample_grid(photos: list[Photo], base: list[np.ndarray], personalized: list[np.ndarray], config: ConfigDict):

@@ -1,4 +1,4 @@
-"""One training step, pure: draw photos, noise and timesteps, predict the noise, move the prefix alone.
+"""One training step, pure: draw photos, noise and timesteps, predict the noise, move what is learned alone.
 
 `train_step` is what runs, `chunk` is several of them in one dispatch, `compile_chunk` puts it on a mesh.
 """
@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from catversion_jax import diffusion, text
-from catversion_jax.adapter import AdapterConfig, Prefix
+from catversion_jax.method import Method
 from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Networks
 from catversion_jax.sharding import sharding
@@ -30,7 +30,7 @@ DECAYS = {
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW on the prefix."""
+    """AdamW on what is learned."""
 
     learning_rate: float = 1e-2  # the peak, and the rate that is really used: nothing multiplies it
     decay: str = "constant"  # a key of DECAYS
@@ -67,7 +67,7 @@ class StepConfig:
     """All that is static in the step."""
 
     networks: Networks
-    adapter: AdapterConfig
+    method: Method
     optimizer: OptimizerConfig
     batch_size: int
     mesh: Mesh
@@ -81,6 +81,7 @@ class Batch(flax.struct.PyTreeNode):
     noise: Float[Array, "B h w c"]
     timesteps: Int[Array, "B"]
     prompts: tuple[text.Prompts, ...]  # for each text encoder
+    weight: Float[Array, "B h w 1"] | None = None  # of each place in the loss; None: all alike
 
 
 def draw(state: TrainState, data: ConceptData, config: StepConfig) -> Batch:
@@ -89,9 +90,19 @@ def draw(state: TrainState, data: ConceptData, config: StepConfig) -> Batch:
 
     The timesteps of a batch are evenly spaced from a random start (Kingma et al. 2021, appendix I.1): each is uniform
     by itself, and the loss, which depends on the timestep most of all, varies less from batch to batch.
+
+    A method that preserves a prior gets as many of the class's pictures besides.
     """
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    batch = draw_from(data, key, config)
+    if data.prior is None:
+        return batch
+    return jax.tree.map(lambda *x: jnp.concatenate(x), batch, draw_from(data.prior, jax.random.fold_in(key, 1), config))
+
+
+def draw_from(data: ConceptData, key: Key[Array, ""], config: StepConfig) -> Batch:
     batch = (config.batch_size,)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(state.seed), state.step), 6)
+    keys = jax.random.split(key, 6)
     photo = jax.random.randint(keys[0], batch, 0, data.photos)
     flip = jax.random.randint(keys[1], batch, 0, data.mean.shape[1])
     prompt = jax.random.randint(keys[2], batch, 0, data.prompt_count)
@@ -101,6 +112,7 @@ def draw(state: TrainState, data: ConceptData, config: StepConfig) -> Batch:
         noise=jax.random.normal(keys[4], mean.shape),
         timesteps=spaced_timesteps(keys[5], config.batch_size, config.networks.schedule.num_train_timesteps),
         prompts=jax.tree.map(lambda x: x[prompt], data.prompts),
+        weight=None if data.weight is None else data.weight[photo, flip],
     )
 
 
@@ -110,41 +122,23 @@ def spaced_timesteps(key: Key[Array, ""], batch_size: int, total: int) -> Int[Ar
     return jnp.minimum((places * total).astype(jnp.int32), total - 1)
 
 
-def condition(
-    prefix: tuple[Float[Array, "P L 2 H D"], ...],
-    prompts: tuple[text.Prompts, ...],
-    text_params: tuple[Params, ...],
-    adapter: AdapterConfig,
-    networks: Networks,
-) -> Context:
-    """What the UNet is conditioned on, with the prefix, from the states below it."""
-    bias = jnp.float32(adapter.logit_bias)
-    hooks = [
-        Prefix(embeddings, bias, of_encoder.visible[..., None], layers)
-        for embeddings, of_encoder, layers in zip(prefix, prompts, adapter.layers, strict=True)
-    ]
-    return text.upper(networks.text, text_params, prompts, hooks, [layers[0] for layers in adapter.layers])
-
-
-def denoising_loss(
-    prefix: tuple[Float[Array, "C P L 2 H D"], ...], frozen: Frozen, batch: Batch, config: StepConfig
-) -> Float[Array, "C"]:
-    """Each concept's mean squared error of the UNet's prediction, float32. `batch` has the concept axis in front."""
-    net = config.networks
-
-    def encode(prefix, prompts):
-        return condition(prefix, prompts, frozen.text, config.adapter, net)
-
-    context = jax.vmap(encode)(prefix, batch.prompts)
+def denoising_loss(learned: Params, frozen: Frozen, batch: Batch, config: StepConfig) -> Float[Array, "C"]:
+    """Each concept's mean squared error of the UNet's prediction, float32. `learned` and `batch` have the concept axis
+    in front; it is 1 where the method changes the UNet."""
+    net, method = config.networks, config.method
+    context = jax.vmap(lambda learned, prompts: method.condition(learned, prompts, frozen.text, net))(
+        learned, batch.prompts
+    )
+    unet = method.unet(jax.tree.map(lambda x: x[0], learned), frozen.unet)
     concepts, size = batch.timesteps.shape
     split = partial(jax.lax.with_sharding_constraint, shardings=sharding(config.mesh, "batch"))
 
     def flat(x: Float[Array, "C B *rest"]) -> Float[Array, "C*B *rest"]:
         return split(x.reshape(concepts * size, *x.shape[2:]))
 
-    latents, noise, timesteps, context = jax.tree.map(flat, (batch.latents, batch.noise, batch.timesteps, context))
+    asked = (batch.latents, batch.noise, batch.timesteps, context, batch.weight)
     with jax.sharding.use_abstract_mesh(config.mesh.abstract_mesh):  # for attention kernels, which XLA cannot split
-        errors = prediction_error(frozen, latents, noise, timesteps, context, net)
+        errors = prediction_error(frozen.replace(unet=unet), *jax.tree.map(flat, asked), networks=net)
     return errors.reshape(concepts, size).mean(axis=1)
 
 
@@ -154,14 +148,17 @@ def prediction_error(
     noise: Float[Array, "B h w c"],
     timesteps: Int[Array, "B"],
     context: Context,
+    weight: Float[Array, "B h w 1"] | None = None,
+    *,
     networks: Networks,
 ) -> Float[Array, "B"]:
-    """Mean squared error of the UNet's prediction for each noisy picture, float32."""
+    """Mean squared error, of places of a `weight`, of the UNet's prediction for each noisy picture, float32."""
     alpha = frozen.alphas_cumprod[timesteps]
     noisy = diffusion.add_noise(latents, noise, alpha)
     prediction = networks.unet.apply({"params": frozen.unet}, noisy, timesteps, *context).astype(jnp.float32)
     target = diffusion.TARGETS[networks.schedule.prediction_type](latents, noise, alpha)
-    return jnp.square(prediction - target).mean(axis=(1, 2, 3))
+    errors = jnp.square(prediction - target)
+    return (errors if weight is None else weight * errors).mean(axis=(1, 2, 3))
 
 
 def finished(state: TrainState, steps: Int[Array, "C"], stop: StopConfig) -> Bool[Array, "C"]:
@@ -172,21 +169,21 @@ def finished(state: TrainState, steps: Int[Array, "C"], stop: StopConfig) -> Boo
 def update(
     state: TrainState, frozen: Frozen, batch: Batch, steps: Int[Array, "C"], config: StepConfig
 ) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
-    """Move each concept's prefix by its own loss's gradient. A concept that is finished stays as it is; so does one
+    """Move what each concept learns by its own loss's gradient. A concept that is finished stays as it is; so does one
     whose loss or gradient is not finite: its `step` does not advance."""
 
-    def total(prefix):
-        losses = denoising_loss(prefix, frozen, batch, config)
+    def total(learned):
+        losses = denoising_loss(learned, frozen, batch, config)
         return losses.sum(), losses  # concepts share nothing, so the sum's gradient is each one's own
 
-    grads, losses = jax.grad(total, has_aux=True)(state.prefix)
+    grads, losses = jax.grad(total, has_aux=True)(state.learned)
     learning_rate = config.optimizer.learning_rate_at(state.step, steps)
 
     def one(state: TrainState, grad, loss, learning_rate, done) -> tuple[TrainState, Float[Array, ""]]:
         norm = optax.tree.norm(grad)
-        updates, opt_state = config.optimizer.transformation().update(grad, state.opt_state, state.prefix)
-        prefix = jax.tree.map(lambda x, update: x + learning_rate * update, state.prefix, updates)
-        moved = state.replace(step=state.step + 1, prefix=prefix, opt_state=opt_state)
+        updates, opt_state = config.optimizer.transformation().update(grad, state.opt_state, state.learned)
+        learned = jax.tree.map(lambda x, update: x + learning_rate * update, state.learned, updates)
+        moved = state.replace(step=state.step + 1, learned=learned, opt_state=opt_state)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~done
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state), norm
 
@@ -227,6 +224,7 @@ def fixed_batch(data: ConceptData, config: StepConfig) -> Batch:
         noise=jax.random.normal(jax.random.key(0), latents.shape),
         timesteps=((index + 0.5) * total / EVALUATED).astype(jnp.int32),
         prompts=jax.tree.map(lambda x: x[index % jnp.maximum(1, data.prompt_count)], data.prompts),
+        weight=None if data.weight is None else data.weight[index % jnp.maximum(1, data.photos), 0],
     )
 
 
@@ -236,7 +234,7 @@ def evaluate(
     """The evaluation loss of every concept, noted in the state of those that are due: whose step is a multiple of
     `stop.every` and who are not finished."""
     batch = jax.vmap(lambda data: fixed_batch(data, config))(data)
-    losses = denoising_loss(state.prefix, frozen, batch, config)
+    losses = denoising_loss(state.learned, frozen, batch, config)
     stop = config.stop
     due = (state.step > 0) & (state.step % stop.every == 0) & ~finished(state, data.steps, stop)
     better = losses < state.best * (1 - stop.margin)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from catversion_jax.types import Params
+from catversion_jax.types import Array, Float, Params
 
 
 def count(params: Params) -> int:
@@ -23,3 +23,10 @@ def digest(leaf: np.ndarray) -> bytes:
 def fingerprint(digests: Mapping[str, bytes]) -> str:
     """16 hex digits that name a tree of which each path's `digest` is given, in whatever order it was read."""
     return hashlib.sha256(b"".join(path.encode() + value for path, value in sorted(digests.items()))).hexdigest()[:16]
+
+
+def add(params: Params, change: Params, scale: Float[Array, ""] | float) -> Params:
+    """`params`, in their own dtypes, with `scale` times a change to some of them."""
+    if not isinstance(params, Mapping):
+        return (params + scale * change).astype(params.dtype)
+    return {name: add(x, change[name], scale) if name in change else x for name, x in params.items()}

@@ -9,8 +9,9 @@ held-out photos 0.347 -> 0.461, place accuracy 1.00 -> 0.99, held-out loss 0.133
 from catversion_jax.config import JUDGED, default
 
 
-def get_config():
+def get_config(method: str = "catversion"):
     config = default()
+    config.method = method
     config.adapter.length = 4
     config.adapter.init_std = 0.1
     config.adapter.scope = "trigger"

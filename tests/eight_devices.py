@@ -11,7 +11,7 @@ import numpy as np
 
 from catversion_jax import pipeline
 from catversion_jax import train_step as ts
-from catversion_jax.adapter import AdapterConfig
+from catversion_jax.catversion import CatVersion
 from catversion_jax.sharding import FROZEN, make_mesh, sharding
 from catversion_jax.state import init_state
 from catversion_jax.train import freeze
@@ -34,10 +34,10 @@ def run(model: str, name: str, concepts: int) -> dict[str, np.ndarray]:
     """Losses, prefixes, the mesh's shape, the names of the collectives and how much of the UNet a device holds."""
     mesh = MESHES[name](concepts)
     pipe = pipeline.load(model, mesh=mesh, rules=FROZEN)
-    adapter = AdapterConfig(((1, 2, 3),), length=2, init_std=0.1)
-    config = ts.StepConfig(pipe.networks, adapter, ts.OptimizerConfig(), BATCH, mesh)
+    method = CatVersion(((1, 2, 3),), length=2, init_std=0.1)
+    config = ts.StepConfig(pipe.networks, method, ts.OptimizerConfig(), BATCH, mesh)
     place = sharding(mesh, "concept")
-    state = init_state(list(range(concepts)), adapter, pipe.networks.heads, config.optimizer.transformation())
+    state = init_state(list(range(concepts)), method, pipe.networks, config.optimizer.transformation())
     data = stack(*(concept(3 + i, seed=i, size=16) for i in range(concepts)))
     state, data = jax.device_put(state, place), jax.device_put(data, place)
     frozen = freeze(pipe, mesh, FROZEN)
@@ -51,7 +51,7 @@ def run(model: str, name: str, concepts: int) -> dict[str, np.ndarray]:
     held = sum(leaf.addressable_shards[0].data.size for leaf in leaves) / sum(leaf.size for leaf in leaves)
     return {
         "losses": np.stack(losses),
-        "prefix": np.asarray(state.prefix[0]),
+        "prefix": np.asarray(state.learned["prefix"]),
         "mesh": np.asarray(list(mesh.shape.values())),
         "collectives": np.asarray(sorted(set(COLLECTIVE.findall(text)))),
         "held": np.float32(held),

@@ -8,15 +8,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from catversion_jax import artifact
+from catversion_jax.catversion import CatVersion
 from catversion_jax.errors import UserError
-from catversion_jax.models.clip import CLIPTextConfig
+from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from catversion_jax.pipeline import Networks
 
 
 @pytest.fixture
 def concept() -> artifact.Concept:
     prefix = np.random.default_rng(0).normal(size=(4, 3, 2, 5, 32)).astype(np.float32)
+    method = CatVersion(((9, 10, 11),), logit_bias=1.0)
     return artifact.Concept(
-        prefix, "teapot", ("a photo of {concept}",), (9, 10, 11), 1.0, "all", "0123", "/models/sd15", 300, 0.01, 7
+        {"prefix": prefix}, method, "teapot", ("a photo of {concept}",), "0123", "/models/sd15", 300, 0.01, 7
     )
 
 
@@ -24,25 +27,26 @@ def test_round_trip(tmp_path, concept):
     artifact.save(tmp_path / artifact.FILE_NAME, concept)
     for path in (tmp_path, tmp_path / artifact.FILE_NAME):
         again = artifact.load(path)
-        np.testing.assert_array_equal(again.prefix, concept.prefix)
-        assert dataclasses.replace(again, prefix=None) == dataclasses.replace(concept, prefix=None)
+        np.testing.assert_array_equal(again.learned["prefix"], concept.learned["prefix"])
+        assert dataclasses.replace(again, learned=None) == dataclasses.replace(concept, learned=None)
     assert list(load_file(tmp_path / artifact.FILE_NAME)) == ["prefix"]
     assert [path.name for path in tmp_path.iterdir()] == [artifact.FILE_NAME]
 
 
 def test_wrong_model(concept):
     text = CLIPTextConfig(hidden_size=160, num_attention_heads=5)
-    assert artifact.check_model(concept, "0123", [text], "OUT", "model") == []
+    networks = Networks((CLIPTextModel(text),), unet=None, vae=None, schedule=None)
+    assert artifact.check_model(concept, "0123", networks, "OUT", "model") == []
     with pytest.raises(UserError, match="OUT: learned in text encoder 0123, but model has 4567"):
-        artifact.check_model(concept, "4567", [text], "OUT", "model")
+        artifact.check_model(concept, "4567", networks, "OUT", "model")
 
 
 def rewritten(path, concept, prefix=None, **metadata):
     artifact.save(path, concept)
-    names = set(artifact.METADATA) - artifact.OPTIONAL
-    fields = {name: json.dumps(getattr(concept, name)) for name in names} | {"format_version": "1"}
+    kept = {name: value for name, value in concept.metadata().items() if name not in artifact.OPTIONAL}
+    fields = {name: json.dumps(value) for name, value in kept.items()} | {"format_version": "1"}
     fields = {k: v for k, v in (fields | metadata).items() if v is not None}
-    save_file({"prefix": concept.prefix if prefix is None else prefix}, path, fields)
+    save_file({"prefix": concept.learned["prefix"] if prefix is None else prefix}, path, fields)
     return path
 
 

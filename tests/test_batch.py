@@ -57,7 +57,7 @@ def report(run_dir: Path) -> dict[str, dict]:
 
 
 def prefixes(run_dir: Path, ids="abcd") -> dict[str, np.ndarray]:
-    return {id: artifact.load(run_dir / id).prefix for id in ids}
+    return {id: artifact.load(run_dir / id).learned["prefix"] for id in ids}
 
 
 def assert_close(ours: dict, theirs: dict):
@@ -87,7 +87,7 @@ def solo(tiny_model, tiny_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(solo) -> dict[str, np.ndarray]:
-    return {id: concept.prefix for id, concept in solo().items()}
+    return {id: concept.learned["prefix"] for id, concept in solo().items()}
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
@@ -107,7 +107,7 @@ def test_one_trace_and_one_executable(tiny_model, tmp_path, monkeypatch):
     shapes = []
     loss = ts.denoising_loss
     monkeypatch.setattr(
-        ts, "denoising_loss", lambda prefix, *rest: shapes.append(prefix[0].shape) or loss(prefix, *rest)
+        ts, "denoising_loss", lambda learned, *rest: shapes.append(learned["prefix"].shape) or loss(learned, *rest)
     )
     config = config_of(tiny_model, tmp_path / "out", **{"batch.slots": 8, "train.steps": 2, "train.eps": 2e-8})
     lines = [{**LINES[i % 4], "id": str(i), "seed": i, "steps": 2 + i % 3} for i in range(20)]
@@ -122,13 +122,13 @@ def test_one_trace_and_one_executable(tiny_model, tmp_path, monkeypatch):
 
 
 def test_bad_concepts_disturb_no_others(tiny_model, tmp_path, alone, monkeypatch):
-    prepare = train.prepare
+    prepare = batch.prepare
 
     def spoiled(config, *rest):
         data = prepare(config, *rest)
         return data.replace(mean=data.mean * np.nan) if config.seed == 13 else data
 
-    monkeypatch.setattr(train, "prepare", spoiled)
+    monkeypatch.setattr(batch, "prepare", spoiled)
     (tmp_path / "corrupt").mkdir()
     (tmp_path / "corrupt" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     bad = [
@@ -154,7 +154,7 @@ def test_bad_concepts_disturb_no_others(tiny_model, tmp_path, alone, monkeypatch
     assert entries["corrupt"]["status"] == "done"
     assert sorted(id for id, entry in entries.items() if entry["status"] == "failed") == ["missing", "nan"]
     assert done == {path: path.stat().st_mtime_ns for path in done}
-    np.testing.assert_allclose(artifact.load(tmp_path / "out" / "corrupt").prefix, alone["a"], atol=1e-4)
+    np.testing.assert_allclose(artifact.load(tmp_path / "out" / "corrupt").learned["prefix"], alone["a"], atol=1e-4)
 
 
 def test_a_concept_stops_early_as_in_its_solo_run(tiny_model, tmp_path, solo):
@@ -165,7 +165,7 @@ def test_a_concept_stops_early_as_in_its_solo_run(tiny_model, tmp_path, solo):
     config = config_of(tiny_model, tmp_path / "out", **changes, **{"batch.slots": 2})
     assert batch.run(config, write(tmp_path / "list.jsonl", LINES), Process()) == 0
     assert {id: entry["steps"] for id, entry in report(tmp_path / "out").items()} == steps
-    assert_close(prefixes(tmp_path / "out"), {id: concept.prefix for id, concept in theirs.items()})
+    assert_close(prefixes(tmp_path / "out"), {id: concept.learned["prefix"] for id, concept in theirs.items()})
 
 
 def flags(model: Path, run_dir: Path, path: Path, **changes) -> list[str]:

@@ -80,8 +80,8 @@ def test_a_run_leaves_what_it_promises(finished):
     assert {"loss", "learning_rate", "grad_norm", "validation"} <= event_tags(finished)
     assert list((finished / "data").rglob("*.array_record*"))
     concept = artifact.load(finished)
-    assert concept.prefix.shape == (2, 3, 2, 2, 16)
-    assert (concept.class_word, concept.layers, concept.steps) == ("teapot", (1, 2, 3), STEPS)
+    assert concept.learned["prefix"].shape == (2, 3, 2, 2, 16)
+    assert (concept.class_word, concept.method.layers, concept.steps) == ("teapot", ((1, 2, 3),), STEPS)
     assert Image.open(finished / "samples.png").width > 2 * 128
 
 
@@ -139,7 +139,8 @@ def test_sigterm_saves_and_resumes(finished, tiny_model, tmp_path):
     for path in photos.iterdir():
         path.unlink()
     catversion(*arguments, "--resume")
-    np.testing.assert_array_equal(artifact.load(tmp_path / "run").prefix, artifact.load(finished).prefix)
+    resumed, unbroken = (artifact.load(path).learned["prefix"] for path in (tmp_path / "run", finished))
+    np.testing.assert_array_equal(resumed, unbroken)
 
 
 def test_not_finite(tiny_model, tmp_path):

@@ -14,23 +14,23 @@ from tests.commands import catversion, error_of
 def concept(tiny_model, tiny_pipeline) -> artifact.Concept:
     prefix = np.random.default_rng(0).normal(size=(1, 2, 2, 2, 16)).astype(np.float32)
     fingerprint = tiny_pipeline.fingerprint
-    return artifact.Concept(prefix, "teapot", (), (2, 3), 0.0, "trigger", fingerprint, str(tiny_model), 1, 0.01, 0)
+    return tiny.concept(prefix, fingerprint, tiny_model, layers=((2, 3),), scope="trigger")
 
 
 def test_movement(tiny_pipeline, concept):
     prompts = ["a photo of a teapot", "a car"]
-    moved, still = conditioning.movement(tiny_pipeline, prompts, concept, 1.0)
-    base, states = (conditioning.context(tiny_pipeline, prompts, c).states[0] for c in (None, concept))
+    moved, still = conditioning.movement(tiny_pipeline, prompts, [concept], 1.0)
+    base, states = (conditioning.context(tiny_pipeline, prompts, c).states[0] for c in ((), [concept]))
     change = np.linalg.norm(states - base) / np.linalg.norm(base)
     most = int(np.linalg.norm(states - base, axis=-1).argmax())
     assert most >= 5  # the class word: start, a, photo, of, a, teapot
     token = tiny_pipeline.tokenizer.token(tiny_pipeline.tokenizer(prompts)[0, most])
     assert moved == f"'a photo of a teapot': moved by {change:.2%}, the most at token {most}, {token!r}"
     assert still == "'a car': nothing moved"
-    for line in conditioning.movement(tiny_pipeline, prompts, concept, 0.0):
+    for line in conditioning.movement(tiny_pipeline, prompts, [concept], 0.0):
         assert line.endswith("nothing moved")
-    everywhere = dataclasses.replace(concept, scope="all")
-    assert "moved by" in list(conditioning.movement(tiny_pipeline, prompts, everywhere, 0.1))[1]
+    everywhere = dataclasses.replace(concept, method=dataclasses.replace(concept.method, scope="all"))
+    assert "moved by" in list(conditioning.movement(tiny_pipeline, prompts, [everywhere], 0.1))[1]
 
 
 def test_check(concept, tmp_path):

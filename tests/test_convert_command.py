@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from catversion_jax import artifact
+from catversion_jax.catversion import CatVersion
 from catversion_jax.convert import official, torch_zip
 from catversion_jax.errors import UserError
-from catversion_jax.models.clip import CLIPTextConfig
+from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from catversion_jax.pipeline import Networks
 from tests.commands import catversion, error_of
 from tests.conftest import OFFICIAL, needs_official
 from tests.torch_files import Call, Global, View, save, whole
@@ -21,7 +23,7 @@ def concept(length: int = 1) -> artifact.Concept:
     """One that the authors' format can hold."""
     prefix = np.random.default_rng(0).normal(size=(length, *official.SHAPE)).astype(np.float32)
     unknown = {"fingerprint": "", "model_path": "", "steps": 0, "learning_rate": 0.0, "seed": 0}
-    return artifact.Concept(prefix, "", (), **official.FIXED, **unknown)
+    return artifact.Concept({"prefix": prefix}, official.FIXED, "", (), **unknown)
 
 
 @pytest.mark.parametrize("length", [1, 4])
@@ -33,8 +35,8 @@ def test_there_and_back(tmp_path, length):
     assert tuple(tensors) == official.NAMES
     assert len(set(tensors.values())) == 1  # one storage
     again = official.read(path, "bear")
-    assert again.prefix.tobytes() == ours.prefix.tobytes()
-    assert dataclasses.replace(again, prefix=None) == dataclasses.replace(ours, prefix=None, class_word="bear")
+    assert again.learned["prefix"].tobytes() == ours.learned["prefix"].tobytes()
+    assert dataclasses.replace(again, learned=None) == dataclasses.replace(ours, learned=None, class_word="bear")
     before = path.read_bytes()
     official.write(path, again, "OUT")
     assert path.read_bytes() == before
@@ -46,9 +48,9 @@ def test_the_authors_adapters(tmp_path, name):
     theirs = OFFICIAL / name / "pytorch_adapter.bin"
     catversion("convert", theirs, tmp_path / "OUT", "--class_word=bear")
     ours = artifact.load(tmp_path / "OUT")
-    assert ours.prefix.shape == (1, 3, 2, 12, 64)
-    assert (ours.class_word, ours.layers, ours.logit_bias, ours.scope) == ("bear", (9, 10, 11), 1.0, "all")
-    assert 0.5 < ours.prefix.std() < 2  # learned from N(0, 1)
+    assert ours.learned["prefix"].shape == (1, 3, 2, 12, 64)
+    assert (ours.class_word, ours.method) == ("bear", CatVersion(((9, 10, 11),), logit_bias=1.0, scope="all"))
+    assert 0.5 < ours.learned["prefix"].std() < 2  # learned from N(0, 1)
     catversion("convert", tmp_path / "OUT", tmp_path / "back.bin")
     back, original = (torch_zip.open_checkpoint(path) for path in (tmp_path / "back.bin", theirs))
     assert back.keys() == original.keys()
@@ -92,26 +94,34 @@ def test_other_files_are_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": (8, 9, 10)}, r"layers \(8, 9, 10\) \(only \(9, 10, 11\)\)"),
+        ({"layers": ((8, 9, 10),)}, r"layers \(8, 9, 10\) \(only \(9, 10, 11\)\)"),
         ({"logit_bias": 0.0, "scope": "trigger"}, r"logit_bias 0.0 \(only 1.0\), scope trigger \(only all\)"),
-        ({"layers_2": (29, 30), "prefix_2": np.zeros((1, 2, 2, 20, 64))}, r"layers_2 \(29, 30\) \(only None\)"),
+        ({"layers": ((9, 10, 11), (29, 30))}, r"layers_2 \(29, 30\) \(only None\)"),
         ({"prefix": np.zeros((2, 3, 2, 5, 32), np.float32)}, r"\['P', 3, 2, 5, 32\] \(only \['P', 3, 2, 12, 64\]\)"),
     ],
 )
 def test_what_the_authors_format_cannot_hold(tmp_path, changes, message):
+    learned = {name: changes.get(name, array) for name, array in concept().learned.items()}
+    method = dataclasses.replace(official.FIXED, **{key: x for key, x in changes.items() if key not in learned})
+    changed = dataclasses.replace(concept(), learned=learned, method=method)
     with pytest.raises(UserError, match=rf"OUT: the authors' format cannot hold (prefix )?{message}"):
-        official.write(tmp_path / "adapter.bin", dataclasses.replace(concept(), **changes), Path("OUT"))
+        official.write(tmp_path / "adapter.bin", changed, Path("OUT"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_concept_that_does_not_tell_its_model():
     imported = concept()
-    (warning,) = artifact.check_model(imported, "4567", [SD15], "OUT", "sd15")
+
+    def check(text: CLIPTextConfig, model: str) -> list[str]:
+        networks = Networks((CLIPTextModel(text),), unet=None, vae=None, schedule=None)
+        return artifact.check_model(imported, "4567", networks, "OUT", model)
+
+    (warning,) = check(SD15, "sd15")
     assert warning == "OUT does not tell its base model; the shapes fit sd15, and nothing else was compared"
-    misfit = r"OUT: .* \[12, 64\] in layers \[9, 10, 11\], but the text encoder of other"
+    misfit = r"OUT: .* \[12, 64\] in layers \[9, 10, 11\], but the text encoder has .* other"
     for wrong in ({"hidden_size": 1024}, {"num_attention_heads": 8}, {"num_hidden_layers": 11}):
         with pytest.raises(UserError, match=misfit):
-            artifact.check_model(imported, "4567", [dataclasses.replace(SD15, **wrong)], "OUT", "other")
+            check(dataclasses.replace(SD15, **wrong), "other")
 
 
 def test_mistakes_in_the_command(tmp_path):
@@ -131,7 +141,8 @@ def test_generate_with_an_imported_concept(tiny_pipeline, tiny_model, tmp_path):
     """It draws after one warning where the shapes fit, and names --model where they do not."""
     clip = tiny_pipeline.networks.text[0].config
     prefix = np.zeros((1, 3, 2, *clip.heads), np.float32)
-    fits = dataclasses.replace(concept(), prefix=prefix, layers=(1, 2, 3))
+    method = dataclasses.replace(official.FIXED, layers=((1, 2, 3),))
+    fits = dataclasses.replace(concept(), learned={"prefix": prefix}, method=method)
     artifact.save(tmp_path / "fits.safetensors", fits)
     arguments = ["generate", "--prompt=a teapot", "--num=1", "--steps=1", f"--out={tmp_path}"]
     model = f"--model={tiny_model}"

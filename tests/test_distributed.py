@@ -32,13 +32,13 @@ def expected(tiny_model, tmp_path_factory) -> dict[str, np.ndarray]:
     """What one process learns."""
     folder = tmp_path_factory.mktemp("one")
     catversion(*flags(tiny_model, folder / "out", write(folder / "list.jsonl", LINES)))
-    return {line["id"]: artifact.load(folder / "out" / line["id"]).prefix for line in LINES}
+    return {line["id"]: artifact.load(folder / "out" / line["id"]).learned["prefix"] for line in LINES}
 
 
 def check(out: Path, expected: dict[str, np.ndarray]) -> None:
     assert {entry["status"] for entry in report(out).values()} == {"done"}
     for id, prefix in expected.items():
-        np.testing.assert_allclose(artifact.load(out / id).prefix, prefix, atol=1e-4)
+        np.testing.assert_allclose(artifact.load(out / id).learned["prefix"], prefix, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, 4])

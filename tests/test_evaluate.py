@@ -35,8 +35,7 @@ def embedding(judging_model, tiny_pipeline, tmp_path_factory) -> Path:
     """A concept that every prompt sees."""
     path = tmp_path_factory.mktemp("embedding") / "concept.safetensors"
     prefix = 3 * np.random.default_rng(0).normal(size=(2, 3, 2, 2, 16)).astype(np.float32)
-    fingerprint, model = tiny_pipeline.fingerprint, str(judging_model)
-    artifact.save(path, artifact.Concept(prefix, "teapot", (), (1, 2, 3), 0.0, "all", fingerprint, model, 1, 0.01, 0))
+    artifact.save(path, tiny.concept(prefix, tiny_pipeline.fingerprint, judging_model))
     return path.parent
 
 

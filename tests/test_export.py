@@ -19,7 +19,7 @@ PROMPTS = ["a photo of a teapot on the beach", "a car"]
 def concept(tiny_model, tiny_pipeline) -> artifact.Concept:
     prefix = np.random.default_rng(0).normal(size=(2, 3, 2, 2, 16)).astype(np.float32)
     fingerprint = tiny_pipeline.fingerprint
-    return artifact.Concept(prefix, "teapot", (), (1, 2, 3), 1.0, "trigger", fingerprint, str(tiny_model), 1, 0.01, 0)
+    return tiny.concept(prefix, fingerprint, tiny_model, logit_bias=1.0, scope="trigger")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_prompts(concept, source, tiny_pipeline, tmp_path):
     assert written(out) == {export.EMBEDS, *export.FILES, *export.CONCEPTS}
 
     def states(prompts, strength):
-        return sampling.condition(tiny_pipeline, prompts, concept, strength).states
+        return sampling.condition(tiny_pipeline, prompts, [concept], strength).states
 
     arrays = load_file(out / export.EMBEDS)
     assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == {
@@ -74,8 +74,8 @@ def test_without_a_prompt_no_model_is_needed(concept, tmp_path):
         assert written(out) == {*export.FILES, *export.CONCEPTS}
     for name in export.CONCEPTS:
         again = artifact.load(out / name)
-        np.testing.assert_array_equal(again.prefix, concept.prefix)
-        assert dataclasses.replace(again, prefix=None) == dataclasses.replace(artifact.load(path), prefix=None)
+        np.testing.assert_array_equal(again.learned["prefix"], concept.learned["prefix"])
+        assert dataclasses.replace(again, learned=None) == dataclasses.replace(artifact.load(path), learned=None)
     for name, data in export.FILES.items():
         assert (out / name).read_bytes() == (export.FOLDER / data).read_bytes()
     assert "error: nowhere: " in error_of("export", "--embedding", path, "--out", out, "--prompt=a teapot")

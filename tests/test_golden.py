@@ -1,5 +1,6 @@
 """The mini model's numbers against PyTorch's (diffusers 0.42.1, transformers 5.23, float32)."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,7 +10,9 @@ import pytest
 
 from catversion_jax import pipeline, sampling, schedulers, text
 from catversion_jax import train_step as ts
-from catversion_jax.adapter import AdapterConfig, Prefix
+from catversion_jax.adapter import Prefix
+from catversion_jax.catversion import CatVersion
+from catversion_jax.method import Method
 from catversion_jax.sharding import make_mesh
 from catversion_jax.source import open_source
 from catversion_jax.state import Frozen, init_state
@@ -36,11 +39,13 @@ def test_text_encoder_with_prefix(mini, golden, name, bias):
     token_ids = golden["token_ids"]
     visible = jnp.ones((*token_ids.shape, 1), bool)
     prefix = Prefix(jnp.asarray(golden[f"prefix.{name}"]), jnp.float32(bias), visible, LAYERS)
-    whole = sampling.encode(mini.params["text"], (token_ids,), (prefix,), networks=mini.networks)
+    learned, method = {"prefix": golden[f"prefix.{name}"]}, CatVersion((LAYERS,), bias)
+    encode = partial(sampling.encode, mini.params["text"], (token_ids,), (visible,), networks=mini.networks)
+    whole = encode(learned, 1.0, method=method)
     assert whole.pooled is None
     assert max_error(whole.states, golden[f"text_with_prefix.{name}"]) < TOLERANCE
     (encoder,), (params,) = mini.networks.text, mini.params["text"]
-    prompts = text.lower(encoder, params, token_ids, visible[..., 0], stop=LAYERS[0])
+    prompts = text.lower(encoder, params, token_ids, visible, stop=LAYERS[0])
     split = jax.jit(text.upper, static_argnums=(0, 4))((encoder,), (params,), (prompts,), (prefix,), LAYERS[:1])
     assert max_error(split.states, golden[f"text_with_prefix.{name}"]) < TOLERANCE
 
@@ -74,9 +79,11 @@ def test_noise_schedule(mini, golden):
 
 def test_guided_ddim(mini, golden):
     token_ids = golden["token_ids"]
-    prefix = Prefix(jnp.asarray(golden["prefix.p1_bias0"]), jnp.float32(0), jnp.ones((1, 77, 1), bool), LAYERS)
-    positive = sampling.encode(mini.params["text"], (token_ids[:1],), (prefix,), networks=mini.networks)
-    negative = sampling.encode(mini.params["text"], (token_ids[1:2],), (None,), networks=mini.networks)
+    visible, base = (jnp.ones((1, 77, 1), bool),), (jnp.zeros((1, 77, 1), bool),)
+    encode = partial(sampling.encode, mini.params["text"], networks=mini.networks)
+    learned = {"prefix": golden["prefix.p1_bias0"]}
+    positive = encode((token_ids[:1],), visible, learned, 1.0, method=CatVersion((LAYERS,)))
+    negative = encode((token_ids[1:2],), base, {}, 0.0, method=Method())
     latents = sampling.sample_latents(
         mini.params["unet"],
         jnp.asarray(golden["ddim.x_T"]),
@@ -94,22 +101,22 @@ def test_gradient_and_twenty_steps(mini, golden):
     networks = mini.networks
     config = ts.StepConfig(
         networks,
-        AdapterConfig((LAYERS,)),
+        CatVersion((LAYERS,)),
         ts.OptimizerConfig(),
         batch_size=2,
         mesh=make_mesh(1, 1, devices=jax.devices()[:1]),
     )
     frozen = Frozen(mini.params["unet"], mini.params["text"], jnp.asarray(networks.schedule.alphas_cumprod))
     (encoder,), (params,) = networks.text, mini.params["text"]
-    prompts = text.lower(encoder, params, golden["train.token_ids"], jnp.ones((2, 77), bool), stop=LAYERS[0])
-    state = init_state([0], config.adapter, networks.heads, config.optimizer.transformation())
-    state = state.replace(prefix=(jnp.asarray(golden["prefix.p1_bias0"])[None],))
+    prompts = text.lower(encoder, params, golden["train.token_ids"], jnp.ones((2, 77, 1), bool), stop=LAYERS[0])
+    state = init_state([0], config.method, networks, config.optimizer.transformation())
+    state = state.replace(learned={"prefix": jnp.asarray(golden["prefix.p1_bias0"])[None]})
 
     @jax.jit
     def step(state, noise, timesteps):
         batch = ts.Batch(jnp.asarray(golden["train.latents"]), noise, timesteps, (prompts,))
         batch = jax.tree.map(lambda x: x[None], batch)
-        grad = jax.grad(lambda prefix: ts.denoising_loss(prefix, frozen, batch, config).sum())(state.prefix)
+        grad = jax.grad(lambda learned: ts.denoising_loss(learned, frozen, batch, config).sum())(state.learned)
         return *ts.update(state, frozen, batch, jnp.asarray([20]), config), grad
 
     losses = []
@@ -118,9 +125,9 @@ def test_gradient_and_twenty_steps(mini, golden):
         losses.append(metrics["loss"][0])
         if i == 0:
             reference = golden["train.grad_step0"]
-            assert max_error(grad[0][0], reference) / np.abs(reference).max() < 1e-3
+            assert max_error(grad["prefix"][0], reference) / np.abs(reference).max() < 1e-3
     assert max_error(losses, golden["train.losses"]) < TOLERANCE
-    difference = np.abs(np.asarray(state.prefix[0][0]) - golden["train.prefix_after_20_adamw_steps"])
+    difference = np.abs(np.asarray(state.learned["prefix"][0]) - golden["train.prefix_after_20_adamw_steps"])
     print(
         f"prefix after 20 steps: mean difference {difference.mean():.1e}, within 2e-3: {(difference < 2e-3).mean():.3f}"
     )

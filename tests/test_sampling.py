@@ -5,6 +5,7 @@ import pytest
 
 from catversion_jax import sampling
 from catversion_jax.artifact import Concept
+from tests import tiny
 from tests.conftest import max_error
 
 CONFIG = sampling.SamplerConfig(steps=3, guidance=5.0, batch_size=2)
@@ -13,7 +14,7 @@ CONFIG = sampling.SamplerConfig(steps=3, guidance=5.0, batch_size=2)
 @pytest.fixture(scope="module")
 def concept(tiny_pipeline) -> Concept:
     prefix = np.random.default_rng(0).normal(size=(2, 3, 2, 2, 16)).astype(np.float32) * 3
-    return Concept(prefix, "teapot", (), (1, 2, 3), 0.0, "all", tiny_pipeline.fingerprint, "", 1, 0.01, 0)
+    return tiny.concept(prefix, tiny_pipeline.fingerprint)
 
 
 def paint(pipeline, prompts, seeds, **kwargs):
@@ -22,18 +23,18 @@ def paint(pipeline, prompts, seeds, **kwargs):
 
 def test_a_picture_depends_on_its_seed_alone(tiny_pipeline, concept):
     prompts = ["a teapot", "a red teapot", "a teapot"]
-    three = paint(tiny_pipeline, prompts, [5, 6, 7], concept=concept)
+    three = paint(tiny_pipeline, prompts, [5, 6, 7], concepts=[concept])
     assert [image.shape for image in three] == [(16, 16, 3)] * 3
     assert three[0].dtype == np.uint8
     for i in range(3):
-        (alone,) = paint(tiny_pipeline, prompts[i : i + 1], [5 + i], concept=concept)
+        (alone,) = paint(tiny_pipeline, prompts[i : i + 1], [5 + i], concepts=[concept])
         np.testing.assert_array_equal(alone, three[i])
     assert (three[0] != three[2]).any()
 
 
 def test_strength(tiny_pipeline, concept):
     def states(strength):
-        return sampling.condition(tiny_pipeline, ["a teapot"], concept, strength).states
+        return sampling.condition(tiny_pipeline, ["a teapot"], [concept], strength).states
 
     base = sampling.condition(tiny_pipeline, ["a teapot"]).states
     assert max_error(states(0.0), base) < 1e-5
@@ -44,10 +45,10 @@ def test_strength(tiny_pipeline, concept):
 def test_trigger_leaves_other_prompts_alone(tiny_pipeline, concept):
     import dataclasses
 
-    trigger = dataclasses.replace(concept, scope="trigger")
+    trigger = dataclasses.replace(concept, method=dataclasses.replace(concept.method, scope="trigger"))
     prompts, seeds = ["a car", "a teapot"], [1, 1]
-    base = paint(tiny_pipeline, prompts, seeds, concept=trigger, strength=0.0)
-    with_concept = paint(tiny_pipeline, prompts, seeds, concept=trigger)
+    base = paint(tiny_pipeline, prompts, seeds)
+    with_concept = paint(tiny_pipeline, prompts, seeds, concepts=[trigger])
     np.testing.assert_array_equal(base[0], with_concept[0])
     assert (base[1] != with_concept[1]).any()
 
@@ -57,7 +58,7 @@ def test_the_negative_branch_never_sees_the_prefix(tiny_pipeline, concept):
     config = sampling.SamplerConfig(steps=3, guidance=0.0, batch_size=2)
     args = (tiny_pipeline, ["a teapot"], [1], config)
     (without,) = sampling.paint(*args)
-    (with_concept,) = sampling.paint(*args, concept=concept)
-    (negative,) = sampling.paint(*args, concept=concept, negative_prompt="a car")
+    (with_concept,) = sampling.paint(*args, concepts=[concept])
+    (negative,) = sampling.paint(*args, concepts=[concept], negative_prompt="a car")
     np.testing.assert_array_equal(without, with_concept)
     assert (without != negative).any()

@@ -52,10 +52,10 @@ def test_the_networks(model):
 
 def test_both_prefixes_are_learned_and_stored(model, learned):
     concept = artifact.load(learned)
-    assert (concept.prefix.shape, concept.prefix_2.shape) == ((4, 3, 2, 2, 16), (4, 3, 2, 3, 16))
-    assert concept.encoder_layers == ((0, 1, 2), (0, 1, 2))
+    assert tuple(prefix.shape for prefix in concept.learned.values()) == ((4, 3, 2, 2, 16), (4, 3, 2, 3, 16))
+    assert concept.method.layers == ((0, 1, 2), (0, 1, 2))
     pipe = pipeline.load(model, variant="fp16")
-    base, moved = (sampling.condition(pipe, ["a teapot"], concept, strength) for strength in (0.0, 1.0))
+    base, moved = (sampling.condition(pipe, ["a teapot"], [concept], strength) for strength in (0.0, 1.0))
     untouched = sampling.condition(pipe, ["a teapot"])
     np.testing.assert_allclose(base.states, untouched.states, atol=1e-5)
     np.testing.assert_allclose(base.pooled, untouched.pooled, atol=1e-5)
@@ -85,4 +85,4 @@ def test_export(learned, tmp_path):
         "negative_pooled_prompt_embeds": pooled,
     }
     assert not np.array_equal(embeds["prompt_embeds"][0], embeds["negative_prompt_embeds"][0])
-    assert artifact.load(tmp_path).prefix_2 is not None
+    assert artifact.load(tmp_path).learned.keys() == {"prefix", "prefix_2"}

@@ -6,6 +6,7 @@ from catversion_jax import train
 from catversion_jax.checkpoint import Checkpoints
 from catversion_jax.config import default
 from catversion_jax.data.photos import read_photos
+from catversion_jax.preparation import prepare
 from catversion_jax.run_dir import RunDir
 from tests.test_commands import TEAPOT
 
@@ -18,7 +19,7 @@ def test_the_loop_does_without_vae_and_tokenizer(tiny_model, tiny_pipeline, tmp_
     })  # fmt: skip
     step_config = train.make_step_config(config, tiny_pipeline.networks)
     photos = read_photos(str(TEAPOT / "train"), tiny_pipeline.networks.resolution)
-    data = train.prepare(config, step_config, tiny_pipeline, photos)
+    data = prepare(config, step_config.method, tiny_pipeline, photos)
     needed = {name: tiny_pipeline.params[name] for name in ("text", "unet")}
     bare = replace(tiny_pipeline, params=needed, tokenizers=())
     run = RunDir(tmp_path)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from catversion_jax import train_step as ts
-from catversion_jax.adapter import AdapterConfig
+from catversion_jax.catversion import CatVersion
 from catversion_jax.data.posteriors import bucket, pad
 from catversion_jax.models.unet import UNet2DConditionModel
 from catversion_jax.sharding import make_mesh, sharding
@@ -21,9 +21,9 @@ BATCH = 4
 
 
 def step_config(pipeline, devices, **optimizer) -> ts.StepConfig:
-    adapter = AdapterConfig(((1, 2, 3),), length=2, init_std=0.1)
+    method = CatVersion(((1, 2, 3),), length=2, init_std=0.1)
     return ts.StepConfig(
-        pipeline.networks, adapter, ts.OptimizerConfig(**optimizer), BATCH, make_mesh(1, BATCH, devices=list(devices))
+        pipeline.networks, method, ts.OptimizerConfig(**optimizer), BATCH, make_mesh(1, BATCH, devices=list(devices))
     )
 
 
@@ -36,7 +36,7 @@ def concept(photos: int, seed: int = 0, size: int | None = None) -> ConceptData:
         mean=pad(mean, size or bucket(photos)),
         std=pad(np.abs(mean) / 10, size or bucket(photos)),
         photos=np.int32(photos),
-        prompts=(Prompts(pad(hidden, 8), pad(np.ones((2, 77), bool), 8), np.full(8, 5, np.int32)),),
+        prompts=(Prompts(pad(hidden, 8), pad(np.ones((2, 77, 1), bool), 8), np.full(8, 5, np.int32)),),
         prompt_count=np.int32(2),
         steps=np.int32(10),
     )
@@ -48,7 +48,7 @@ def stack(*trees):
 
 
 def start(config: ts.StepConfig, seeds=(0,)):
-    return init_state(list(seeds), config.adapter, ((2, 16),), config.optimizer.transformation())
+    return init_state(list(seeds), config.method, config.networks, config.optimizer.transformation())
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_stacked_concepts_equal_solo_runs(config, frozen):
     both, losses = run(config, frozen, stack(*datas), state=start(config, [7, 8]))
     for i, (state, alone) in enumerate(solo):
         np.testing.assert_allclose(losses[:, i], alone[:, 0], rtol=1e-5)
-        np.testing.assert_allclose(both.prefix[0][i], state.prefix[0][0], atol=1e-4)
+        np.testing.assert_allclose(both.learned["prefix"][i], state.learned["prefix"][0], atol=1e-4)
 
 
 def test_not_finite_keeps_the_last_good_state(config, frozen):
@@ -150,7 +150,7 @@ def test_not_finite_keeps_the_last_good_state(config, frozen):
     assert np.isnan(losses[:, 1]).all()
     assert np.isfinite(losses[:, 0]).all()
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1], y[1]), after, before)
-    assert np.abs(after.prefix[0][0] - before.prefix[0][0]).max() > 0
+    assert np.abs(after.learned["prefix"][0] - before.learned["prefix"][0]).max() > 0
 
 
 def test_draws_differ_by_step_and_seed_and_stay_within_the_photos(config):

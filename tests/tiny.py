@@ -11,7 +11,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from catversion_jax import pipeline, source
+from catversion_jax import artifact, pipeline, source
+from catversion_jax.catversion import CatVersion
 from catversion_jax.convert import rules
 from catversion_jax.convert.rules import LEAVES, Rule
 from catversion_jax.convert.torch import shapes_of
@@ -70,6 +71,12 @@ INVERSE = {
     "cls_token": lambda w: w,
     "position_embeddings": lambda w: w,
 }
+
+
+def concept(prefix: np.ndarray, fingerprint: str, model: Path | str = "", **method) -> artifact.Concept:
+    """A concept of a random prefix in the tiny model's upper layers."""
+    of_method = CatVersion(**{"layers": ((1, 2, 3),)} | method)
+    return artifact.Concept({"prefix": prefix}, of_method, "teapot", (), fingerprint, str(model), 1, 0.01, 0)
 
 
 def to_torch(params: dict, table: list[Rule]) -> dict[str, np.ndarray]:

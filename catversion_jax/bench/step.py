@@ -74,7 +74,7 @@ def ours(
 def random_data(
     config: ConfigDict, step_config: StepConfig, text_params: tuple[Params, ...], concepts: int
 ) -> ConceptData:
-    """What `train.prepare` gives for PHOTOS photos, of random numbers. `text_params` may be shapes."""
+    """What `preparation.prepare` gives for PHOTOS photos, of random numbers. `text_params` may be shapes."""
     rng, networks = np.random.default_rng(0), step_config.networks
     templates = len(config.concept.templates)
 
@@ -85,12 +85,12 @@ def random_data(
 
     def prompts(encoder: CLIPTextModel, params: Params, stop: int) -> text.Prompts:
         ids = jax.ShapeDtypeStruct((bucket(templates), encoder.config.max_position_embeddings), jnp.int32)
-        visible = jax.ShapeDtypeStruct(ids.shape, bool)
+        visible = jax.ShapeDtypeStruct((*ids.shape, 1), bool)
         lower = partial(text.lower, encoder, stop=stop)
         return jax.tree.map(draw, jax.eval_shape(lower, params, ids, visible))
 
     views = jax.ShapeDtypeStruct((bucket(PHOTOS), 1 + config.data.flip, *networks.latent_shape), jnp.float32)
-    firsts = [layers[0] for layers in step_config.adapter.layers]
+    firsts = step_config.method.starts(networks)
     return ConceptData(
         mean=draw(views),
         std=np.abs(draw(views)) / 10,

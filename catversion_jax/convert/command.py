@@ -30,5 +30,6 @@ def main(arguments: flags.FlagValues, source: str, target: str) -> int:
         official.write(target, concept, source)
     else:
         artifact.save(target, concept)
-    print(f"{target}: a prefix of length {len(concept.prefix)} in layers {', '.join(map(str, concept.layers))}")
+    length, (layers,) = len(concept.learned["prefix"]), concept.method.layers
+    print(f"{target}: a prefix of length {length} in layers {', '.join(map(str, layers))}")
     return 0

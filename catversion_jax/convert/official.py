@@ -9,19 +9,22 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
+from catversion_jax import artifact
 from catversion_jax.artifact import Concept
+from catversion_jax.catversion import CatVersion
 from catversion_jax.convert import torch_zip
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 
-FIXED = {"layers": (9, 10, 11), "layers_2": None, "logit_bias": 1.0, "scope": "all"}
-SHAPE = (len(FIXED["layers"]), 2, 12, 64)
+FIXED = CatVersion(layers=((9, 10, 11),), logit_bias=1.0, scope="all")
+SHAPE = (len(FIXED.layers[0]), 2, 12, 64)
 """[L, 2, H, D] in Stable Diffusion 1.5's text encoder."""
 
 TAIL = "prefix_tunings.prefix_tuning1.clip_text_model_self_prefix.control_trans"
 NAMES = (
-    *(f"text_model.encoder.layers.{i}.self_attn.prefix_tuning.pool.{TAIL}" for i in FIXED["layers"]),
+    *(f"text_model.encoder.layers.{i}.self_attn.prefix_tuning.pool.{TAIL}" for i in FIXED.layers[0]),
     f"prefix_tuning.{TAIL}",
 )
 
@@ -41,10 +44,10 @@ def read(path: Path, class_word: str = "") -> Concept:
     if not flat or any(other != tensor for other in others) or not tensor.shape[0] or tensor.shape[0] % size:
         raise UserError(f"{path}: expected one flat float32 tensor of P x {size} numbers by all names; copy it again")
     return Concept(
-        prefix=tensor.read().reshape(-1, *SHAPE),
+        learned={"prefix": tensor.read().reshape(-1, *SHAPE)},
+        method=FIXED,
         class_word=class_word,
         templates=(),
-        **FIXED,
         fingerprint="",
         model_path="",
         steps=0,
@@ -55,15 +58,17 @@ def read(path: Path, class_word: str = "") -> Concept:
 
 def write(path: Path, concept: Concept, source: Path) -> None:
     """An authors' adapter of the concept at `source`, whole or not at all. Raises UserError for what it cannot hold."""
-    fields = {name: getattr(concept, name) for name in FIXED} | {"prefix": ["P", *concept.prefix.shape[1:]]}
-    expected = FIXED | {"prefix": ["P", *SHAPE]}
-    odd = [f"{name} {fields[name]} (only {expected[name]})" for name in fields if fields[name] != expected[name]]
+    arrays = flatten_dict(concept.learned, sep="/")
+    fields = {"method": concept.method_name, **concept.method.metadata()}
+    fields |= {name: ["P", *array.shape[1:]] for name, array in arrays.items()}
+    expected = {"method": artifact.DEFAULT_METHOD, **FIXED.metadata(), "prefix": ["P", *SHAPE]}
+    odd = [f"{name} {x} (only {expected.get(name)})" for name, x in fields.items() if x != expected.get(name)]
     if odd:
         raise UserError(f"{source}: the authors' format cannot hold {', '.join(odd)}; use the concept as it is")
     entries = {
-        "data.pkl": listing(concept.prefix.size),
+        "data.pkl": listing(arrays["prefix"].size),
         "byteorder": b"little",
-        "data/0": np.ascontiguousarray(concept.prefix, "<f4").tobytes(),
+        "data/0": np.ascontiguousarray(arrays["prefix"], "<f4").tobytes(),
         "version": b"3\n",
     }
 

@@ -55,6 +55,6 @@ def test_train_and_sample(model, tmp_path):
     subprocess.run(command("train", "--config=configs/sd15.py", *flags), cwd=ROOT, check=True)
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(f"{time.monotonic() - start:.0f} s, at most {most / 2**30:.1f} GiB")
-    assert artifact.load(tmp_path / "run").prefix.shape == (1, 3, 2, 12, 64)
+    assert artifact.load(tmp_path / "run").learned["prefix"].shape == (1, 3, 2, 12, 64)
     assert Image.open(tmp_path / "run" / "samples.png").width > 512
     assert most < MOST_BYTES

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from catversion_jax import config as config_lib
-from catversion_jax import text, train_step
+from catversion_jax import text
 from catversion_jax.bench import torch_step
 from catversion_jax.errors import UserError
 from catversion_jax.source import open_source
@@ -41,15 +41,15 @@ def test_the_text_states_with_a_prefix_are_ours(bias, tiny_model, tiny_pipeline)
     config = config_lib.default()
     config.adapter.length, config.adapter.logit_bias = 2, bias
     networks, params = tiny_pipeline.networks, tiny_pipeline.params
-    adapter = config_lib.adapter_config(config, networks)
-    (layers,), (encoder,) = adapter.layers, networks.text
+    method = config_lib.method(config, networks)
+    (layers,), (encoder,) = method.layers, networks.text
     rng = np.random.default_rng(0)
     prefix = rng.normal(size=(2, len(layers), 2, *encoder.config.heads)).astype(np.float32)
     ids = rng.integers(encoder.config.vocab_size, size=(3, 77)).astype(np.int32)
-    lowered = text.lower(encoder, params["text"][0], ids, jnp.ones(ids.shape, bool), stop=layers[0])
-    context = jax.jit(
-        lambda prefix: train_step.condition((prefix,), (lowered,), params["text"], adapter, networks).states
-    )(prefix)
+    lowered = text.lower(encoder, params["text"][0], ids, jnp.ones((*ids.shape, 1), bool), stop=layers[0])
+    context = jax.jit(lambda prefix: method.condition({"prefix": prefix}, (lowered,), params["text"], networks).states)(
+        prefix
+    )
 
     theirs = torch_step.load("text", configs_of(tiny_model), tiny_model)
     torch_step.attach(theirs, torch.from_numpy(prefix), layers, bias)

@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 
 
 def ours(pipeline, prompts, concept=None, strength=1.0) -> np.ndarray:
-    return conditioning.context(pipeline, prompts, concept, strength).states
+    return conditioning.context(pipeline, prompts, [concept] if concept else [], strength).states
 
 
 def load_module(name: str, path: Path):
@@ -64,14 +64,25 @@ def make(tiny_model, tiny_pipeline, tmp_path):
     def write(scope: str, length: int = 4, logit_bias: float = 0.0, word: str = "teapot"):
         prefix = np.random.default_rng(length).normal(size=(length, 3, 2, 2, 16)).astype(np.float32)
         fingerprint = tiny_pipeline.fingerprint
-        concept = artifact.Concept(
-            prefix, word, (), (1, 2, 3), logit_bias, scope, fingerprint, str(tiny_model), 1, 0.01, 0
-        )
+        concept = tiny.concept(prefix, fingerprint, tiny_model, logit_bias=logit_bias, scope=scope)
+        concept = dataclasses.replace(concept, class_word=word)
         path = tmp_path / f"{scope}-{length}-{logit_bias}-{word}.safetensors"
         artifact.save(path, concept)
         return concept, path
 
     return write
+
+
+def with_second(concept: artifact.Concept) -> tuple[artifact.Concept, artifact.Concept]:
+    """Another concept in other layers, and one with both, as SDXL's is."""
+    prefix, method = concept.learned["prefix"], concept.method
+    prefix_2, layers_2 = prefix[::-1, :2], (0, 3)
+    other = dataclasses.replace(method, layers=(layers_2,))
+    both = dataclasses.replace(method, layers=(*method.layers, layers_2))
+    return (
+        dataclasses.replace(concept, learned={"prefix": prefix_2}, method=other),
+        dataclasses.replace(concept, learned={"prefix": prefix, "prefix_2": prefix_2}, method=both),
+    )
 
 
 @contextlib.contextmanager
@@ -119,9 +130,9 @@ def test_a_class_word_of_several_tokens(pipe, tiny_pipeline, make):
 def test_the_second_text_encoder(pipe, tiny_pipeline, make, tmp_path):
     """A concept of SDXL holds a prefix for each text encoder; here the second is the first with other layers."""
     concept, _ = make("all")
-    second = dataclasses.replace(concept, prefix=concept.prefix[::-1, :2], layers=(0, 3))
+    second, two = with_second(concept)
     path = tmp_path / "two.safetensors"
-    artifact.save(path, dataclasses.replace(concept, prefix_2=second.prefix, layers_2=second.layers))
+    artifact.save(path, two)
     for encoder, expected in ((1, concept), (2, second)):
         with attached(pipe, path, encoder=encoder):
             states, _ = encode(pipe, PROMPTS)
@@ -253,9 +264,7 @@ def test_comfyui(pipe, tiny_pipeline, make, tmp_path, scope):
     with pytest.raises(ValueError, match=message):
         apply(comfyui.CLIP(pipe.text_encoder, pipe.tokenizer, ("clip_l", "clip_g")), 1.0)
 
-    prefix_2 = concept.prefix[::-1, :2]
-    second = dataclasses.replace(concept, prefix=prefix_2, layers=(0, 3))
-    two = dataclasses.replace(concept, prefix_2=prefix_2, layers_2=(0, 3))
+    second, two = with_second(concept)
     artifact.save(tmp_path / "out" / "comfyui_catversion" / artifact.FILE_NAME, two)
     pair = apply(comfyui.CLIP(pipe.text_encoder, pipe.tokenizer, ("clip_l", "clip_g")), 1.0)
     expected = np.concatenate([ours(tiny_pipeline, PROMPTS[:1], c) for c in (concept, second)], -1)

@@ -1,0 +1,105 @@
+"""CatVersion as the training step takes it: a prefix in each text encoder. What a prefix does is in adapter.py."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from catversion_jax import text
+from catversion_jax.adapter import SCOPES, Prefix, init_prefix, resolve_layers, strength_bias
+from catversion_jax.errors import UserError
+from catversion_jax.method import Method, check_keys, of_encoders
+from catversion_jax.models.unet import Context
+from catversion_jax.pipeline import Networks
+from catversion_jax.types import Array, Bool, Float, Int, Key, Params
+
+PARTS = ("key", "value")
+"""What a prefix has at each position, in its array's order."""
+
+
+@dataclass(frozen=True)
+class CatVersion(Method):
+    """Zhao et al. 2023 (arXiv 2311.14631). Learns `prefix` [P, L, 2, H, D] and, for SDXL's second text encoder,
+    `prefix_2`."""
+
+    layers: tuple[tuple[int, ...], ...]  # for each text encoder, ascending indices into its layers
+    logit_bias: float = 0.0  # added to every prefix logit: 0 in the paper, 1 in the authors' files
+    scope: str = "all"  # one of adapter.SCOPES
+    parts: tuple[str, ...] = PARTS  # which of them are learned; the others stay 0
+    length: int = field(default=1, compare=False)  # P at the start
+    init_std: float = field(default=1.0, compare=False)  # standard deviation at the start
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, networks: Networks) -> "CatVersion":
+        try:
+            layers = tuple(resolve_layers(config.adapter.layers, encoder.config.depth) for encoder in networks.text)
+        except ValueError as error:
+            raise UserError(f"config.adapter.{error}") from None
+        return cls(**(config.adapter.to_dict() | {"layers": layers}))
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any], learned: Params) -> "CatVersion":
+        check_keys(metadata, {"layers", "logit_bias", "scope"}, {"layers_2"})
+        expected = ["prefix", "prefix_2"][: 1 + ("layers_2" in metadata)]
+        if sorted(learned) != expected:
+            raise ValueError(f"tensors {sorted(learned)}; expected {expected}")
+        layers = tuple(tuple(metadata[name]) for name in ("layers", "layers_2") if name in metadata)
+        for (name, prefix), of_encoder in zip(sorted(learned.items()), layers, strict=True):
+            if prefix.ndim != 5 or prefix.dtype != np.float32 or prefix.shape[1:3] != (len(of_encoder), 2):
+                wanted = f"[P, {len(of_encoder)}, 2, heads, head_dim]"
+                raise ValueError(f"{name} {prefix.dtype} {list(prefix.shape)}; expected float32 {wanted}")
+        if metadata["scope"] not in SCOPES:
+            raise ValueError(f"scope {metadata['scope']!r}; expected one of {', '.join(SCOPES)}")
+        return cls(layers, metadata["logit_bias"], metadata["scope"])
+
+    def metadata(self) -> dict[str, Any]:
+        return {"logit_bias": self.logit_bias, "scope": self.scope} | dict(
+            zip(("layers", "layers_2"), self.layers, strict=False)
+        )
+
+    def init(self, key: Key[Array, ""], networks: Networks) -> Params:
+        learned = {}
+        for i, name in enumerate(of_encoders("prefix", networks)):
+            of_encoder = jax.random.fold_in(key, i) if i else key
+            shape = (self.length, len(self.layers[i]), networks.heads[i])
+            learned[name] = self.learned_parts(init_prefix(of_encoder, *shape, self.init_std))
+        return learned
+
+    def misfit(self, learned: Params, networks: Networks) -> str | None:
+        for prefix, layers, encoder in zip(learned.values(), self.layers, networks.text, strict=False):
+            heads, depth = encoder.config.heads, encoder.config.num_hidden_layers
+            if prefix.shape[3:] != heads or not set(layers) <= set(range(depth)):
+                theirs = f"[heads, head_dim] {[*prefix.shape[3:]]} in layers {[*layers]}"
+                return f"{theirs}, but the text encoder has {[*heads]} in layers 0 to {depth - 1}"
+        if len(learned) != len(networks.text):
+            return f"prefixes for {len(learned)} text encoders, but there are {len(networks.text)}"
+        return None
+
+    def starts(self, networks: Networks) -> tuple[int, ...]:
+        return tuple(layers[0] for layers in self.layers)
+
+    def places(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
+        return text.visibility(token_ids, word, self.scope)[..., None]
+
+    def condition(
+        self,
+        learned: Params,
+        prompts: tuple[text.Prompts, ...],
+        text_params: tuple[Params, ...],
+        networks: Networks,
+        strength: Float[Array, ""] | float = 1.0,
+    ) -> Context:
+        bias = strength_bias(self.logit_bias, strength)
+        hooks = [
+            Prefix(self.learned_parts(learned[name]), bias, of_encoder.visible, layers)
+            for name, of_encoder, layers in zip(of_encoders("prefix", networks), prompts, self.layers, strict=True)
+        ]
+        return text.upper(networks.text, text_params, prompts, hooks, self.starts(networks))
+
+    def learned_parts(self, prefix: Float[Array, "P L 2 H D"]) -> Float[Array, "P L 2 H D"]:
+        """The prefix with 0 for what is not learned: no gradient reaches it either."""
+        fixed = [i for i, part in enumerate(PARTS) if part not in self.parts]
+        return prefix.at[:, :, jnp.asarray(fixed)].set(0) if fixed else prefix

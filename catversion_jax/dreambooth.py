@@ -1,0 +1,43 @@
+"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): the whole UNet, fine-tuned on prompts with a rare identifier, while
+a second loss on the base model's own pictures of the class preserves what it knew."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from catversion_jax import tree
+from catversion_jax.method import Method
+from catversion_jax.pipeline import Networks, abstract
+from catversion_jax.types import Array, Float, Key, Params
+
+PUBLISHED = {
+    "train.learning_rate": 5e-6,
+    "train.batch_size": 1,
+    "train.steps": 800,
+    "train.weight_decay": 1e-2,
+    "prior.weight": 1.0,
+    "prior.pictures": 200,
+}
+"""As in the paper (rate, prior) and diffusers' examples/dreambooth (README, with prior preservation)."""
+
+
+@dataclass(frozen=True)
+class DreamBooth(Method):
+    """Learns `unet`: what is added to each of the UNet's parameters. The text encoder stays as it is."""
+
+    changes_unet: ClassVar[bool] = True
+    identifier: str
+    prior_weight: float
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, networks: Networks) -> "DreamBooth":
+        return cls(config.concept.identifier, config.prior.weight)
+
+    def init(self, key: Key[Array, ""], networks: Networks) -> Params:
+        return {"unet": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract("unet", networks.unet))}
+
+    def unet(self, learned: Params, unet: Params, strength: Float[Array, ""] | float = 1.0) -> Params:
+        return tree.add(unet, learned["unet"], strength)

@@ -1,0 +1,108 @@
+"""A concept's photos and prompts as the training step takes them: the VAE and the tokenizer are done before it runs."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from catversion_jax import config as config_lib
+from catversion_jax import sampling, text
+from catversion_jax.data.photos import Photo
+from catversion_jax.data.posteriors import bucket, pad, posteriors
+from catversion_jax.errors import UserError
+from catversion_jax.method import Method
+from catversion_jax.pipeline import Pipeline
+from catversion_jax.state import ConceptData
+from catversion_jax.text import without_word
+from catversion_jax.types import Float
+
+
+def prepare(
+    config: ConfigDict, method: Method, pipeline: Pipeline, photos: Sequence[Photo], size: int = 0
+) -> ConceptData:
+    """Latents and text states of one concept, padded to `size` photos or to their bucket, with a concept axis of size
+    1; and, where the method preserves a prior, those of the class.
+
+    Raises UserError where the loss is to weigh the background and a photo has no mask.
+    """
+    networks = pipeline.networks
+    images = np.stack([photo.image for photo in photos])
+    mean, std = posteriors(networks.vae, pipeline.params["vae"], images, config.data.flip)
+    prompts = config_lib.prompts(config.concept.templates, config)
+    weight = subject_weights(photos, mean.shape, config.train.background_weight)
+    prior = None
+    if method.prior_weight:
+        prior = class_pictures(config, method, pipeline, prompts)
+        weight = np.ones((*mean.shape[:-1], 1), np.float32) if weight is None else weight
+    for prompt in without_word(pipeline.tokenizer, config.concept.class_word, prompts):
+        logging.warning("the training prompt %r does not hold the class word %r", prompt, config.concept.class_word)
+    entering = [method.prompt(prompt, config.concept.class_word) for prompt in prompts]
+    size = max(size, bucket(len(photos)))
+    data = to_data(config, method, pipeline, mean, std, weight, entering, size).replace(prior=prior)
+    return jax.tree.map(lambda x: np.asarray(x)[None], data)
+
+
+def to_data(
+    config: ConfigDict,
+    method: Method,
+    pipeline: Pipeline,
+    mean: Float[np.ndarray, "N F h w c"],
+    std: Float[np.ndarray, "N F h w c"],
+    weight: Float[np.ndarray, "N F h w 1"] | None,
+    prompts: Sequence[str],
+    size: int,
+) -> ConceptData:
+    """Pictures and prompts, which are as the text encoder is given them, without a concept axis."""
+    networks = pipeline.networks
+    token_ids = [tokenizer(list(prompts)) for tokenizer in pipeline.tokenizers]
+    word = pipeline.tokenizer.word(method.identifier or config.concept.class_word)
+    of_encoders = zip(networks.text, pipeline.params["text"], token_ids, method.starts(networks), strict=True)
+    lowered = tuple(
+        text.lower(encoder, params, ids, method.places(ids, word), stop=start)
+        for encoder, params, ids, start in of_encoders
+    )
+    length = bucket(len(prompts))
+    return ConceptData(
+        mean=pad(mean, size),
+        std=pad(std, size),
+        photos=np.int32(len(mean)),
+        prompts=jax.tree.map(lambda x: pad(np.asarray(x), length), lowered),
+        prompt_count=np.int32(len(prompts)),
+        steps=np.int32(config.train.steps),
+        weight=None if weight is None else pad(weight, size),
+    )
+
+
+def subject_weights(
+    photos: Sequence[Photo], shape: tuple[int, ...], background: float
+) -> Float[np.ndarray, "N F h w 1"] | None:
+    """What each place of the latents [N, F, h, w, c] counts in the loss: the subject's share of it and, for the rest,
+    `background`; the mean over a photo is 1. None where all places count alike."""
+    if background == 1:
+        return None
+    missing = [photo.name for photo in photos if photo.mask is None or not photo.mask.any()]
+    if missing:
+        raise UserError(
+            f"config.train.background_weight={background}: photo {missing[0]} has no mask, or an empty one; give masks "
+            "with --config.data.masks_dir"
+        )
+    _, views, height, width, _ = shape
+    masks = np.stack([photo.mask for photo in photos]).astype(np.float32)
+    side = masks.shape[1] // height
+    share = masks.reshape(len(masks), height, side, width, side).mean((2, 4))
+    weights = background + (1 - background) * share
+    weights /= weights.mean((1, 2), keepdims=True)
+    return np.stack([weights, weights[:, :, ::-1]][:views], axis=1)[..., None]
+
+
+def class_pictures(config: ConfigDict, method: Method, pipeline: Pipeline, prompts: Sequence[str]) -> ConceptData:
+    """The base model's pictures of the class, on the training prompts in turn and without the identifier. They stay
+    the latents they were drawn as: no VAE."""
+    count = config.prior.pictures
+    asked = [prompts[i % len(prompts)] for i in range(count)]
+    batches = sampling.draw_latents(pipeline, asked, range(count), config_lib.sampler_config(config))
+    mean = np.concatenate([np.asarray(latents)[:real] for latents, real in batches])[:, None]
+    weight = np.full((*mean.shape[:-1], 1), method.prior_weight, np.float32)
+    return to_data(config, method, pipeline, mean, np.zeros_like(mean), weight, prompts, bucket(count))

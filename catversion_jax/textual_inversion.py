@@ -1,0 +1,45 @@
+"""Textual Inversion (Gal et al. 2022, arXiv 2208.01618): a new embedding for one token, in every prompt that has it."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from catversion_jax import text
+from catversion_jax.method import Method, of_encoders
+from catversion_jax.models.unet import Context
+from catversion_jax.pipeline import Networks
+from catversion_jax.types import Array, Bool, Float, Int, Key, Params
+
+PUBLISHED = {"train.learning_rate": 5e-4, "train.batch_size": 4, "train.steps": 3000, "train.weight_decay": 1e-2}
+"""As in diffusers' examples/textual_inversion; the rate there is multiplied by the batch, and here it is not."""
+
+
+@dataclass(frozen=True)
+class TextualInversion(Method):
+    """Learns `word` [c] and, for SDXL's second text encoder, `word_2`: what is added to the embedding of the class
+    word's last token. The paper starts at the class word's embedding: here that is 0."""
+
+    def init(self, key: Key[Array, ""], networks: Networks) -> Params:
+        names = of_encoders("word", networks)
+        return {name: jnp.zeros(text.config.hidden_size) for name, text in zip(names, networks.text, strict=True)}
+
+    def starts(self, networks: Networks) -> tuple[int, ...]:
+        return (0,) * len(networks.text)
+
+    def places(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
+        return (np.arange(token_ids.shape[1]) == text.find_word(token_ids, word)[:, None])[..., None]
+
+    def condition(
+        self,
+        learned: Params,
+        prompts: tuple[text.Prompts, ...],
+        text_params: tuple[Params, ...],
+        networks: Networks,
+        strength: Float[Array, ""] | float = 1.0,
+    ) -> Context:
+        def changed(prompt: text.Prompts, word: Float[Array, "c"]) -> text.Prompts:
+            return prompt.replace(hidden=prompt.hidden + (strength * word * prompt.visible).astype(prompt.hidden.dtype))
+
+        words = (learned[name] for name in of_encoders("word", networks))
+        return super().condition(learned, tuple(map(changed, prompts, words)), text_params, networks)

@@ -1,0 +1,234 @@
+"""CatVersion's rivals: what each learns and where it enters, its gradient, and the prior that two of them preserve."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from catversion_jax import artifact, batch, sampling, train
+from catversion_jax import config as config_lib
+from catversion_jax import train_step as ts
+from catversion_jax.data.photos import Photo, read_photos
+from catversion_jax.distributed import Process
+from catversion_jax.errors import UserError
+from catversion_jax.methods import METHODS
+from catversion_jax.preparation import prepare, subject_weights
+from catversion_jax.state import ConceptData
+from tests.commands import catversion
+from tests.conftest import max_error
+from tests.test_commands import TEAPOT
+
+RIVALS = ("textual_inversion", "dreambooth", "custom_diffusion")
+
+
+def config_of(method: str, model="", run_dir="", **changes):
+    config = config_lib.default()
+    config.method = method
+    config.update_from_flattened_dict({
+        "model.path": str(model), "run_dir": str(run_dir), "data.dir": str(TEAPOT / "train"),
+        "data.masks_dir": str(TEAPOT / "train_masks"), "concept.class_word": "teapot",
+        "adapter.length": 2, "adapter.init_std": 0.1, "prior.pictures": 3, "prior.weight": 0.5,
+        "sample.steps": 2, "sample.prompts": ("a {class_word}",), "train.steps": 2,
+    } | changes)  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_pipeline):
+    """The step's config, data and frozen share of each method."""
+
+    def make(method: str, **changes):
+        config = config_of(method, **changes)
+        step_config = train.make_step_config(config, tiny_pipeline.networks)
+        photos = read_photos(config.data.dir, tiny_pipeline.networks.resolution, config.data.masks_dir)
+        data = prepare(config, step_config.method, tiny_pipeline, photos)
+        return step_config, data, train.freeze(tiny_pipeline, step_config.mesh, config.mesh.rules)
+
+    return make
+
+
+def a_batch(step_config, data: ConceptData, seed: int = 0) -> ts.Batch:
+    state = train.fresh_state(step_config, [seed])
+    return jax.vmap(partial(ts.draw, config=step_config))(state, data)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient(setting, method):
+    """Along itself it is the slope of the loss, by central differences."""
+    step_config, data, frozen = setting(method)
+    drawn = a_batch(step_config, data)
+
+    @jax.jit
+    def loss(learned):
+        return ts.denoising_loss(learned, frozen, drawn, step_config)[0]
+
+    learned = train.fresh_state(step_config, [0]).learned
+    gradient = jax.jit(jax.grad(loss))(learned)
+    norm = float(optax.tree.norm(gradient))
+    assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(gradient))
+    step = 1e-3 / norm  # the loss moves by 1e-3
+    ahead, behind = (
+        float(loss(jax.tree.map(lambda x, g, sign=sign: x + sign * step / norm * g, learned, gradient)))
+        for sign in (1, -1)
+    )
+    assert (ahead - behind) / (2 * step) == pytest.approx(norm, rel=0.02)
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_it_starts_as_the_base_model(tiny_pipeline, method):
+    learned = jax.device_get(METHODS[method].from_config(config_of(method), tiny_pipeline.networks).init(
+        jax.random.key(0), tiny_pipeline.networks
+    ))  # fmt: skip
+    assert not any(x.any() for x in jax.tree.leaves(learned))
+
+
+def test_what_is_learned(tiny_pipeline):
+    networks = tiny_pipeline.networks
+    shapes = {
+        method: {
+            "/".join(path): x.shape
+            for path, x in flatten_dict(
+                jax.eval_shape(
+                    partial(METHODS[method].from_config(config_of(method), networks).init, networks=networks),
+                    jax.random.key(0),
+                )
+            ).items()
+        }
+        for method in RIVALS
+    }
+    assert shapes["textual_inversion"] == {"word": (32,)}
+    unet = {f"unet/{'/'.join(path)}": x.shape for path, x in flatten_dict(tiny_pipeline.params["unet"]).items()}
+    assert shapes["dreambooth"] == unet
+    projections = {name: shape for name, shape in unet.items() if "attn2/to_k" in name or "attn2/to_v" in name}
+    assert len(projections) == 8  # keys and values of the four cross-attentions
+    assert shapes["custom_diffusion"] == projections | {"word": (32,)}
+
+
+def concept_of(method: str, tiny_pipeline, scale: float = 0.1) -> artifact.Concept:
+    """A concept of random changes."""
+    networks = tiny_pipeline.networks
+    of_method = METHODS[method].from_config(config_of(method), networks)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(partial(of_method.init, networks=networks), jax.random.key(0))
+    learned = jax.tree.map(lambda x: (scale * rng.normal(size=x.shape)).astype(np.float32), shapes)
+    return artifact.Concept(learned, of_method, "teapot", (), tiny_pipeline.fingerprint, "", 1, 0.01, 0)
+
+
+def test_textual_inversion_is_another_row_of_the_embedding(tiny_pipeline):
+    concept = concept_of("textual_inversion", tiny_pipeline)
+    prompts = ["a photo of a teapot in the snow", "a red Teapot"]
+    (token,) = tiny_pipeline.tokenizer.word("teapot")
+    text = jax.tree.map(np.array, tiny_pipeline.params["text"][0])
+    for strength in (1.0, 0.5):
+        moved = jax.tree.map(np.copy, text)
+        moved["text_model"]["embeddings"]["token_embedding"]["embedding"][token] += strength * concept.learned["word"]
+        edited = dataclasses.replace(tiny_pipeline, params=tiny_pipeline.params | {"text": (moved,)})
+        expected = sampling.condition(edited, prompts).states
+        ours = sampling.condition(tiny_pipeline, prompts, [concept], strength).states
+        assert max_error(ours, expected) < 1e-5
+    base = sampling.condition(tiny_pipeline, ["a car"]).states
+    np.testing.assert_array_equal(sampling.condition(tiny_pipeline, ["a car"], [concept]).states, base)
+
+
+@pytest.mark.parametrize("method", ["dreambooth", "custom_diffusion"])
+def test_the_identifier_and_the_unet(tiny_pipeline, method):
+    concept = concept_of(method, tiny_pipeline)
+    learned = dict(concept.learned)
+    if "word" in learned:
+        learned["word"] = 0 * learned["word"]
+    still = dataclasses.replace(concept, learned=learned)
+    states = sampling.condition(tiny_pipeline, ["a red Teapot, a teapot, a car"], [still]).states
+    assert max_error(states, sampling.condition(tiny_pipeline, ["a red sks Teapot, a teapot, a car"]).states) < 1e-5
+    moved = flatten_dict(sampling.with_unet(tiny_pipeline, [concept], 0.5).params["unet"])
+    change = flatten_dict(concept.learned["unet"])
+    for path, base in flatten_dict(tiny_pipeline.params["unet"]).items():
+        expected = np.asarray(base) + np.float32(0.5) * change.get(path, np.float32(0))
+        np.testing.assert_allclose(moved[path], expected, atol=1e-6)
+    assert sampling.with_unet(tiny_pipeline, [concept], 0.0) is tiny_pipeline
+
+
+def test_the_prior(setting, tiny_pipeline):
+    """The batch has the class's pictures beside the photos, without the identifier, and the loss their weighted sum."""
+    step_config, data, frozen = setting("dreambooth")
+    prior = data.prior
+    assert (prior.photos[0], prior.mean.shape[2]) == (3, 1)
+    drawn = sampling.draw_latents(
+        tiny_pipeline, ["a photo of a teapot"] * 3, range(3), sampling.SamplerConfig(2, 7.5, 4)
+    )
+    ((latents, real),) = list(drawn)
+    np.testing.assert_allclose(prior.mean[0, :3, 0], latents[:real], atol=1e-5)
+    both = a_batch(step_config, data)
+    size = step_config.batch_size
+    assert both.latents.shape[1] == 2 * size
+    np.testing.assert_array_equal(both.weight[0, :, 0, 0, 0], [1.0] * size + [0.5] * size)
+    learned = train.fresh_state(step_config, [0]).learned
+
+    def loss(part: slice) -> float:
+        share = jax.tree.map(lambda x: x[:, part], both)
+        return float(ts.denoising_loss(learned, frozen, share.replace(weight=None), step_config)[0])
+
+    own, of_class = loss(slice(None, size)), loss(slice(size, None))
+    whole = float(ts.denoising_loss(learned, frozen, both, step_config)[0])
+    assert whole == pytest.approx((own + 0.5 * of_class) / 2, rel=1e-4)
+    plain, _, _ = setting("dreambooth", **{"prior.weight": 0.0})
+    assert plain.method.prior_weight == 0
+
+
+def test_the_background_in_the_loss(setting):
+    mask = np.zeros((8, 8), bool)
+    mask[:4, :3] = True
+    photo = Photo("a", np.zeros((8, 8, 3), np.uint8), mask)
+    ((own, mirrored),) = subject_weights([photo], (1, 2, 4, 4, 4), 0.25)
+    share = np.array([[1, 0.5, 0, 0]] * 2 + [[0] * 4] * 2)
+    expected = 0.25 + 0.75 * share
+    np.testing.assert_allclose(own[..., 0], expected / expected.mean(), rtol=1e-6)
+    np.testing.assert_array_equal(mirrored, own[:, ::-1])
+    assert subject_weights([photo], (1, 2, 4, 4, 4), 1.0) is None
+    bare = dataclasses.replace(photo, mask=None)
+    with pytest.raises(UserError, match=r"background_weight=0\.5: photo a has no mask, or an empty one; give masks"):
+        subject_weights([bare], (1, 2, 4, 4, 4), 0.5)
+
+    step_config, data, frozen = setting("catversion", **{"train.background_weight": 0.25})
+    drawn = a_batch(step_config, data)
+    learned = train.fresh_state(step_config, [0]).learned
+    context = step_config.method.condition(
+        *jax.tree.map(lambda x: x[0], (learned, drawn.prompts)), frozen.text, step_config.networks
+    )
+    alpha = frozen.alphas_cumprod[drawn.timesteps[0]][:, None, None, None]
+    noisy = jnp.sqrt(alpha) * drawn.latents[0] + jnp.sqrt(1 - alpha) * drawn.noise[0]
+    prediction = step_config.networks.unet.apply({"params": frozen.unet}, noisy, drawn.timesteps[0], *context)
+    weighted = np.asarray(drawn.weight[0]) * np.square(np.asarray(prediction) - np.asarray(drawn.noise[0]))
+    assert float(ts.denoising_loss(learned, frozen, drawn, step_config)[0]) == pytest.approx(weighted.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_trained_stored_and_drawn(tiny_model, tiny_pipeline, tmp_path, method):
+    config = config_of(method, tiny_model, tmp_path / "run")
+    assert train.train(config) == 0
+    concept = artifact.load(tmp_path / "run")
+    assert concept.method == METHODS[method].from_config(config, tiny_pipeline.networks)
+    assert any(x.any() for x in jax.tree.leaves(concept.learned))
+    artifact.save(tmp_path / "again.safetensors", concept)
+    again = artifact.load(tmp_path / "again.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, again.learned, concept.learned)
+    assert again.metadata() == concept.metadata()
+    if method == "custom_diffusion":
+        arguments = ["--prompt=a teapot", "--num=1", "--steps=1", f"--out={tmp_path}"]
+        catversion("generate", f"--embedding={tmp_path / 'run'}", *arguments)
+        assert (tmp_path / "a-teapot_0.png").is_file()
+
+
+def test_batches(tiny_model, tmp_path):
+    """Words are learned side by side; UNets are not."""
+    lines = tmp_path / "list.jsonl"
+    lines.write_text(f'{{"id": "a", "dir": "{TEAPOT / "train"}", "class_word": "teapot"}}\n')
+    config = config_of("textual_inversion", tiny_model, tmp_path / "out", **{"batch.slots": 2})
+    assert batch.run(config, lines, Process()) == 0
+    assert artifact.load(tmp_path / "out" / "a").learned["word"].any()
+    with pytest.raises(UserError, match=r"config\.method='dreambooth': changes the UNet, which concepts share"):
+        batch.run(config_of("dreambooth", tiny_model, tmp_path / "out"), lines, Process())
