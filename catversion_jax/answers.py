@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,24 +115,29 @@ def base_model(job: Job, drawing: Drawing) -> Pipeline:
     return pipeline
 
 
-Paint = Callable[[Sequence[str], float], list[UInt8[np.ndarray, "H W 3"]]]
-"""(prompts, strength) -> a picture with each seed."""
+def paint(
+    pipeline: Pipeline, prompts: Sequence[str], drawing: Drawing, concepts: Sequence[Concept], name: str = ""
+) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """A picture of each prompt with each seed; `name` is whose progress is shown."""
+    each = [prompt for prompt in prompts for _ in drawing.seeds]
+    seeds = list(drawing.seeds) * len(prompts)
+    drawn = sampling.paint(pipeline, each, seeds, drawing.sampler, concepts, drawing.strength)
+    return list(tqdm(drawn, total=len(each), unit=" pictures", desc=name, leave=False))
+
+
+@functools.cache
+def paint_base(pipeline: Pipeline, prompts: tuple[str, ...], drawing: Drawing) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """The base model's pictures, which concepts share."""
+    return paint(pipeline, prompts, drawing, ())
 
 
 def draw(job: Job, drawing: Drawing, judges: Judges) -> Answers:
     """Pictures of the concept, their masks where the references have some, and how far the base model moved."""
-    concept, strength = job.concept, drawing.strength
+    concept = job.concept
     pipeline = base_model(job, drawing)
-
-    def paint(prompts: Sequence[str], strength: float) -> list[UInt8[np.ndarray, "H W 3"]]:
-        each = [prompt for prompt in prompts for _ in drawing.seeds]
-        again = list(drawing.seeds) * len(prompts)
-        drawn = sampling.paint(pipeline, each, again, drawing.sampler, [concept], strength)
-        return list(tqdm(drawn, total=len(each), unit=" pictures", desc=job.name, leave=False))
-
     prompts = [prompt for prompt in job.prompts for _ in drawing.seeds]
-    images = paint(job.prompts, strength)
-    unrelated = measure_drift(pipeline, concept, drawing, judges, paint)
+    images = paint(pipeline, job.prompts, drawing, [concept], job.name)
+    unrelated = measure_drift(pipeline, concept, drawing, judges)
     photos = read_references(job, pipeline.networks.resolution)
     if photos[0].mask is None or not concept.class_word:
         return Answers(prompts, Pictures(images, None), unrelated)
@@ -142,18 +147,19 @@ def draw(job: Job, drawing: Drawing, judges: Judges) -> Answers:
     return Answers(prompts, Pictures(images, see(np.stack(images), prompts)), unrelated, float(np.mean(overlaps)))
 
 
-def measure_drift(
-    pipeline: Pipeline, concept: Concept, drawing: Drawing, judges: Judges, paint: Paint
-) -> dict[str, Values]:
+def measure_drift(pipeline: Pipeline, concept: Concept, drawing: Drawing, judges: Judges) -> dict[str, Values]:
     """The drift of each unrelated prompt that does not hold the class word."""
-    strengths = (0.0, drawing.strength)
-    prompts = without_word(pipeline.tokenizer, concept.class_word, drawing.unrelated)
-    drawn = [np.split(np.stack(paint(prompts, s)), len(prompts)) for s in strengths] if prompts else [[], []]
+    prompts = tuple(without_word(pipeline.tokenizer, concept.class_word, drawing.unrelated))
+    if not prompts:
+        return {}
+    pictures = (paint_base(pipeline, prompts, drawing), paint(pipeline, prompts, drawing, [concept]))
+    drawn = (np.split(np.stack(images), len(prompts)) for images in pictures)
+    states = (
+        (context(pipeline, [p]).states, context(pipeline, [p], [concept], drawing.strength).states) for p in prompts
+    )
     return {
-        prompt: scores.of_unrelated(
-            base, moved, [context(pipeline, [prompt], [concept], s).states for s in strengths], judges
-        )
-        for prompt, base, moved in zip(prompts, *drawn, strict=True)
+        prompt: scores.of_unrelated(base, moved, of_prompt, judges)
+        for prompt, base, moved, of_prompt in zip(prompts, *drawn, states, strict=True)
     }
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "batch": ("batch", "learn many concepts at once, from a manifest"),
     "evaluate": ("evaluate", "score pictures of a concept, drawn here or before; benchmarks"),
     "bench": ("bench.command", "time the training step, for many sizes, and against PyTorch"),
+    "study": ("study.command", "the paper's tables: CatVersion against its rivals, and its ablation"),
     "sweep": ("sweep", "train and score settings on a folder of concepts with held-out photos"),
     "convert": ("convert.command", "an adapter of the paper's authors to a concept, or back"),
     "export": ("export", "a learned concept for PyTorch pipelines and ComfyUI"),

@@ -59,7 +59,7 @@ class Networks:
         return self.unet.config.sample_size * self.vae.config.downscale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is itself: parameters are not compared
 class Pipeline:
     """A loaded base model. `params` has the keys text (a tree for each text encoder), unet and vae."""
 

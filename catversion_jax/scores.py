@@ -76,7 +76,9 @@ def of_prompts(prompts: Sequence[str], drawn: Pictures, references: Pictures, ju
     return dict(zip(unique, units, strict=True))
 
 
-def of_unrelated(base: Sequence[UInt8[np.ndarray, "h w 3"]], moved, states: tuple, judges: Judges) -> Values:
+def of_unrelated(
+    base: Sequence[UInt8[np.ndarray, "h w 3"]], moved, states: Sequence[np.ndarray], judges: Judges
+) -> Values:
     """The values of an unrelated prompt: its pictures and text states in the base model and with the concept."""
     seen = judges.clip.image([*base, *moved])
     return {

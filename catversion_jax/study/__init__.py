@@ -1,0 +1,1 @@
+"""`catversion study`: the paper's two tables, CatVersion against its rivals and its ablation, on the mini model."""

@@ -1,0 +1,188 @@
+"""`catversion study rivals` and `catversion study ablation`: the paper's two tables, from training to the numbers.
+
+What is learned and judged stays in --out, a row at a time: the same command goes on where it was interrupted.
+"""
+
+import datetime
+import json
+import re
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from PIL import Image
+
+from catversion_jax import config as config_lib
+from catversion_jax import encoders
+from catversion_jax.answers import Drawing
+from catversion_jax.artifact import Concept
+from catversion_jax.data.photos import read_photos
+from catversion_jax.errors import UserError
+from catversion_jax.evaluate import UNRELATED, versions
+from catversion_jax.files import write_atomically
+from catversion_jax.grid import grid
+from catversion_jax.pipeline import Pipeline
+from catversion_jax.scores import Judges
+from catversion_jax.study import scoring, table
+from catversion_jax.study.learning import learn
+from catversion_jax.study.settings import ABLATION, FULL, QUICK, RIVALS, Scale, Setting
+from catversion_jax.train import given_config, load_model
+
+POSITIONALS = ("TABLE",)
+CONFIGS = Path(__file__).parents[2] / "configs"
+CONCEPTS = Path(__file__).parents[1] / "concepts"
+BASE = Setting("base model", "", {})
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", str(CONFIGS / "mini.py"), "What every setting starts from.")
+    flags.DEFINE_string("concepts", str(CONCEPTS), "A folder of concepts with train/, heldout/ and their masks.")
+    flags.DEFINE_string("out", "runs/study", "Where everything is kept; what is there is not done again.")
+    flags.DEFINE_bool("quick", False, "Two concepts, 150 steps, 2 seeds, 4 prompts: within half an hour a table.")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all settings of a table share."""
+
+    config: ConfigDict
+    folders: tuple[Path, ...]
+    scale: Scale
+    out: Path
+    pipeline: Pipeline
+    judges: Judges
+    drawing: Drawing
+
+    def config_of(self, setting: Setting) -> ConfigDict:
+        config = self.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(setting.changes)
+        config.train.steps = self.scale.steps or config.train.steps
+        config.sample.every, config.checkpoint.every, config.checkpoint.keep = 0, config.train.steps, 1
+        return config
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return tuple(self.config.sample.prompts[: self.scale.prompts])
+
+    def place(self, setting: Setting) -> Path:
+        return self.out / "-".join(re.sub(r"[^\w.]+", "-", part) for part in (setting.group, setting.name))
+
+    def learned(self, setting: Setting) -> tuple[dict[str, Concept], float | None]:
+        return learn(self.config_of(setting), self.folders, self.place(setting), self.pipeline)
+
+    def judged(self, setting: Setting, learned: Callable[[], tuple[dict[str, Concept], float | None]]) -> dict:
+        """A row of the table, with the pictures beside it; once."""
+        place = self.place(setting)
+        path = place / "row.json"
+        if not path.is_file():
+            concepts, seconds = learned()
+            drawing = scoring.untouched(self.drawing) if setting == BASE else self.drawing
+            judged = scoring.judge(concepts, self.folders, self.templates, drawing, self.judges)
+            place.mkdir(parents=True, exist_ok=True)
+            for name, pictures in judged.pictures.items():
+                strip = Image.fromarray(np.concatenate(pictures, axis=1))
+                write_atomically(place / f"{name}.png", strip.save)
+            row = {"group": setting.group, "name": setting.name, "seconds": seconds, **judged.scores}
+            if setting == BASE:
+                row |= {"seconds": None, "numbers": 0}
+            write_atomically(path, lambda file: file.write_text(json.dumps(row, indent=1)))
+        return json.loads(path.read_text())
+
+    def candidate(self, setting: Setting) -> dict:
+        """How well a setting does on the photos it learned from; once."""
+        path = self.place(setting) / "candidate.json"
+        if not path.is_file():
+            concepts, seconds = self.learned(setting)
+            fitness = scoring.fitness(concepts, self.folders, self.templates, self.drawing, self.judges, self.pipeline)
+            row = {"group": setting.group, "name": setting.name, "fitness": fitness, "seconds": seconds}
+            row["numbers"] = scoring.size(concepts)
+            write_atomically(path, lambda file: file.write_text(json.dumps(row, indent=1)))
+        return json.loads(path.read_text())
+
+
+def rivals(study: Study) -> tuple[list[Setting], str]:
+    """Each method at the best of its rates; and the table of all of them."""
+    tried = {setting: study.candidate(setting) for setting in RIVALS}
+    best: dict[str, Setting] = {}
+    for setting, row in tried.items():
+        if setting.group not in best or row["fitness"] > tried[best[setting.group]]["fitness"]:
+            best[setting.group] = setting
+    rows = [row | {"chosen": setting in best.values()} for setting, row in tried.items()]
+    return list(best.values()), table.of_candidates(rows)
+
+
+def ablation(study: Study) -> tuple[list[Setting], str]:
+    return list(ABLATION), ""
+
+
+TABLES = {"rivals": rivals, "ablation": ablation}
+
+
+def main(arguments: flags.FlagValues, name: str) -> int:
+    """Write table.md and a grid of each concept's pictures."""
+    if name not in TABLES:
+        raise UserError(f"{name}: no such table; expected one of {', '.join(TABLES)}")
+    start = time.monotonic()
+    study = open_study(arguments, name)
+    settings, candidates = TABLES[name](study)
+    learned = partial(study.learned, settings[0])
+    rows = [study.judged(BASE, learned), *(study.judged(s, partial(study.learned, s)) for s in settings)]
+    minutes = (time.monotonic() - start) / 60
+    text = "\n".join(filter(None, [header(name, study, minutes), table.of_scores(rows), candidates]))
+    write_atomically(study.out / "table.md", lambda path: path.write_text(text))
+    for folder in study.folders:
+        image = picture_grid(study, folder, [BASE, *settings])
+        write_atomically(study.out / f"{folder.name}.png", image.save)
+    print(text)
+    print(f"{study.out / 'table.md'}; pictures: {', '.join(str(study.out / f'{f.name}.png') for f in study.folders)}")
+    return 0
+
+
+def open_study(arguments: flags.FlagValues, name: str) -> Study:
+    config = given_config(arguments)
+    scale = QUICK if arguments.quick else FULL
+    root = config_lib.expand(arguments.concepts)
+    folders = sorted(path.parent for path in root.glob("*/concept.json"))
+    if scale.concepts:
+        folders = [root / concept for concept in scale.concepts if (root / concept) in folders]
+    if not folders:
+        raise UserError(f"{root}: no concepts; expected folders with concept.json, train/ and heldout/")
+    pipeline = load_model(config, len(folders))
+    judges = Judges(encoders.of_model(config_lib.model_path(config)), None)
+    sampler = config_lib.sampler_config(config)
+    drawing = Drawing(sampler, tuple(range(scale.seeds)), 1.0, UNRELATED[: scale.unrelated], "", config.model.dtype)
+    out = config_lib.expand(arguments.out) / (f"{name}-quick" if arguments.quick else name)
+    return Study(config, tuple(folders), scale, out, pipeline, judges, drawing)
+
+
+def header(name: str, study: Study, minutes: float) -> str:
+    """What has to be said with the numbers."""
+    steps = study.scale.steps or study.config.train.steps
+    sampler, (device, *_) = study.drawing.sampler, jax.devices()
+    lines = (
+        f"`catversion study {name}`, {datetime.date.today()}, {minutes:.0f} minutes on {device.device_kind}.",
+        f"Concepts: {', '.join(folder.name for folder in study.folders)};",
+        f"{steps} steps of {study.config.train.batch_size}, seed {study.config.seed}.",
+        f"Pictures: {study.scale.prompts} prompts x seeds 0 to {study.scale.seeds - 1},",
+        f"{sampler.steps} steps, guidance {sampler.guidance}; unrelated: {', '.join(study.drawing.unrelated)}.",
+        "In brackets, 95 % bootstrap intervals over the prompts of all concepts.",
+        ", ".join(f"{package} {version}" for package, version in versions().items()),
+    )
+    return textwrap.fill(" ".join(lines), 120) + "\n"
+
+
+def picture_grid(study: Study, folder: Path, settings: Sequence[Setting]) -> Image.Image:
+    """Held-out photos, then a row for each setting: its first picture of each prompt."""
+    side = study.pipeline.networks.resolution
+    strips = [np.asarray(Image.open(study.place(setting) / f"{folder.name}.png")) for setting in settings]
+    rows = [np.split(strip, strip.shape[1] // side, axis=1) for strip in strips]
+    photos = [photo.image for photo in read_photos(folder / "heldout", side, folder / "heldout_masks")]
+    labels = ["held out", *(f"{setting.group} {setting.name}" for setting in settings)]
+    return grid([photos[: len(rows[0])], *rows], labels, scoring.prompts(folder, study.templates), captions_above=1)

@@ -1,0 +1,85 @@
+"""A setting's concepts, judged as `catversion evaluate` does: by held-out photos, masks and unrelated prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from catversion_jax import answers, config, metrics, sampling, scores
+from catversion_jax.answers import Drawing, Job
+from catversion_jax.artifact import Concept
+from catversion_jax.pipeline import Pipeline
+from catversion_jax.scores import Judges, Values
+from catversion_jax.study.learning import described
+from catversion_jax.tree import count
+from catversion_jax.types import UInt8
+
+SELECTING_SEED = 1000
+"""The first seed of the pictures that a rate is chosen by; those of the table begin at 0."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row's numbers, and pictures for people: of each concept, the first of each prompt."""
+
+    scores: dict
+    pictures: dict[str, list[UInt8[np.ndarray, "h w 3"]]]
+
+
+def prompts(folder: Path, templates: Sequence[str]) -> tuple[str, ...]:
+    concept = described(folder)
+    return tuple(config.fill(template, concept["class_word"], concept["article"]) for template in templates)
+
+
+def judge(
+    concepts: dict[str, Concept], folders: Sequence[Path], templates: Sequence[str], drawing: Drawing, judges: Judges
+) -> Judged:
+    """The scores of all concepts, with intervals over them, and each concept's."""
+    units: list[Values] = []
+    rows, pictures = [], {}
+    for folder in folders:
+        concept = concepts[folder.name]
+        asked = prompts(folder, templates)
+        job = Job(folder.name, asked, folder / "heldout", folder / "heldout_masks", concept, folder, None)
+        references = answers.pictures_of(answers.read_references(job))
+        answer = answers.draw(job, drawing, judges)
+        related = scores.of_prompts(answer.prompts, answer.pictures, references, judges)
+        rows.append({"concept": folder.name} | scores.concept_row(related, answer.unrelated))
+        units += scores.concept_units(related, answer.unrelated)
+        pictures[folder.name] = list(answer.pictures.images[:: len(drawing.seeds)])
+    return Judged(scores.summarize(units) | {"numbers": size(concepts), "concepts": rows}, pictures)
+
+
+def fitness(
+    concepts: dict[str, Concept],
+    folders: Sequence[Path],
+    templates: Sequence[str],
+    drawing: Drawing,
+    judges: Judges,
+    pipeline: Pipeline,
+) -> float:
+    """The overall score against the photos that were learned from, by pictures that no table shows: what a rate is
+    chosen by."""
+    values = []
+    for folder in folders:
+        asked = [prompt for prompt in prompts(folder, templates) for _ in drawing.seeds]
+        seeds = [SELECTING_SEED + seed for seed in drawing.seeds] * len(templates)
+        seen = judges.clip.image(list(sampling.paint(pipeline, asked, seeds, drawing.sampler, [concepts[folder.name]])))
+        learned_from = answers.read_references(
+            Job(folder.name, (), folder / "train", folder / "train_masks", None, folder, None)
+        )
+        references = judges.clip.image([photo.image for photo in learned_from])
+        clip_t = metrics.clip_t(seen, judges.clip.text(asked)).mean()
+        values.append(metrics.overall(clip_t, metrics.clip_i(seen, references).mean()))
+    return float(np.mean(values))
+
+
+def untouched(drawing: Drawing) -> Drawing:
+    """How the base model's pictures are drawn."""
+    return replace(drawing, strength=0.0)
+
+
+def size(concepts: dict[str, Concept]) -> int:
+    """How many numbers are learned of a concept."""
+    return max(count(concept.learned) for concept in concepts.values())

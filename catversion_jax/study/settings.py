@@ -1,0 +1,64 @@
+"""What is compared: the rows of each table, and how much of it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of a table's work is done."""
+
+    concepts: tuple[str, ...] | None  # folders; None: all there are
+    steps: int | None  # of training; None: as the config has it
+    seeds: int  # pictures of each prompt
+    prompts: int  # of config.sample.prompts
+    unrelated: int  # of evaluate.UNRELATED
+
+
+QUICK = Scale(("teapot", "dog"), 150, 2, 4, 3)
+FULL = Scale(None, None, 4, 8, 6)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A way to learn: what it changes in the config."""
+
+    group: str
+    name: str
+    changes: dict[str, object]
+
+
+RATES = {
+    "catversion": (0.00625, 0.0125, 0.025),
+    "textual_inversion": (1e-3, 3e-3, 1e-2),
+    "dreambooth": (3e-5, 1e-4, 3e-4),
+    "custom_diffusion": (3e-4, 1e-3, 3e-3),
+}
+"""The learning rates that each method is tried at. The published ones are for a UNet 64 times as large: here they learn
+nothing in so few steps."""
+
+RIVALS = tuple(
+    Setting(method, f"rate {rate:g}", {"method": method, "train.learning_rate": rate})
+    for method, rates in RATES.items()
+    for rate in rates
+)
+
+ABLATION = (
+    Setting("config", "configs/mini.py", {}),
+    Setting("layers", "first three", {"adapter.layers": (0, 1, 2)}),
+    Setting("layers", "middle three", {"adapter.layers": (4, 5, 6)}),
+    Setting("layers", "all", {"adapter.layers": tuple(range(12))}),
+    Setting("layers", "the last one", {"adapter.layers": (-1,)}),
+    Setting("parts", "keys only", {"adapter.parts": ("key",)}),
+    Setting("parts", "values only", {"adapter.parts": ("value",)}),
+    Setting("length", "P = 1", {"adapter.length": 1}),
+    Setting("length", "P = 2", {"adapter.length": 2}),
+    Setting("length", "P = 8", {"adapter.length": 8}),
+    Setting("init", "standard deviation 0.01", {"adapter.init_std": 0.01}),
+    Setting("init", "standard deviation 1", {"adapter.init_std": 1.0}),
+    Setting("logit bias", "1", {"adapter.logit_bias": 1.0}),
+    Setting("scope", "all", {"adapter.scope": "all"}),
+    Setting("class word", "none in training, scope all", {"adapter.scope": "all", "concept.templates": ("a photo",)}),
+    Setting("background", "weight 0 in the loss", {"train.background_weight": 0.0}),
+)
+"""Each row changes the config in one thing, or two where one makes no sense alone: without the class word in the
+training prompt, nothing sees a prefix of scope `trigger`."""

@@ -1,0 +1,51 @@
+"""The tables of a study, in Markdown."""
+
+from collections.abc import Callable, Sequence
+
+from catversion_jax.page import number
+
+
+def score(name: str) -> Callable[[dict], str]:
+    return lambda row: number(row[name], row["intervals"][name])
+
+
+def seconds(row: dict) -> str:
+    return "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+
+
+def numbers(row: dict) -> str:
+    return f"{row['numbers']:,}" if row["numbers"] else ""
+
+
+LABELS = (("", lambda row: row["group"]), ("setting", lambda row: row["name"]))
+SCORED = (
+    ("CLIP-T", score("clip_t")),
+    ("CLIP-I", score("clip_i")),
+    ("masked CLIP-I", score("masked_clip_i")),
+    ("overall", score("overall")),
+    ("prior drift", score("prior_drift")),
+    ("drift of text", score("prior_drift_text")),
+)
+COST = (("numbers learned", numbers), ("seconds a concept", seconds))
+"""Columns: header, and what stands there of a row."""
+
+
+def markdown(rows: Sequence[dict], columns: Sequence[tuple[str, Callable[[dict], str]]]) -> str:
+    """A line for each row."""
+    header = [name for name, _ in columns]
+    rule = ["---"] * len(LABELS) + ["--:"] * (len(columns) - len(LABELS))
+    lines = [header, rule, *([cell(row) for _, cell in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def of_scores(rows: Sequence[dict]) -> str:
+    return markdown(rows, (*LABELS, *SCORED, *COST))
+
+
+def of_candidates(rows: Sequence[dict]) -> str:
+    """What each method was tried at, and what of that was chosen."""
+    columns = (
+        ("overall, on the photos learned from", lambda row: number(row["fitness"])),
+        ("chosen", lambda row: "yes" if row["chosen"] else ""),
+    )
+    return markdown(rows, (*LABELS, *columns, *COST))

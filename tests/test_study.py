@@ -1,0 +1,141 @@
+"""`catversion study`: the tables from training to the numbers, on the tiny model; what is done is not done again."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from catversion_jax import config as config_lib
+from catversion_jax.errors import UserError
+from catversion_jax.methods import METHODS
+from catversion_jax.pipeline import MINI
+from catversion_jax.study import command, settings, table
+from catversion_jax.study.settings import Setting
+from configs.mini import get_config
+from tests import tiny
+from tests.commands import error_of
+
+SHIPPED = MINI.parent / "concepts"
+RIVALS = (
+    Setting("catversion", "rate 0.01", {"method": "catversion", "train.learning_rate": 0.01}),
+    Setting("catversion", "rate 1", {"method": "catversion", "train.learning_rate": 1.0}),
+    Setting("dreambooth", "rate 0.001", {"method": "dreambooth", "train.learning_rate": 1e-3}),
+)
+ABLATION = (settings.ABLATION[0], Setting("parts", "keys only", {"adapter.parts": ("key",)}))
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_model, tmp_path_factory):
+    """The quick tables of two concepts, two prompts and two steps."""
+    folder = tmp_path_factory.mktemp("study")
+    model = tiny.write(shutil.copytree(tiny_model, folder / "model"), seed=1, changes=tiny.IMAGE_CHANGES)
+    config = get_config()
+    config.update_from_flattened_dict({
+        "model.path": str(model), "adapter.layers": (1, 2, 3), "adapter.length": 1, "prior.pictures": 2,
+        "sample.steps": 2, "sample.batch_size": 2,
+    })  # fmt: skip
+    return SimpleNamespace(config=config, concepts=str(SHIPPED), out=str(folder / "out"), quick=True)
+
+
+@pytest.fixture(scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "QUICK", replace(settings.QUICK, steps=2, prompts=2, seeds=2, unrelated=1))
+        patch.setattr(command, "RIVALS", RIVALS)
+        patch.setattr(command, "ABLATION", ABLATION)
+        yield
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_rivals(arguments, small, monkeypatch, capsys):
+    assert command.main(arguments, "rivals") == 0
+    out = config_lib.expand(arguments.out) / "rivals-quick"
+    text = (out / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "Concepts: teapot, dog; 2 steps of 2, seed 0." in re.sub(r"\s+", " ", text)
+    header, _, base, ours, dreambooth, *candidates = cells(text)
+    assert header[2:6] == ["CLIP-T", "CLIP-I", "masked CLIP-I", "overall"]
+    assert (base[0], base[6], base[8]) == ("base model", "0.000 [0.000, 0.000]", "")
+    assert ours[0] == "catversion"
+    assert dreambooth[0] == "dreambooth"
+    assert float(dreambooth[6].split()[0]) > 0
+    fitness = {row[1]: float(row[2]) for row in candidates[2:]}
+    chosen = {row[1] for row in candidates[2:] if row[3] == "yes"}
+    better = max(("rate 0.01", "rate 1"), key=fitness.get)
+    assert chosen == {better, "rate 0.001"}
+    assert ours[1] == better
+    row = json.loads((out / f"catversion-{better.replace(' ', '-')}" / "row.json").read_text())
+    assert row["numbers"] == 3 * 2 * 2 * 16
+    assert row["seconds"] > 0
+    assert row["clip_i"] == pytest.approx(np.mean([concept["clip_i"] for concept in row["concepts"]]))
+    for name in ("teapot", "dog"):
+        assert Image.open(out / f"{name}.png").height > 4 * 128
+
+    def refuse(*_):
+        raise AssertionError("done already")
+
+    monkeypatch.setattr(command, "learn", refuse)
+    monkeypatch.setattr(command.scoring, "judge", refuse)
+    assert command.main(arguments, "rivals") == 0
+    assert cells((out / "table.md").read_text()) == cells(text)
+
+
+def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch):
+    """Interrupted after a setting was learned and before it was judged: it is judged, and not learned again."""
+    out = config_lib.expand(arguments.out) / "ablation-quick"
+    judge, judged = command.scoring.judge, []
+
+    def interrupted(concepts, *rest):
+        judged.append(concepts["dog"].method)
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        return judge(concepts, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command.scoring, "judge", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            command.main(arguments, "ablation")
+    assert not (out / "table.md").exists()
+    last = out / "parts-keys-only" / "dog" / "concept.safetensors"
+    before = last.stat().st_mtime_ns
+    monkeypatch.setattr(command.scoring, "judge", lambda *rest: judged.append("again") or judge(*rest))
+    assert command.main(arguments, "ablation") == 0
+    assert judged[3:] == ["again"]
+    assert last.stat().st_mtime_ns == before
+    rows = cells((out / "table.md").read_text())
+    assert [row[:2] for row in rows[2:]] == [["base model", ""], ["config", "configs/mini.py"], ["parts", "keys only"]]
+
+
+def test_the_tables_settings_can_be_had(mini):
+    """Every row is a config that the mini model can learn."""
+    groups = {}
+    for setting in (*settings.RIVALS, *settings.ABLATION):
+        config = get_config()
+        config.update_from_flattened_dict(setting.changes)
+        config_lib.check(config, without=("run_dir", "data.dir", "concept.class_word"))
+        config_lib.method(config, mini.networks)
+        groups.setdefault(setting.group, []).append(setting.name)
+    assert groups.keys() >= METHODS.keys()
+    assert len({len(groups[method]) for method in METHODS}) == 1  # an equal budget
+
+
+def test_what_is_not_known_is_left_empty():
+    row = {"group": "a", "name": "b", "seconds": None, "numbers": 1234, "intervals": {}}
+    scores = dict.fromkeys(("clip_t", "clip_i", "masked_clip_i", "overall", "prior_drift", "prior_drift_text"))
+    *_, line = cells(table.of_scores([row | scores | {"intervals": scores}]))
+    assert line == ["a", "b", *["not measured"] * 6, "1,234", ""]
+
+
+def test_mistakes(tmp_path):
+    assert error_of("study", "nothing").endswith("nothing: no such table; expected one of rivals, ablation")
+    assert f"{tmp_path}: no concepts" in error_of("study", "rivals", f"--concepts={tmp_path}")
+    with pytest.raises(UserError, match="no concepts"):
+        command.main(SimpleNamespace(config=get_config(), concepts=str(tmp_path), out="", quick=True), "rivals")
