@@ -54,7 +54,9 @@ def denoise(
         noise = step_noise(seeds, call.index, guided.shape[1:])
         return schedulers.step(state, guided, noise, call.update), None
 
-    return jax.lax.scan(step, state, calls, unroll=len(calls.index) == 1)[0]
+    if len(calls.index) == 1:  # no loop: train_step.chunk says why
+        return step(state, jax.tree.map(lambda x: x[0], calls))[0]
+    return jax.lax.scan(step, state, calls)[0]
 
 
 def sample_latents(

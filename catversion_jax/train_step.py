@@ -203,11 +203,13 @@ def train_step(
 def chunk(
     state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig, length: int
 ) -> tuple[TrainState, dict[str, Float[Array, "length C"]]]:
-    """`length` steps in one dispatch. A single step is unrolled: XLA's CPU convolutions are 3 to 28 times slower in
-    a loop body."""
-    return jax.lax.scan(
-        lambda state, _: train_step(state, frozen, data, config=config), state, length=length, unroll=length == 1
-    )
+    """`length` steps in one dispatch. A single one is no loop, not even one that is unrolled: XLA's CPU convolutions
+    are 1.3 to 28 times slower in a loop's body (docs/performance.md)."""
+    one = partial(train_step, frozen=frozen, data=data, config=config)
+    if length == 1:
+        state, metrics = one(state)
+        return state, jax.tree.map(lambda x: x[None], metrics)
+    return jax.lax.scan(lambda state, _: one(state), state, length=length)
 
 
 EVALUATED = 8  # noisy photos per concept in an evaluation
