@@ -1,4 +1,5 @@
-# make demo: install into .venv and personalize the shipped teapot.   make test: all tests.
+# make demo: install into .venv and personalize the shipped teapot.   make study: the tables of docs/results.md, quick.
+# make test: all tests.
 # PYTHON chooses the interpreter (3.11 or later).
 
 PYTHON ?= python3
@@ -10,10 +11,14 @@ TEAPOT := catversion_jax/concepts/teapot
 DEMO := --config.run_dir=runs/demo --config.concept.class_word=teapot \
 	--config.data.dir=$(TEAPOT)/train --config.data.masks_dir=$(TEAPOT)/train_masks
 
-.PHONY: demo test parity full-size tpu lint clean
+.PHONY: demo study test parity full-size tpu lint clean
 
 demo: .venv/installed
 	$(BIN)/catversion train --config=configs/mini.py $(DEMO) --resume
+
+study: .venv/installed
+	$(BIN)/catversion study rivals --quick
+	$(BIN)/catversion study ablation --quick
 
 test: .venv/tested
 	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/full_size --ignore=tests/tpu -n 2 --dist loadfile --durations=15

@@ -21,6 +21,10 @@ class Pictures:
     def masked(self) -> list[UInt8[np.ndarray, "h w 3"]]:
         return [fill_background(image, mask) for image, mask in zip(self.images, self.masks, strict=True)]
 
+    def backgrounds(self) -> list[UInt8[np.ndarray, "h w 3"]]:
+        """What is not the subject."""
+        return [fill_background(image, ~mask) for image, mask in zip(self.images, self.masks, strict=True)]
+
 
 @dataclass(frozen=True)
 class Judges:

@@ -63,10 +63,10 @@ def test_rivals(arguments, small, monkeypatch, capsys):
     assert "Concepts: teapot, dog; 2 steps of 2, seed 0." in re.sub(r"\s+", " ", text)
     header, _, base, ours, dreambooth, *candidates = cells(text)
     assert header[2:6] == ["CLIP-T", "CLIP-I", "masked CLIP-I", "overall"]
-    assert (base[0], base[6], base[8]) == ("base model", "0.000 [0.000, 0.000]", "")
+    assert (base[0], base[7], base[9]) == ("base model", "0.000 [0.000, 0.000]", "")
     assert ours[0] == "catversion"
     assert dreambooth[0] == "dreambooth"
-    assert float(dreambooth[6].split()[0]) > 0
+    assert float(dreambooth[7].split()[0]) > 0
     fitness = {row[1]: float(row[2]) for row in candidates[2:]}
     chosen = {row[1] for row in candidates[2:] if row[3] == "yes"}
     better = max(("rate 0.01", "rate 1"), key=fitness.get)
@@ -114,6 +114,20 @@ def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch
     assert [row[:2] for row in rows[2:]] == [["base model", ""], ["config", "configs/mini.py"], ["parts", "keys only"]]
 
 
+def test_pairs(arguments, small):
+    assert command.main(arguments, "pairs") == 0
+    out = config_lib.expand(arguments.out) / "pairs-quick"
+    teapot, dog = cells((out / "table.md").read_text())[2:]
+    assert teapot[:2] == ["teapot and dog", "teapot"]
+    assert dog[:2] == ["teapot and dog", "dog"]
+    for line in (teapot, dog):
+        assert all(-1 <= float(value) <= 1 for value in line[2:5])
+    shown = [float(line[5].rstrip("%")) for line in (teapot, dog)]
+    assert teapot[6] == dog[6]
+    assert float(teapot[6].rstrip("%")) <= min(shown)
+    assert Image.open(out / "teapot-and-dog.png").height > 2 * 128
+
+
 def test_the_tables_settings_can_be_had(mini):
     """Every row is a config that the mini model can learn."""
     groups = {}
@@ -129,13 +143,15 @@ def test_the_tables_settings_can_be_had(mini):
 
 def test_what_is_not_known_is_left_empty():
     row = {"group": "a", "name": "b", "seconds": None, "numbers": 1234, "intervals": {}}
-    scores = dict.fromkeys(("clip_t", "clip_i", "masked_clip_i", "overall", "prior_drift", "prior_drift_text"))
+    scores = dict.fromkeys(
+        ("clip_t", "clip_i", "masked_clip_i", "overall", "prior_drift", "prior_drift_text", "copied")
+    )
     *_, line = cells(table.of_scores([row | scores | {"intervals": scores}]))
-    assert line == ["a", "b", *["not measured"] * 6, "1,234", ""]
+    assert line == ["a", "b", *["not measured"] * 7, "1,234", ""]
 
 
 def test_mistakes(tmp_path):
-    assert error_of("study", "nothing").endswith("nothing: no such table; expected one of rivals, ablation")
+    assert error_of("study", "nothing").endswith("nothing: no such table; expected one of rivals, ablation, pairs")
     assert f"{tmp_path}: no concepts" in error_of("study", "rivals", f"--concepts={tmp_path}")
     with pytest.raises(UserError, match="no concepts"):
         command.main(SimpleNamespace(config=get_config(), concepts=str(tmp_path), out="", quick=True), "rivals")

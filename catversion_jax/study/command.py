@@ -1,4 +1,4 @@
-"""`catversion study rivals` and `catversion study ablation`: the paper's two tables, from training to the numbers.
+"""`catversion study rivals`, `ablation` and `pairs`: the tables of docs/results.md, from training to the numbers.
 
 What is learned and judged stays in --out, a row at a time: the same command goes on where it was interrupted.
 """
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import jax
@@ -30,9 +31,10 @@ from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.pipeline import Pipeline
 from catversion_jax.scores import Judges
+from catversion_jax.study import pairs as two
 from catversion_jax.study import scoring, table
 from catversion_jax.study.learning import learn
-from catversion_jax.study.settings import ABLATION, FULL, QUICK, RIVALS, Scale, Setting
+from catversion_jax.study.settings import ABLATION, CONFIG, FULL, QUICK, RIVALS, Scale, Setting
 from catversion_jax.train import given_config, load_model
 
 POSITIONALS = ("TABLE",)
@@ -87,8 +89,7 @@ class Study:
             judged = scoring.judge(concepts, self.folders, self.templates, drawing, self.judges)
             place.mkdir(parents=True, exist_ok=True)
             for name, pictures in judged.pictures.items():
-                strip = Image.fromarray(np.concatenate(pictures, axis=1))
-                write_atomically(place / f"{name}.png", strip.save)
+                write_atomically(place / f"{name}.png", strip(pictures).save)
             row = {"group": setting.group, "name": setting.name, "seconds": seconds, **judged.scores}
             if setting == BASE:
                 row |= {"seconds": None, "numbers": 0}
@@ -107,41 +108,71 @@ class Study:
         return json.loads(path.read_text())
 
 
-def rivals(study: Study) -> tuple[list[Setting], str]:
-    """Each method at the best of its rates; and the table of all of them."""
+@dataclass(frozen=True)
+class Table:
+    text: str
+    grids: dict[str, Image.Image]  # by file name
+
+
+def of_settings(study: Study, settings: Sequence[Setting], more: str = "") -> Table:
+    """A row for the base model and each setting, and a grid for each concept."""
+    learned = partial(study.learned, settings[0])
+    rows = [study.judged(BASE, learned), *(study.judged(s, partial(study.learned, s)) for s in settings)]
+    grids = {folder.name: picture_grid(study, folder, [BASE, *settings]) for folder in study.folders}
+    return Table("\n".join(filter(None, [table.of_scores(rows), more])), grids)
+
+
+def rivals(study: Study) -> Table:
+    """Each method at the best of its rates, and all of them."""
     tried = {setting: study.candidate(setting) for setting in RIVALS}
     best: dict[str, Setting] = {}
     for setting, row in tried.items():
         if setting.group not in best or row["fitness"] > tried[best[setting.group]]["fitness"]:
             best[setting.group] = setting
     rows = [row | {"chosen": setting in best.values()} for setting, row in tried.items()]
-    return list(best.values()), table.of_candidates(rows)
+    return of_settings(study, list(best.values()), table.of_candidates(rows))
 
 
-def ablation(study: Study) -> tuple[list[Setting], str]:
-    return list(ABLATION), ""
+def ablation(study: Study) -> Table:
+    return of_settings(study, ABLATION)
 
 
-TABLES = {"rivals": rivals, "ablation": ablation}
+def pairs(study: Study) -> Table:
+    """Every two concepts in one prompt."""
+    concepts, _ = study.learned(CONFIG)
+    found = {}
+    for folders in combinations(study.folders, 2):
+        name = "-and-".join(folder.name for folder in folders)
+        path = study.out / f"{name}.json"
+        if not path.is_file():
+            pair = two.judge(folders, concepts, study.templates, study.drawing, study.pipeline, study.judges)
+            for variant, pictures in pair.pictures.items():
+                write_atomically(study.out / f"{name}-{variant}.png", strip(pictures).save)
+            row = {"rows": pair.rows, "both": pair.both, "variants": list(pair.pictures)}
+            write_atomically(path, lambda file, row=row: file.write_text(json.dumps(row, indent=1)))
+        found[name] = json.loads(path.read_text())
+    grids = {}
+    for folders, (name, pair) in zip(combinations(study.folders, 2), found.items(), strict=True):
+        rows = [unstrip(study, study.out / f"{name}-{variant}.png") for variant in pair["variants"]]
+        grids[name] = grid(rows, pair["variants"], two.prompts(folders, study.templates))
+    return Table(table.of_pairs(found), grids)
+
+
+TABLES = {"rivals": rivals, "ablation": ablation, "pairs": pairs}
 
 
 def main(arguments: flags.FlagValues, name: str) -> int:
-    """Write table.md and a grid of each concept's pictures."""
+    """Write table.md and grids of pictures."""
     if name not in TABLES:
         raise UserError(f"{name}: no such table; expected one of {', '.join(TABLES)}")
     start = time.monotonic()
     study = open_study(arguments, name)
-    settings, candidates = TABLES[name](study)
-    learned = partial(study.learned, settings[0])
-    rows = [study.judged(BASE, learned), *(study.judged(s, partial(study.learned, s)) for s in settings)]
-    minutes = (time.monotonic() - start) / 60
-    text = "\n".join(filter(None, [header(name, study, minutes), table.of_scores(rows), candidates]))
+    made = TABLES[name](study)
+    text = f"{header(name, study, (time.monotonic() - start) / 60)}\n{made.text}"
     write_atomically(study.out / "table.md", lambda path: path.write_text(text))
-    for folder in study.folders:
-        image = picture_grid(study, folder, [BASE, *settings])
-        write_atomically(study.out / f"{folder.name}.png", image.save)
-    print(text)
-    print(f"{study.out / 'table.md'}; pictures: {', '.join(str(study.out / f'{f.name}.png') for f in study.folders)}")
+    for name, image in made.grids.items():
+        write_atomically(study.out / f"{name}.png", image.save)
+    print(f"{text}\n{study.out / 'table.md'}; pictures: {', '.join(str(study.out / f'{n}.png') for n in made.grids)}")
     return 0
 
 
@@ -178,11 +209,20 @@ def header(name: str, study: Study, minutes: float) -> str:
     return textwrap.fill(" ".join(lines), 120) + "\n"
 
 
+def strip(pictures: Sequence[np.ndarray]) -> Image.Image:
+    return Image.fromarray(np.concatenate(pictures, axis=1))
+
+
+def unstrip(study: Study, path: Path) -> list[np.ndarray]:
+    """The pictures of a `strip`."""
+    image = np.asarray(Image.open(path))
+    return np.split(image, image.shape[1] // study.pipeline.networks.resolution, axis=1)
+
+
 def picture_grid(study: Study, folder: Path, settings: Sequence[Setting]) -> Image.Image:
     """Held-out photos, then a row for each setting: its first picture of each prompt."""
-    side = study.pipeline.networks.resolution
-    strips = [np.asarray(Image.open(study.place(setting) / f"{folder.name}.png")) for setting in settings]
-    rows = [np.split(strip, strip.shape[1] // side, axis=1) for strip in strips]
-    photos = [photo.image for photo in read_photos(folder / "heldout", side, folder / "heldout_masks")]
+    rows = [unstrip(study, study.place(setting) / f"{folder.name}.png") for setting in settings]
+    photos = read_photos(folder / "heldout", study.pipeline.networks.resolution, folder / "heldout_masks")
     labels = ["held out", *(f"{setting.group} {setting.name}" for setting in settings)]
-    return grid([photos[: len(rows[0])], *rows], labels, scoring.prompts(folder, study.templates), captions_above=1)
+    held_out = [photo.image for photo in photos[: len(rows[0])]]
+    return grid([held_out, *rows], labels, scoring.prompts(folder, study.templates), captions_above=1)

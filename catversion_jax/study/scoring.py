@@ -10,7 +10,7 @@ from catversion_jax import answers, config, metrics, sampling, scores
 from catversion_jax.answers import Drawing, Job
 from catversion_jax.artifact import Concept
 from catversion_jax.pipeline import Pipeline
-from catversion_jax.scores import Judges, Values
+from catversion_jax.scores import Judges, Pictures, Values
 from catversion_jax.study.learning import described
 from catversion_jax.tree import count
 from catversion_jax.types import UInt8
@@ -42,13 +42,27 @@ def judge(
         concept = concepts[folder.name]
         asked = prompts(folder, templates)
         job = Job(folder.name, asked, folder / "heldout", folder / "heldout_masks", concept, folder, None)
-        references = answers.pictures_of(answers.read_references(job))
+        references = photos(folder, "heldout")
         answer = answers.draw(job, drawing, judges)
         related = scores.of_prompts(answer.prompts, answer.pictures, references, judges)
         rows.append({"concept": folder.name} | scores.concept_row(related, answer.unrelated))
+        rows[-1]["copied"] = copied(answer.pictures, photos(folder, "train"), judges)
         units += scores.concept_units(related, answer.unrelated)
         pictures[folder.name] = list(answer.pictures.images[:: len(drawing.seeds)])
-    return Judged(scores.summarize(units) | {"numbers": size(concepts), "concepts": rows}, pictures)
+    of_row = {"numbers": size(concepts), "copied": float(np.mean([row["copied"] for row in rows])), "concepts": rows}
+    return Judged(scores.summarize(units) | of_row, pictures)
+
+
+def photos(folder: Path, part: str) -> Pictures:
+    """A concept's `train` or `heldout` photos, with their masks."""
+    job = Job(folder.name, (), folder / part, folder / f"{part}_masks", None, folder, None)
+    return answers.pictures_of(answers.read_references(job))
+
+
+def copied(drawn: Pictures, learned_from: Pictures, judges: Judges) -> float:
+    """How near the pictures' backgrounds, without the subject, are to those of the photos learned from: the mean
+    cosine over all pairs."""
+    return float(metrics.clip_i(*(judges.clip.image(x.backgrounds()) for x in (drawn, learned_from))).mean())
 
 
 def fitness(
@@ -66,10 +80,7 @@ def fitness(
         asked = [prompt for prompt in prompts(folder, templates) for _ in drawing.seeds]
         seeds = [SELECTING_SEED + seed for seed in drawing.seeds] * len(templates)
         seen = judges.clip.image(list(sampling.paint(pipeline, asked, seeds, drawing.sampler, [concepts[folder.name]])))
-        learned_from = answers.read_references(
-            Job(folder.name, (), folder / "train", folder / "train_masks", None, folder, None)
-        )
-        references = judges.clip.image([photo.image for photo in learned_from])
+        references = judges.clip.image(photos(folder, "train").images)
         clip_t = metrics.clip_t(seen, judges.clip.text(asked)).mean()
         values.append(metrics.overall(clip_t, metrics.clip_i(seen, references).mean()))
     return float(np.mean(values))

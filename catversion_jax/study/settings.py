@@ -42,8 +42,9 @@ RIVALS = tuple(
     for rate in rates
 )
 
+CONFIG = Setting("config", "configs/mini.py", {})
 ABLATION = (
-    Setting("config", "configs/mini.py", {}),
+    CONFIG,
     Setting("layers", "first three", {"adapter.layers": (0, 1, 2)}),
     Setting("layers", "middle three", {"adapter.layers": (4, 5, 6)}),
     Setting("layers", "all", {"adapter.layers": tuple(range(12))}),

@@ -23,6 +23,7 @@ SCORED = (
     ("CLIP-I", score("clip_i")),
     ("masked CLIP-I", score("masked_clip_i")),
     ("overall", score("overall")),
+    ("background copied", lambda row: number(row["copied"])),
     ("prior drift", score("prior_drift")),
     ("drift of text", score("prior_drift_text")),
 )
@@ -31,9 +32,9 @@ COST = (("numbers learned", numbers), ("seconds a concept", seconds))
 
 
 def markdown(rows: Sequence[dict], columns: Sequence[tuple[str, Callable[[dict], str]]]) -> str:
-    """A line for each row."""
+    """A line for each row; the first two columns are text."""
     header = [name for name, _ in columns]
-    rule = ["---"] * len(LABELS) + ["--:"] * (len(columns) - len(LABELS))
+    rule = ["---"] * 2 + ["--:"] * (len(columns) - 2)
     lines = [header, rule, *([cell(row) for _, cell in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -49,3 +50,18 @@ def of_candidates(rows: Sequence[dict]) -> str:
         ("chosen", lambda row: "yes" if row["chosen"] else ""),
     )
     return markdown(rows, (*LABELS, *columns, *COST))
+
+
+def of_pairs(pairs: dict[str, dict]) -> str:
+    """A line for each concept of each pair, by the pair's name."""
+    rows = [row | {"pair": name, "both": pair["both"]} for name, pair in pairs.items() for row in pair["rows"]]
+    columns = (
+        ("pair", lambda row: row["pair"].replace("-", " ")),
+        ("concept", lambda row: row["concept"]),
+        ("at its word: base model", lambda row: number(row["base"])),
+        ("this concept alone", lambda row: number(row["alone"])),
+        ("both", lambda row: number(row["together"])),
+        ("shown", lambda row: f"{row['shown']:.0%}"),
+        ("both shown", lambda row: f"{row['both']:.0%}"),
+    )
+    return markdown(rows, columns)
