@@ -17,6 +17,7 @@ def get_config(method: str = "catversion"):
     config.adapter.scope = "trigger"
     config.train.steps = 400
     config.train.learning_rate = 0.0125
+    config.prior.pictures = 16
     config.sample.steps = 20
     config.sample.guidance = 3.0
     config.sample.every = 200
