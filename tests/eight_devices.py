@@ -41,8 +41,7 @@ def run(model: str, name: str, concepts: int) -> dict[str, np.ndarray]:
     data = stack(*(concept(3 + i, seed=i, size=16) for i in range(concepts)))
     state, data = jax.device_put(state, place), jax.device_put(data, place)
     frozen = freeze(pipe, mesh, FROZEN)
-    step = ts.compile_chunk(config, 1)
-    text = step.lower(state, frozen, data).compile().as_text()
+    step = ts.compile_chunk(config, 1).lower(state, frozen, data).compile()
     losses = []
     for _ in range(STEPS):
         state, metrics = step(state, frozen, data)
@@ -53,7 +52,7 @@ def run(model: str, name: str, concepts: int) -> dict[str, np.ndarray]:
         "losses": np.stack(losses),
         "prefix": np.asarray(state.learned["prefix"]),
         "mesh": np.asarray(list(mesh.shape.values())),
-        "collectives": np.asarray(sorted(set(COLLECTIVE.findall(text)))),
+        "collectives": np.asarray(sorted(set(COLLECTIVE.findall(step.as_text())))),
         "held": np.float32(held),
     }
 

@@ -187,12 +187,12 @@ def flags(model: Path, run_dir: Path, path: Path, **changes) -> list[str]:
 
 def test_killed_and_started_again(tiny_model, tmp_path):
     """At whatever moment it dies, the same command goes on from the last checkpoint."""
-    lines = [{**LINES[i], "steps": 30} for i in range(4)]
+    lines = [{**LINES[i], "steps": 12} for i in range(4)]
     path = write(tmp_path / "list.jsonl", lines)
-    run = flags(tiny_model, tmp_path / "out", path, **{"checkpoint.every": 10})
+    run = flags(tiny_model, tmp_path / "out", path, **{"checkpoint.every": 4})
     process = subprocess.Popen(command(*run), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     kept = tmp_path / "out" / "checkpoints" / "0-of-1"
-    while not list(kept.glob("[1-9]0")):
+    while not list(kept.glob("[48]")):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -201,9 +201,9 @@ def test_killed_and_started_again(tiny_model, tmp_path):
     clock = max(int(folder.name) for folder in kept.iterdir() if folder.name.isdigit())
     catversion(*run)
     assert {entry["status"] for entry in report(tmp_path / "out").values()} == {"done"}
-    # 3 slots, 4 concepts of 30 steps: two rounds of 30; the clock begins where it was kept
-    assert max(int(folder.name) for folder in kept.iterdir() if folder.name.isdigit()) <= 60
-    assert clock >= 10
+    # 3 slots, 4 concepts of 12 steps: two rounds of 12; the clock begins where it was kept
+    assert max(int(folder.name) for folder in kept.iterdir() if folder.name.isdigit()) <= 24
+    assert clock >= 4
     assert batch.run(config_of(tiny_model, tmp_path / "whole"), path, Process()) == 0
     assert_close(prefixes(tmp_path / "out"), prefixes(tmp_path / "whole"))
     assert "all 4 concepts are done already" in catversion(*run).stdout

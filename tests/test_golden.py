@@ -13,7 +13,7 @@ from catversion_jax import train_step as ts
 from catversion_jax.adapter import Prefix
 from catversion_jax.catversion import CatVersion
 from catversion_jax.method import Method
-from catversion_jax.sharding import make_mesh
+from catversion_jax.sharding import make_mesh, sharding
 from catversion_jax.source import open_source
 from catversion_jax.state import Frozen, init_state
 from tests.conftest import max_error
@@ -111,9 +111,10 @@ def test_gradient_and_twenty_steps(mini, golden):
     prompts = text.lower(encoder, params, golden["train.token_ids"], jnp.ones((2, 77, 1), bool), stop=LAYERS[0])
     state = init_state([0], config.method, networks, config.optimizer.transformation())
     state = state.replace(learned={"prefix": jnp.asarray(golden["prefix.p1_bias0"])[None]})
+    state = jax.device_put(state, sharding(config.mesh, "concept"))
 
-    @jax.jit
-    def step(state, noise, timesteps):
+    @jax.jit  # weights that it closes over would be constants, which XLA is slow to compile
+    def step(state, frozen, prompts, noise, timesteps):
         batch = ts.Batch(jnp.asarray(golden["train.latents"]), noise, timesteps, (prompts,))
         batch = jax.tree.map(lambda x: x[None], batch)
         grad = jax.grad(lambda learned: ts.denoising_loss(learned, frozen, batch, config).sum())(state.learned)
@@ -121,7 +122,8 @@ def test_gradient_and_twenty_steps(mini, golden):
 
     losses = []
     for i in range(20):
-        state, metrics, grad = step(state, golden["train.noise"][i], golden["train.timesteps"][i].astype(np.int32))
+        drawn = golden["train.noise"][i], golden["train.timesteps"][i].astype(np.int32)
+        state, metrics, grad = step(state, frozen, prompts, *drawn)
         losses.append(metrics["loss"][0])
         if i == 0:
             reference = golden["train.grad_step0"]
