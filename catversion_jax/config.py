@@ -94,9 +94,13 @@ def default() -> ConfigDict:
     })  # fmt: skip
 
 
-def stable_diffusion(path: str, variant: str = "fp16") -> ConfigDict:
-    """The paper's setting on a published model: bfloat16, and prompts to judge the pictures by."""
+def stable_diffusion(path: str, variant: str = "fp16", method: str = "catversion") -> ConfigDict:
+    """A method's published setting on a published model: bfloat16, and prompts to judge the pictures by."""
+    if method not in METHODS:
+        raise UserError(f"{method}: no such method; expected one of {', '.join(METHODS)}")
     config = default()
+    config.method = method
+    config.update_from_flattened_dict(METHODS[method].published)
     config.model.path = path
     config.model.variant = variant
     config.model.dtype = "bfloat16"

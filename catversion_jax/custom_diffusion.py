@@ -10,14 +10,7 @@ from catversion_jax.pipeline import Networks
 from catversion_jax.textual_inversion import TextualInversion
 from catversion_jax.types import Array, Key, Params
 
-PUBLISHED = {
-    "train.learning_rate": 8e-5,
-    "train.batch_size": 8,
-    "train.steps": 250,
-    "train.weight_decay": 1e-2,
-    "prior.weight": 1.0,
-    "prior.pictures": 200,
-}
+PUBLISHED = {"train.learning_rate": 8e-5, "train.batch_size": 8, "train.steps": 250, "prior.pictures": 200}
 """As in the paper, section 4, for one concept."""
 
 LAYERS = ("to_k", "to_v")
@@ -28,6 +21,8 @@ LAYERS = ("to_k", "to_v")
 class CustomDiffusion(DreamBooth, TextualInversion):
     """Learns `unet`: what is added to LAYERS; and `word`, as Textual Inversion does, but the identifier's. The paper's
     pictures of the class are real ones; here the base model draws them, which the paper looks at too."""
+
+    published = PUBLISHED
 
     def init(self, key: Key[Array, ""], networks: Networks) -> Params:
         every = flatten_dict(DreamBooth.init(self, key, networks))

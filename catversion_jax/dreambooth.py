@@ -2,7 +2,6 @@
 a second loss on the base model's own pictures of the class preserves what it knew."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +12,16 @@ from catversion_jax.method import Method
 from catversion_jax.pipeline import Networks, abstract
 from catversion_jax.types import Array, Float, Key, Params
 
-PUBLISHED = {
-    "train.learning_rate": 5e-6,
-    "train.batch_size": 1,
-    "train.steps": 800,
-    "train.weight_decay": 1e-2,
-    "prior.weight": 1.0,
-    "prior.pictures": 200,
-}
-"""As in the paper (rate, prior) and diffusers' examples/dreambooth (README, with prior preservation)."""
+PUBLISHED = {"train.learning_rate": 5e-6, "train.batch_size": 1, "train.steps": 800, "prior.pictures": 200}
+"""As in the README of diffusers' examples/dreambooth; the rate is the paper's."""
 
 
 @dataclass(frozen=True)
 class DreamBooth(Method):
     """Learns `unet`: what is added to each of the UNet's parameters. The text encoder stays as it is."""
 
-    changes_unet: ClassVar[bool] = True
+    published = PUBLISHED
+    changes_unet = True
     identifier: str
     prior_weight: float
 

@@ -22,6 +22,7 @@ class Method:
     scales what it does; at 0 the base model is left, exactly.
     """
 
+    published: ClassVar[dict[str, Any]] = {}  # hyperparameters: what differs from `config.default`
     changes_unet: ClassVar[bool] = False  # then concepts cannot share a step
     identifier: ClassVar[str] = ""  # a word that stands before the class word in every prompt; "": none
     prior_weight: ClassVar[float] = 0.0  # of the loss on the base model's own pictures of the class; 0: there are none

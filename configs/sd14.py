@@ -9,5 +9,5 @@ Result: not measured yet; the numbers of this config need a GPU or a TPU and the
 from catversion_jax.config import stable_diffusion
 
 
-def get_config():
-    return stable_diffusion("CompVis/stable-diffusion-v1-4")
+def get_config(method: str = "catversion"):
+    return stable_diffusion("CompVis/stable-diffusion-v1-4", method=method)

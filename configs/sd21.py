@@ -9,5 +9,5 @@ Result: not measured yet; the numbers of this config need a GPU or a TPU and the
 from catversion_jax.config import stable_diffusion
 
 
-def get_config():
-    return stable_diffusion("stabilityai/stable-diffusion-2-1")
+def get_config(method: str = "catversion"):
+    return stable_diffusion("stabilityai/stable-diffusion-2-1", method=method)

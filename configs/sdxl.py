@@ -9,8 +9,8 @@ Result: not measured yet; the numbers of this config need a GPU or a TPU and the
 from catversion_jax.config import stable_diffusion
 
 
-def get_config():
-    config = stable_diffusion("stabilityai/stable-diffusion-xl-base-1.0")
+def get_config(method: str = "catversion"):
+    config = stable_diffusion("stabilityai/stable-diffusion-xl-base-1.0", method=method)
     config.train.batch_size = 1
     config.sample.batch_size = 1
     return config

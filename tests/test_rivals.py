@@ -19,7 +19,8 @@ from catversion_jax.errors import UserError
 from catversion_jax.methods import METHODS
 from catversion_jax.preparation import prepare, subject_weights
 from catversion_jax.state import ConceptData
-from tests.commands import catversion
+from configs import sd15
+from tests.commands import catversion, error_of
 from tests.conftest import max_error
 from tests.test_commands import TEAPOT
 
@@ -107,6 +108,17 @@ def test_what_is_learned(tiny_pipeline):
     projections = {name: shape for name, shape in unet.items() if "attn2/to_k" in name or "attn2/to_v" in name}
     assert len(projections) == 8  # keys and values of the four cross-attentions
     assert shapes["custom_diffusion"] == projections | {"word": (32,)}
+
+
+def test_the_published_settings():
+    """`configs/sd15.py:METHOD` is the method with its own hyperparameters; an unknown one is refused in a line."""
+    settings = {method: sd15.get_config(method) for method in METHODS}
+    rates = {method: config.train.learning_rate for method, config in settings.items()}
+    assert rates == {"catversion": 0.01, "textual_inversion": 2e-3, "dreambooth": 5e-6, "custom_diffusion": 8e-5}
+    for config in settings.values():
+        config_lib.check(config, without=("run_dir", "data.dir", "concept.class_word"))
+    line = error_of("train", "--config=configs/sd15.py:lora")
+    assert "lora: no such method; expected one of catversion, textual_inversion" in line
 
 
 def concept_of(method: str, tiny_pipeline, scale: float = 0.1) -> artifact.Concept:
