@@ -28,7 +28,6 @@ from catversion_jax.data.photos import MAX_PHOTOS, Photo, is_candidate, read_pho
 from catversion_jax.data.posteriors import bucket
 from catversion_jax.errors import UserError, short
 from catversion_jax.manifest import Line
-from catversion_jax.methods import METHODS
 from catversion_jax.preparation import prepare
 from catversion_jax.report import Report
 from catversion_jax.run_dir import RunDir
@@ -58,10 +57,6 @@ def run(config: ConfigDict, path: Path, process: distributed.Process) -> int:
     config = config.copy_and_resolve_references()
     config.data.dir, config.concept.class_word = "", "thing"  # each line has its own
     config_lib.check(config, without=("data.dir",))
-    if METHODS[config.method].changes_unet:
-        raise UserError(
-            f"config.method={config.method!r}: changes the UNet, which concepts share; use catversion train"
-        )
     run = RunDir(config_lib.expand(config.run_dir))
     run.check(config, resume=True)
     size = bucket(max(1, *(photo_count(line, config, path.parent) for line in manifest.read(path))))

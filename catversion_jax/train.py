@@ -109,10 +109,17 @@ def stored_or_read(run: RunDir, config: ConfigDict, resolution: int) -> list[Pho
 
 
 def make_step_config(config: ConfigDict, networks: Networks, concepts: int = 1) -> StepConfig:
+    """Raises UserError where so many concepts cannot share a step."""
+    method = config_lib.method(config, networks)
+    if method.changes_unet and concepts > 1:
+        raise UserError(
+            f"config.method={config.method!r}: changes the UNet, which the {concepts} concepts of a step share; "
+            "learn one at a time, with catversion train"
+        )
     unet = UNet2DConditionModel(replace(networks.unet.config, remat=config.train.remat))
     return StepConfig(
         networks=replace(networks, unet=unet),
-        method=config_lib.method(config, networks),
+        method=method,
         optimizer=config_lib.optimizer_config(config),
         batch_size=config.train.batch_size,
         mesh=config_lib.mesh(config, concepts),

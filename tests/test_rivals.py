@@ -242,5 +242,6 @@ def test_batches(tiny_model, tmp_path):
     config = config_of("textual_inversion", tiny_model, tmp_path / "out", **{"batch.slots": 2})
     assert batch.run(config, lines, Process()) == 0
     assert artifact.load(tmp_path / "out" / "a").learned["word"].any()
-    with pytest.raises(UserError, match=r"config\.method='dreambooth': changes the UNet, which concepts share"):
-        batch.run(config_of("dreambooth", tiny_model, tmp_path / "out"), lines, Process())
+    refused = r"config\.method='dreambooth': changes the UNet, which the 8 concepts of a step share"
+    with pytest.raises(UserError, match=refused):
+        batch.run(config_of("dreambooth", tiny_model, tmp_path / "unets"), lines, Process())

@@ -1,5 +1,6 @@
 """`catversion study`: the tables from training to the numbers, on the tiny model; what is done is not done again."""
 
+import copy
 import json
 import re
 import shutil
@@ -86,6 +87,10 @@ def test_rivals(arguments, small, monkeypatch, capsys):
     monkeypatch.setattr(command.scoring, "judge", refuse)
     assert command.main(arguments, "rivals") == 0
     assert cells((out / "table.md").read_text()) == cells(text)
+    other = copy.copy(arguments)
+    other.config = get_config()
+    with pytest.raises(UserError, match=r"study\.json: of another config or other concepts; give the same ones"):
+        command.main(other, "rivals")
 
 
 def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch):

@@ -89,16 +89,22 @@ def random_data(
         lower = partial(text.lower, encoder, stop=stop)
         return jax.tree.map(draw, jax.eval_shape(lower, params, ids, visible))
 
-    views = jax.ShapeDtypeStruct((bucket(PHOTOS), 1 + config.data.flip, *networks.latent_shape), jnp.float32)
-    firsts = step_config.method.starts(networks)
-    return ConceptData(
-        mean=draw(views),
-        std=np.abs(draw(views)) / 10,
-        photos=np.full(concepts, PHOTOS, np.int32),
-        prompts=tuple(prompts(*of_one) for of_one in zip(networks.text, text_params, firsts, strict=True)),
-        prompt_count=np.full(concepts, templates, np.int32),
-        steps=np.full(concepts, config.train.steps, np.int32),
-    )
+    firsts, weighs = step_config.method.starts(networks), bool(step_config.method.prior_weight)
+
+    def pictures(count: int, views: int) -> ConceptData:
+        shape = jax.ShapeDtypeStruct((bucket(count), views, *networks.latent_shape), jnp.float32)
+        return ConceptData(
+            mean=draw(shape),
+            std=np.abs(draw(shape)) / 10,
+            photos=np.full(concepts, count, np.int32),
+            prompts=tuple(prompts(*of_one) for of_one in zip(networks.text, text_params, firsts, strict=True)),
+            prompt_count=np.full(concepts, templates, np.int32),
+            steps=np.full(concepts, config.train.steps, np.int32),
+            weight=np.ones((concepts, *shape.shape[:-1], 1), np.float32) if weighs else None,
+        )
+
+    prior = pictures(config.prior.pictures, 1) if weighs else None
+    return pictures(PHOTOS, 1 + config.data.flip).replace(prior=prior)
 
 
 def count_flops(config: ConfigDict, networks: Networks, concepts: int) -> float:

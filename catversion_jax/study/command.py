@@ -8,9 +8,8 @@ import json
 import re
 import textwrap
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from catversion_jax.evaluate import UNRELATED, versions
 from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.pipeline import Pipeline
+from catversion_jax.run_dir import plain
 from catversion_jax.scores import Judges
 from catversion_jax.study import pairs as two
 from catversion_jax.study import scoring, table
@@ -79,12 +79,22 @@ class Study:
     def learned(self, setting: Setting) -> tuple[dict[str, Concept], float | None]:
         return learn(self.config_of(setting), self.folders, self.place(setting), self.pipeline)
 
-    def judged(self, setting: Setting, learned: Callable[[], tuple[dict[str, Concept], float | None]]) -> dict:
+    def claim(self) -> None:
+        """Make the folder this study's. Raises UserError where it is another's."""
+        what = {"config": plain(self.config), "scale": asdict(self.scale), "concepts": [f.name for f in self.folders]}
+        text = json.dumps(what, indent=1) + "\n"
+        path = self.out / "study.json"
+        if path.is_file() and path.read_text() != text:
+            raise UserError(f"{path}: of another config or other concepts; give the same ones, or another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write_text(text))
+
+    def judged(self, setting: Setting, learned_by: Setting) -> dict:
         """A row of the table, with the pictures beside it; once."""
         place = self.place(setting)
         path = place / "row.json"
         if not path.is_file():
-            concepts, seconds = learned()
+            concepts, seconds = self.learned(learned_by)
             drawing = scoring.untouched(self.drawing) if setting == BASE else self.drawing
             judged = scoring.judge(concepts, self.folders, self.templates, drawing, self.judges)
             place.mkdir(parents=True, exist_ok=True)
@@ -116,8 +126,7 @@ class Table:
 
 def of_settings(study: Study, settings: Sequence[Setting], more: str = "") -> Table:
     """A row for the base model and each setting, and a grid for each concept."""
-    learned = partial(study.learned, settings[0])
-    rows = [study.judged(BASE, learned), *(study.judged(s, partial(study.learned, s)) for s in settings)]
+    rows = [study.judged(BASE, settings[0]), *(study.judged(setting, setting) for setting in settings)]
     grids = {folder.name: picture_grid(study, folder, [BASE, *settings]) for folder in study.folders}
     return Table("\n".join(filter(None, [table.of_scores(rows), more])), grids)
 
@@ -167,6 +176,7 @@ def main(arguments: flags.FlagValues, name: str) -> int:
         raise UserError(f"{name}: no such table; expected one of {', '.join(TABLES)}")
     start = time.monotonic()
     study = open_study(arguments, name)
+    study.claim()
     made = TABLES[name](study)
     text = f"{header(name, study, (time.monotonic() - start) / 60)}\n{made.text}"
     write_atomically(study.out / "table.md", lambda path: path.write_text(text))
