@@ -93,10 +93,10 @@ def load(path: str | Path) -> Concept:
         if odd := [f"{name} {x.dtype}" for name, x in tensors.items() if x.dtype != np.float32]:
             raise ValueError(f"{odd[0]}; expected float32")
         learned = unflatten_dict(tensors, sep="/")
-        concept = Concept(learned, method.from_metadata(metadata, learned), **values)
-    except ValueError as error:
+        values["templates"] = tuple(values["templates"])
+        return Concept(learned, method.from_metadata(metadata, learned), **values)
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}; expected a concept of format {FORMAT_VERSION}; copy it again") from None
-    return dataclasses.replace(concept, templates=tuple(concept.templates))
 
 
 def check_size(path: Path, most: int) -> None:

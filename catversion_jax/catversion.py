@@ -53,7 +53,7 @@ class CatVersion(Method):
                 raise ValueError(f"{name} {prefix.dtype} {list(prefix.shape)}; expected float32 {wanted}")
         if metadata["scope"] not in SCOPES:
             raise ValueError(f"scope {metadata['scope']!r}; expected one of {', '.join(SCOPES)}")
-        return cls(layers, metadata["logit_bias"], metadata["scope"])
+        return cls(layers, float(metadata["logit_bias"]), metadata["scope"])
 
     def metadata(self) -> dict[str, Any]:
         return {"logit_bias": self.logit_bias, "scope": self.scope} | dict(

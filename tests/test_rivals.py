@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from catversion_jax import artifact, batch, sampling, train
 from catversion_jax import config as config_lib
 from catversion_jax import train_step as ts
+from catversion_jax.convert import official
 from catversion_jax.data.photos import Photo, read_photos
 from catversion_jax.distributed import Process
 from catversion_jax.errors import UserError
@@ -229,6 +230,13 @@ def test_trained_stored_and_drawn(tiny_model, tiny_pipeline, tmp_path, method):
     again = artifact.load(tmp_path / "again.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again.learned, concept.learned)
     assert again.metadata() == concept.metadata()
+    if method == "textual_inversion":
+        refused = error_of("export", f"--embedding={tmp_path / 'run'}", f"--out={tmp_path / 'out'}")
+        assert "learned by textual_inversion; only catversion's can be exported" in refused
+        with pytest.raises(
+            UserError, match="learned by textual_inversion; the authors' format holds catversion's alone"
+        ):
+            official.write(tmp_path / "adapter.bin", concept, tmp_path)
     if method == "custom_diffusion":
         arguments = ["--prompt=a teapot", "--num=1", "--steps=1", f"--out={tmp_path}"]
         catversion("generate", f"--embedding={tmp_path / 'run'}", *arguments)

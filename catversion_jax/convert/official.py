@@ -9,9 +9,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
-from catversion_jax import artifact
 from catversion_jax.artifact import Concept
 from catversion_jax.catversion import CatVersion
 from catversion_jax.convert import torch_zip
@@ -58,10 +56,11 @@ def read(path: Path, class_word: str = "") -> Concept:
 
 def write(path: Path, concept: Concept, source: Path) -> None:
     """An authors' adapter of the concept at `source`, whole or not at all. Raises UserError for what it cannot hold."""
-    arrays = flatten_dict(concept.learned, sep="/")
-    fields = {"method": concept.method_name, **concept.method.metadata()}
-    fields |= {name: ["P", *array.shape[1:]] for name, array in arrays.items()}
-    expected = {"method": artifact.DEFAULT_METHOD, **FIXED.metadata(), "prefix": ["P", *SHAPE]}
+    if not isinstance(concept.method, CatVersion):
+        raise UserError(f"{source}: learned by {concept.method_name}; the authors' format holds catversion's alone")
+    arrays = concept.learned
+    fields = concept.method.metadata() | {name: ["P", *array.shape[1:]] for name, array in arrays.items()}
+    expected = FIXED.metadata() | {"prefix": ["P", *SHAPE]}
     odd = [f"{name} {x} (only {expected.get(name)})" for name, x in fields.items() if x != expected.get(name)]
     if odd:
         raise UserError(f"{source}: the authors' format cannot hold {', '.join(odd)}; use the concept as it is")
