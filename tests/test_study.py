@@ -46,7 +46,10 @@ def arguments(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "QUICK", replace(settings.QUICK, steps=2, prompts=2, seeds=2, unrelated=1))
+        quick = replace(settings.QUICK, steps=2, prompts=2, seeds=2, unrelated=1)
+        three = replace(quick, concepts=("teapot", "dog", "backpack"), unrelated=0)
+        scales = {"rivals": quick, "ablation": quick, "together": three}
+        patch.setattr(command, "TABLES", {k: kind._replace(quick=scales[k]) for k, kind in command.TABLES.items()})
         patch.setattr(command, "RIVALS", RIVALS)
         patch.setattr(command, "ABLATION", ABLATION)
         yield
@@ -119,18 +122,19 @@ def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch
     assert [row[:2] for row in rows[2:]] == [["base model", ""], ["config", "configs/mini.py"], ["parts", "keys only"]]
 
 
-def test_pairs(arguments, small):
-    assert command.main(arguments, "pairs") == 0
-    out = config_lib.expand(arguments.out) / "pairs-quick"
-    teapot, dog = cells((out / "table.md").read_text())[2:]
-    assert teapot[:2] == ["teapot and dog", "teapot"]
-    assert dog[:2] == ["teapot and dog", "dog"]
-    for line in (teapot, dog):
-        assert all(-1 <= float(value) <= 1 for value in line[2:5])
-    shown = [float(line[5].rstrip("%")) for line in (teapot, dog)]
-    assert teapot[6] == dog[6]
-    assert float(teapot[6].rstrip("%")) <= min(shown)
-    assert Image.open(out / "teapot-and-dog.png").height > 2 * 128
+def test_together(arguments, small):
+    assert command.main(arguments, "together") == 0
+    out = config_lib.expand(arguments.out) / "together-quick"
+    rows = cells((out / "table.md").read_text())[2:]
+    names = ["teapot and dog", "teapot and backpack", "dog and backpack", "teapot and dog and backpack"]
+    assert list(dict.fromkeys(row[0] for row in rows)) == names
+    for name in names:
+        of_group = [row for row in rows if row[0] == name]
+        assert [row[1] for row in of_group] == name.split(" and ")
+        assert all(-1 <= float(value) <= 1 for row in of_group for value in row[2:5])
+        shown = [float(row[5].rstrip("%")) for row in of_group]
+        assert float(of_group[0][6].rstrip("%")) <= min(shown)
+        assert Image.open(out / f"{name.replace(' ', '-')}.png").height > 2 * 128
 
 
 def test_the_tables_settings_can_be_had(mini):
@@ -156,7 +160,7 @@ def test_what_is_not_known_is_left_empty():
 
 
 def test_mistakes(tmp_path):
-    assert error_of("study", "nothing").endswith("nothing: no such table; expected one of rivals, ablation, pairs")
+    assert error_of("study", "nothing").endswith("nothing: no such table; expected one of rivals, ablation, together")
     assert f"{tmp_path}: no concepts" in error_of("study", "rivals", f"--concepts={tmp_path}")
     with pytest.raises(UserError, match="no concepts"):
         command.main(SimpleNamespace(config=get_config(), concepts=str(tmp_path), out="", quick=True), "rivals")

@@ -1,4 +1,4 @@
-"""`catversion study rivals`, `ablation` and `pairs`: the tables of docs/results.md, from training to the numbers.
+"""`catversion study rivals`, `ablation` and `together`: the tables of docs/results.md, from training to the numbers.
 
 What is learned and judged stays in --out, a row at a time: the same command goes on where it was interrupted.
 """
@@ -8,10 +8,11 @@ import json
 import re
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,10 +32,9 @@ from catversion_jax.grid import grid
 from catversion_jax.pipeline import Pipeline
 from catversion_jax.run_dir import plain
 from catversion_jax.scores import Judges
-from catversion_jax.study import pairs as two
-from catversion_jax.study import scoring, table
+from catversion_jax.study import scoring, table, together
 from catversion_jax.study.learning import learn
-from catversion_jax.study.settings import ABLATION, CONFIG, FULL, QUICK, RIVALS, Scale, Setting
+from catversion_jax.study.settings import ABLATION, CONFIG, FULL, QUICK, QUICK_TOGETHER, RIVALS, Scale, Setting
 from catversion_jax.train import given_config, load_model
 
 POSITIONALS = ("TABLE",)
@@ -47,7 +47,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", str(CONFIGS / "mini.py"), "What every setting starts from.")
     flags.DEFINE_string("concepts", str(CONCEPTS), "A folder of concepts with train/, heldout/ and their masks.")
     flags.DEFINE_string("out", "runs/study", "Where everything is kept; what is there is not done again.")
-    flags.DEFINE_bool("quick", False, "Two concepts, 150 steps, 2 seeds, 4 prompts: within half an hour a table.")
+    flags.DEFINE_bool("quick", False, "A small part of it: two or three concepts, few steps, seeds and prompts.")
 
 
 @dataclass(frozen=True)
@@ -146,28 +146,40 @@ def ablation(study: Study) -> Table:
     return of_settings(study, ABLATION)
 
 
-def pairs(study: Study) -> Table:
-    """Every two concepts in one prompt."""
+def several(study: Study) -> Table:
+    """Every two, and every three, concepts in one prompt."""
     concepts, _ = study.learned(CONFIG)
-    found = {}
-    for folders in combinations(study.folders, 2):
+    groups = [*combinations(study.folders, 2), *combinations(study.folders, 3)]
+    found, grids = {}, {}
+    for folders in groups:
         name = "-and-".join(folder.name for folder in folders)
         path = study.out / f"{name}.json"
         if not path.is_file():
-            pair = two.judge(folders, concepts, study.templates, study.drawing, study.pipeline, study.judges)
-            for variant, pictures in pair.pictures.items():
+            own = [concepts[folder.name] for folder in folders]
+            group = together.judge(folders, own, study.templates, study.drawing, study.pipeline, study.judges)
+            for variant, pictures in group.pictures.items():
                 write_atomically(study.out / f"{name}-{variant}.png", strip(pictures).save)
-            row = {"rows": pair.rows, "both": pair.both, "variants": list(pair.pictures)}
+            row = {"rows": group.rows, "all": group.all_shown, "variants": list(group.pictures)}
             write_atomically(path, lambda file, row=row: file.write_text(json.dumps(row, indent=1)))
         found[name] = json.loads(path.read_text())
-    grids = {}
-    for folders, (name, pair) in zip(combinations(study.folders, 2), found.items(), strict=True):
-        rows = [unstrip(study, study.out / f"{name}-{variant}.png") for variant in pair["variants"]]
-        grids[name] = grid(rows, pair["variants"], two.prompts(folders, study.templates))
-    return Table(table.of_pairs(found), grids)
+        variants = found[name]["variants"]
+        rows = [unstrip(study, study.out / f"{name}-{variant}.png") for variant in variants]
+        grids[name] = grid(rows, variants, together.prompts(folders, study.templates))
+    return Table(table.of_groups(found), grids)
 
 
-TABLES = {"rivals": rivals, "ablation": ablation, "pairs": pairs}
+class Kind(NamedTuple):
+    """A table: how it is made, and what --quick takes of it."""
+
+    make: Callable[[Study], Table]
+    quick: Scale
+
+
+TABLES = {
+    "rivals": Kind(rivals, QUICK),
+    "ablation": Kind(ablation, QUICK),
+    "together": Kind(several, QUICK_TOGETHER),
+}
 
 
 def main(arguments: flags.FlagValues, name: str) -> int:
@@ -177,7 +189,7 @@ def main(arguments: flags.FlagValues, name: str) -> int:
     start = time.monotonic()
     study = open_study(arguments, name)
     study.claim()
-    made = TABLES[name](study)
+    made = TABLES[name].make(study)
     text = f"{header(name, study, (time.monotonic() - start) / 60)}\n{made.text}"
     write_atomically(study.out / "table.md", lambda path: path.write_text(text))
     for name, image in made.grids.items():
@@ -188,7 +200,7 @@ def main(arguments: flags.FlagValues, name: str) -> int:
 
 def open_study(arguments: flags.FlagValues, name: str) -> Study:
     config = given_config(arguments)
-    scale = QUICK if arguments.quick else FULL
+    scale = TABLES[name].quick if arguments.quick else FULL
     root = config_lib.expand(arguments.concepts)
     folders = sorted(path.parent for path in root.glob("*/concept.json"))
     if scale.concepts:

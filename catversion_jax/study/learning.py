@@ -33,7 +33,7 @@ def learn(
     learning was interrupted. What is in `out` already is not learned again."""
     whole = not out.exists()
     start = time.monotonic()
-    (separately if METHODS[config.method].changes_unet else together)(config, folders, out, pipeline)
+    (separately if METHODS[config.method].changes_unet else side_by_side)(config, folders, out, pipeline)
     if whole:
         seconds = (time.monotonic() - start) / len(folders)
         write_atomically(out / SECONDS, lambda path: path.write_text(json.dumps(seconds)))
@@ -41,7 +41,7 @@ def learn(
     return {folder.name: artifact.load(out / folder.name) for folder in folders}, taken
 
 
-def together(config: ConfigDict, folders: Sequence[Path], out: Path, pipeline: Pipeline) -> None:
+def side_by_side(config: ConfigDict, folders: Sequence[Path], out: Path, pipeline: Pipeline) -> None:
     config = config.copy_and_resolve_references()
     config.run_dir, config.batch.slots = str(out), len(folders)
     lines = [

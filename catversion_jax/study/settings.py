@@ -15,6 +15,7 @@ class Scale:
 
 
 QUICK = Scale(("teapot", "dog"), 150, 2, 4, 3)
+QUICK_TOGETHER = Scale(("teapot", "backpack", "rocket"), None, 2, 4, 0)
 FULL = Scale(None, None, 4, 8, 6)
 
 

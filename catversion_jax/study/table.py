@@ -52,16 +52,16 @@ def of_candidates(rows: Sequence[dict]) -> str:
     return markdown(rows, (*LABELS, *columns, *COST))
 
 
-def of_pairs(pairs: dict[str, dict]) -> str:
-    """A line for each concept of each pair, by the pair's name."""
-    rows = [row | {"pair": name, "both": pair["both"]} for name, pair in pairs.items() for row in pair["rows"]]
+def of_groups(groups: dict[str, dict]) -> str:
+    """A line for each concept of each group, by the group's name."""
+    rows = [row | {"group": name, "all": group["all"]} for name, group in groups.items() for row in group["rows"]]
     columns = (
-        ("pair", lambda row: row["pair"].replace("-", " ")),
+        ("prompt", lambda row: row["group"].replace("-", " ")),
         ("concept", lambda row: row["concept"]),
         ("at its word: base model", lambda row: number(row["base"])),
         ("this concept alone", lambda row: number(row["alone"])),
-        ("both", lambda row: number(row["together"])),
+        ("all", lambda row: number(row["together"])),
         ("shown", lambda row: f"{row['shown']:.0%}"),
-        ("both shown", lambda row: f"{row['both']:.0%}"),
+        ("all shown", lambda row: f"{row['all']:.0%}"),
     )
     return markdown(rows, columns)
