@@ -164,6 +164,7 @@ def measure_drift(pipeline: Pipeline, concept: Concept, drawing: Drawing, judges
 
 
 def plain_prompt(concept: Concept) -> str:
-    """The prompt for the references: the first that the concept was learned with."""
-    (template, *_) = (*concept.templates, "a photo of {concept}")
+    """The prompt for the references: the first with the class word that the concept was learned with."""
+    templates = (*concept.templates, "a photo of {concept}")
+    template = next(template for template in templates if "{concept}" in template or "{class_word}" in template)
     return config.fill(template, concept.class_word, config.article(concept.class_word))

@@ -27,7 +27,11 @@ RIVALS = (
     Setting("catversion", "rate 1", {"method": "catversion", "train.learning_rate": 1.0}),
     Setting("dreambooth", "rate 0.001", {"method": "dreambooth", "train.learning_rate": 1e-3}),
 )
-ABLATION = (settings.ABLATION[0], Setting("parts", "keys only", {"adapter.parts": ("key",)}))
+ABLATION = (
+    settings.ABLATION[0],
+    Setting("class word", "none", {"adapter.scope": "all", "concept.templates": ("a photo",)}),
+    Setting("parts", "keys only", {"adapter.parts": ("key",)}),
+)
 
 
 @pytest.fixture(scope="module")

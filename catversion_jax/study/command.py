@@ -245,6 +245,6 @@ def picture_grid(study: Study, folder: Path, settings: Sequence[Setting]) -> Ima
     """Held-out photos, then a row for each setting: its first picture of each prompt."""
     rows = [unstrip(study, study.place(setting) / f"{folder.name}.png") for setting in settings]
     photos = read_photos(folder / "heldout", study.pipeline.networks.resolution, folder / "heldout_masks")
-    labels = ["held out", *(f"{setting.group} {setting.name}" for setting in settings)]
+    labels = ["held out", *(f"{setting.group} {setting.name}".replace("_", " ") for setting in settings)]
     held_out = [photo.image for photo in photos[: len(rows[0])]]
     return grid([held_out, *rows], labels, scoring.prompts(folder, study.templates), captions_above=1)
