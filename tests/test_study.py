@@ -107,7 +107,7 @@ def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch
 
     def interrupted(concepts, *rest):
         judged.append(concepts["dog"].method)
-        if len(judged) == 3:
+        if len(judged) == 4:
             raise KeyboardInterrupt
         return judge(concepts, *rest)
 
@@ -120,10 +120,11 @@ def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch
     before = last.stat().st_mtime_ns
     monkeypatch.setattr(command.scoring, "judge", lambda *rest: judged.append("again") or judge(*rest))
     assert command.main(arguments, "ablation") == 0
-    assert judged[3:] == ["again"]
+    assert judged[4:] == ["again"]
     assert last.stat().st_mtime_ns == before
     rows = cells((out / "table.md").read_text())
-    assert [row[:2] for row in rows[2:]] == [["base model", ""], ["config", "configs/mini.py"], ["parts", "keys only"]]
+    labels = [["base model", ""], ["config", "configs/mini.py"], ["class word", "none"], ["parts", "keys only"]]
+    assert [row[:2] for row in rows[2:]] == labels
 
 
 def test_together(arguments, small):
