@@ -220,7 +220,7 @@ def header(name: str, study: Study, minutes: float) -> str:
     steps = study.scale.steps or study.config.train.steps
     sampler, (device, *_) = study.drawing.sampler, jax.devices()
     lines = (
-        f"`catversion study {name}`, {datetime.date.today()}, {minutes:.0f} minutes on {device.device_kind}.",
+        f"`catversion study {name}`, {datetime.date.today()}, {minutes:.0f} minutes in its last run on {device.device_kind}.",
         f"Concepts: {', '.join(folder.name for folder in study.folders)};",
         f"{steps} steps of {study.config.train.batch_size}, seed {study.config.seed}.",
         f"Pictures: {study.scale.prompts} prompts x seeds 0 to {study.scale.seeds - 1},",
