@@ -141,19 +141,21 @@ def job_of(embedding: Path, concept: artifact.Concept, prompt: str) -> tuple[ans
 
 
 @pytest.mark.parametrize("scope", ["trigger", "all"])
-def test_drift(embedding, judging_model, tiny_pipeline, scope):
+def test_drift(embedding, judging_model, tiny_pipeline, scope, monkeypatch):
     """In the trigger scope nothing moves where the class word is not: not even a bit. The pictures are stand-ins, of
     which test_sampling.py tells the same."""
-    concept = dataclasses.replace(artifact.load(embedding), scope=scope)
+    stored = artifact.load(embedding)
+    concept = dataclasses.replace(stored, method=dataclasses.replace(stored.method, scope=scope))
     _, drawing = job_of(embedding, concept, "a teapot")
     judges = scores.Judges(encoders.of_model(judging_model), None)
     images = np.random.default_rng(0).integers(0, 256, (2, 2, 16, 16, 3), np.uint8)
 
-    def paint(prompts, strength):
-        assert prompts == ["a car"]  # the other one holds the class word
-        return list(images[0 if scope == "trigger" else int(strength)])
+    def paint(pipeline, prompts, drawing, concepts):
+        assert prompts == ("a car",)  # the other one holds the class word
+        return list(images[0 if scope == "trigger" else len(concepts)])
 
-    moved = answers.measure_drift(tiny_pipeline, concept, drawing, judges, paint)["a car"]
+    monkeypatch.setattr(answers, "paint", paint)
+    moved = answers.measure_drift(tiny_pipeline, concept, drawing, judges)["a car"]
     assert moved["prior_drift"].shape == (2,)
     if scope == "trigger":
         assert moved["prior_drift_text"].item() == moved["prior_drift"].max() == 0

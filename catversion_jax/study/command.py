@@ -224,7 +224,7 @@ def header(name: str, study: Study, minutes: float) -> str:
         f"Concepts: {', '.join(folder.name for folder in study.folders)};",
         f"{steps} steps of {study.config.train.batch_size}, seed {study.config.seed}.",
         f"Pictures: {study.scale.prompts} prompts x seeds 0 to {study.scale.seeds - 1},",
-        f"{sampler.steps} steps, guidance {sampler.guidance}; unrelated: {', '.join(study.drawing.unrelated)}.",
+        f"{sampler.steps} steps, guidance {sampler.guidance}; unrelated: {', '.join(study.drawing.unrelated) or 'none'}.",
         "In brackets, 95 % bootstrap intervals over the prompts of all concepts.",
         ", ".join(f"{package} {version}" for package, version in versions().items()),
     )
