@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from catversion_jax import config as config_lib
+from catversion_jax import scores
 from catversion_jax.errors import UserError
 from catversion_jax.methods import METHODS
 from catversion_jax.pipeline import MINI
-from catversion_jax.study import command, settings, table
+from catversion_jax.study import command, scoring, settings, table
 from catversion_jax.study.settings import Setting
 from configs.mini import get_config
 from tests import tiny
@@ -162,6 +163,24 @@ def test_what_is_not_known_is_left_empty():
     )
     *_, line = cells(table.of_scores([row | scores | {"intervals": scores}]))
     assert line == ["a", "b", *["not measured"] * 7, "1,234", ""]
+
+
+def test_copied():
+    """The backgrounds alone are compared: all pairs, by hand."""
+    rng = np.random.default_rng(0)
+    images, masks = rng.integers(0, 256, (5, 4, 4, 3), np.uint8), rng.random((5, 4, 4)) < 0.5
+
+    def embed(pictures):
+        flat = np.stack(pictures).reshape(len(pictures), -1).astype(np.float64)
+        return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+    judges = SimpleNamespace(clip=SimpleNamespace(image=embed))
+    drawn, learned_from = (scores.Pictures(list(images[part]), list(masks[part])) for part in (slice(2), slice(2, 5)))
+    without = [
+        np.where(mask[..., None], (122, 116, 104), image).ravel() for image, mask in zip(images, masks, strict=True)
+    ]
+    cosines = [a @ b / np.sqrt((a @ a) * (b @ b)) for a in without[:2] for b in without[2:]]
+    assert scoring.copied(drawn, learned_from, judges) == pytest.approx(np.mean(cosines))
 
 
 def test_mistakes(tmp_path):

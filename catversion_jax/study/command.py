@@ -220,11 +220,13 @@ def header(name: str, study: Study, minutes: float) -> str:
     steps = study.scale.steps or study.config.train.steps
     sampler, (device, *_) = study.drawing.sampler, jax.devices()
     lines = (
-        f"`catversion study {name}`, {datetime.date.today()}, {minutes:.0f} minutes in its last run on {device.device_kind}.",
+        f"`catversion study {name}`, {datetime.date.today()}, on {device.device_kind};",
+        f"{minutes:.0f} minutes in its last run.",
         f"Concepts: {', '.join(folder.name for folder in study.folders)};",
         f"{steps} steps of {study.config.train.batch_size}, seed {study.config.seed}.",
         f"Pictures: {study.scale.prompts} prompts x seeds 0 to {study.scale.seeds - 1},",
-        f"{sampler.steps} steps, guidance {sampler.guidance}; unrelated: {', '.join(study.drawing.unrelated) or 'none'}.",
+        f"{sampler.steps} steps, guidance {sampler.guidance};",
+        f"unrelated: {', '.join(study.drawing.unrelated) or 'none'}.",
         "In brackets, 95 % bootstrap intervals over the prompts of all concepts.",
         ", ".join(f"{package} {version}" for package, version in versions().items()),
     )
