@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from catversion_jax import artifact, conditioning, export
+from tests import tiny
 from tests.commands import catversion
 from tests.conftest import max_error
 from tests.parity import comfyui
