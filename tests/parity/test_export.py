@@ -210,7 +210,7 @@ def test_refused(pipe, make, tmp_path):
     with pytest.raises(ValueError, match=r"strength 2; expected 0"):
         catversion_torch.attach(pipe.text_encoder, path, pipe.tokenizer, strength=2)
     bad = tmp_path / "bad.safetensors"
-    artifact.save(bad, dataclasses.replace(concept, layers=(2, 3, 4)))
+    artifact.save(bad, dataclasses.replace(concept, method=dataclasses.replace(concept.method, layers=((2, 3, 4),))))
     with pytest.raises(ValueError, match=r"in layers \(2, 3, 4\), the text encoder 4 layers of width 32"):
         catversion_torch.attach(pipe.text_encoder, bad, pipe.tokenizer)
     data = path.read_bytes()
