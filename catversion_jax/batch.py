@@ -28,6 +28,7 @@ from catversion_jax.data.photos import MAX_PHOTOS, Photo, is_candidate, read_pho
 from catversion_jax.data.posteriors import bucket
 from catversion_jax.errors import UserError, short
 from catversion_jax.manifest import Line
+from catversion_jax.pipeline import Pipeline
 from catversion_jax.preparation import prepare
 from catversion_jax.report import Report
 from catversion_jax.run_dir import RunDir
@@ -51,9 +52,11 @@ def main(arguments: flags.FlagValues) -> int:
     return run(config, config_lib.expand(arguments.manifest), distributed.start(arguments))
 
 
-def run(config: ConfigDict, path: Path, process: distributed.Process) -> int:
-    """Learn this process's share of the manifest. Returns the exit status: 0, FAILED, or 128 + the number of the signal
-    that interrupted it. Raises UserError for a mistake in the config or the manifest, before anything is compiled."""
+def run(config: ConfigDict, path: Path, process: distributed.Process, pipeline: Pipeline | None = None) -> int:
+    """Learn this process's share of the manifest, in the config's base model, which `pipeline` is where it is loaded.
+
+    Returns the exit status: 0, FAILED, or 128 + the number of the signal that interrupted it. Raises UserError for a
+    mistake in the config or the manifest, before anything is compiled."""
     config = config.copy_and_resolve_references()
     config.data.dir, config.concept.class_word = "", "thing"  # each line has its own
     config_lib.check(config, without=("data.dir",))
@@ -68,7 +71,8 @@ def run(config: ConfigDict, path: Path, process: distributed.Process) -> int:
     if not left:
         print(f"{run.path}: all {len(done)} concepts are done already; nothing to do")
         return 0
-    batch = Batch(config, path.parent, size, run, report, process)
+    pipeline = pipeline or train.load_model(config, config.batch.slots)
+    batch = Batch(config, path.parent, size, run, report, process, pipeline)
     with tqdm(total=len(done), initial=len(done) - left, unit=" concepts", desc="compiling") as bar:
         interrupted_by = batch.train((line for line in share(path, process) if not done[line.id]), bar)
     if interrupted_by:
@@ -126,12 +130,19 @@ class Batch:
     """One process's work on its share of a manifest."""
 
     def __init__(
-        self, config: ConfigDict, folder: Path, size: int, run: RunDir, report: Report, process: distributed.Process
+        self,
+        config: ConfigDict,
+        folder: Path,
+        size: int,
+        run: RunDir,
+        report: Report,
+        process: distributed.Process,
+        pipeline: Pipeline,
     ):
         """`folder` is the manifest's; `size` is how many photos a slot has room for."""
         self.config, self.folder, self.size, self.run, self.report = config, folder, size, run, report
         count, self.stop = config.batch.slots, config.stop
-        self.pipeline = train.load_model(config, count)
+        self.pipeline = pipeline
         self.step_config = train.make_step_config(config, self.pipeline.networks, count)
         self.length = math.gcd(train.steps_per_dispatch(config), self.stop.every)
         resolution = self.pipeline.networks.resolution

@@ -1,5 +1,6 @@
 """CatVersion as the training step takes it: a prefix in each text encoder. What a prefix does is in adapter.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,6 @@ from catversion_jax import text
 from catversion_jax.adapter import SCOPES, Prefix, init_prefix, resolve_layers, strength_bias
 from catversion_jax.errors import UserError
 from catversion_jax.method import Method, check_keys, of_encoders
-from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Networks
 from catversion_jax.types import Array, Bool, Float, Int, Key, Params
 
@@ -62,7 +62,7 @@ class CatVersion(Method):
 
     def init(self, key: Key[Array, ""], networks: Networks) -> Params:
         learned = {}
-        for i, name in enumerate(of_encoders("prefix", networks)):
+        for i, name in enumerate(of_encoders("prefix", len(networks.text))):
             of_encoder = jax.random.fold_in(key, i) if i else key
             shape = (self.length, len(self.layers[i]), networks.heads[i])
             learned[name] = self.learned_parts(init_prefix(of_encoder, *shape, self.init_std))
@@ -84,20 +84,15 @@ class CatVersion(Method):
     def places(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
         return text.visibility(token_ids, word, self.scope)[..., None]
 
-    def condition(
-        self,
-        learned: Params,
-        prompts: tuple[text.Prompts, ...],
-        text_params: tuple[Params, ...],
-        networks: Networks,
-        strength: Float[Array, ""] | float = 1.0,
-    ) -> Context:
+    def enter(
+        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[text.Prompts, ...], Sequence[Prefix]]:
         bias = strength_bias(self.logit_bias, strength)
-        hooks = [
+        of_each = zip(of_encoders("prefix", len(prompts)), prompts, self.layers, strict=True)
+        return prompts, [
             Prefix(self.learned_parts(learned[name]), bias, of_encoder.visible, layers)
-            for name, of_encoder, layers in zip(of_encoders("prefix", networks), prompts, self.layers, strict=True)
+            for name, of_encoder, layers in of_each
         ]
-        return text.upper(networks.text, text_params, prompts, hooks, self.starts(networks))
 
     def learned_parts(self, prefix: Float[Array, "P L 2 H D"]) -> Float[Array, "P L 2 H D"]:
         """The prefix with 0 for what is not learned: no gradient reaches it either."""

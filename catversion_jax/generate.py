@@ -43,7 +43,7 @@ def main(arguments: flags.FlagValues) -> int:
     """Write `<prompt-slug>_<seed>.png` for every prompt and seed, and a grid of them."""
     if not arguments.embedding:
         raise UserError("--embedding: missing; expected a run directory of catversion train")
-    concepts = {path: artifact.load(expand(path)) for path in arguments.embedding}
+    concepts = {str(path): artifact.load(path) for path in map(expand, arguments.embedding)}
     ensemble(list(concepts.values()))  # refuses those that cannot share a prompt
     prompts = read_prompts(arguments)
     out = expand(arguments.out)

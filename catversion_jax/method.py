@@ -1,6 +1,6 @@
 """What a concept is learned as, and where that enters the base model: the interface of CatVersion and its rivals."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from catversion_jax import text
+from catversion_jax.adapter import Prefix
 from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Networks
 from catversion_jax.types import Array, Bool, Float, Int, Key, Params
@@ -65,6 +66,12 @@ class Method:
         word."""
         return np.zeros((*token_ids.shape, 1), bool)
 
+    def enter(
+        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[text.Prompts, ...], Sequence[Prefix | None]]:
+        """The prompts of each text encoder with what is learned in them, and its prefix."""
+        return prompts, (None,) * len(prompts)
+
     def condition(
         self,
         learned: Params,
@@ -74,7 +81,8 @@ class Method:
         strength: Float[Array, ""] | float = 1.0,
     ) -> Context:
         """What the UNet is conditioned on, from the states below `starts`."""
-        return text.upper(networks.text, text_params, prompts, (None,) * len(prompts), self.starts(networks))
+        changed, prefixes = self.enter(learned, prompts, strength)
+        return text.upper(networks.text, text_params, changed, prefixes, self.starts(networks))
 
     def unet(self, learned: Params, unet: Params, strength: Float[Array, ""] | float = 1.0) -> Params:
         """The UNet's parameters."""
@@ -87,6 +95,6 @@ def check_keys(metadata: dict[str, Any], required: Set[str], optional: Set[str] 
         raise ValueError(f"metadata missing or unknown: {', '.join(odd)}")
 
 
-def of_encoders(name: str, networks: Networks) -> tuple[str, ...]:
-    """What an array of each text encoder is called: `name` and, in SDXL, `name`_2."""
-    return (name, f"{name}_2")[: len(networks.text)]
+def of_encoders(name: str, count: int) -> tuple[str, ...]:
+    """What an array of each of `count` text encoders is called: `name` and, in SDXL, `name`_2."""
+    return (name, f"{name}_2")[:count]

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from catversion_jax import artifact, encoders, metrics, sampling
+from catversion_jax import concept_folders, encoders, markdown, metrics, sampling
 from catversion_jax import config as config_lib
 from catversion_jax.data.photos import read_photos
 from catversion_jax.data.posteriors import posteriors
@@ -23,12 +23,10 @@ from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.heldout_loss import heldout_loss
 from catversion_jax.pipeline import Pipeline
-from catversion_jax.run_dir import RunDir
 from catversion_jax.source import read_json
-from catversion_jax.train import given_config, learn, load_model
+from catversion_jax.train import given_config, learn_once, load_model
 from catversion_jax.types import Float
 
-CONCEPTS = Path(__file__).parent / "concepts"
 PLACE = re.compile(r"a photo of \{concept\} (.+)")
 
 
@@ -37,7 +35,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "try", [], "One row: KEY=VALUE pairs, separated by semicolons; may be given several times."
     )
-    flags.DEFINE_string("concepts", str(CONCEPTS), "A folder of concepts.")
+    flags.DEFINE_string("concepts", str(concept_folders.SHIPPED), "A folder of concepts.")
     flags.DEFINE_string("out", "runs/sweep", "Runs, scores.jsonl, table.md and grids; what is there is not done again.")
     flags.DEFINE_integer("seeds", 2, "Pictures per prompt.", lower_bound=1)
     flags.DEFINE_integer("prompts", 4, "How many of config.sample.prompts.", lower_bound=1)
@@ -61,9 +59,7 @@ class Score:
 def main(arguments: flags.FlagValues) -> int:
     config = given_config(arguments)
     out = config_lib.expand(arguments.out)
-    folders = sorted(path.parent for path in config_lib.expand(arguments.concepts).glob("*/concept.json"))
-    if not folders:
-        raise UserError(f"{arguments.concepts}: no concepts; expected folders with concept.json, train/ and heldout/")
+    folders = concept_folders.find(arguments.concepts)
     settings = arguments["try"].value or [""]
     configs = {setting: override(config, setting) for setting in settings}
     pipeline = load_model(config)
@@ -121,19 +117,11 @@ def run(
     base: Draw,
 ) -> Score:
     """Train on `folder`/train, unless that is done, and score against `folder`/heldout."""
-    described = read_json(folder / "concept.json")
     config.data.dir = str(folder / "train")
-    config.concept.update(described)
+    config.concept.update(concept_folders.described(folder))
     config.run_dir = str(out / (re.sub(r"[^\w.=]+", "_", setting) or "config") / folder.name)
     config_lib.check(config)
-    directory = RunDir(Path(config.run_dir))
-    directory.check(config, resume=True)
-    if directory.artifact.is_file():
-        concept = artifact.load(directory.artifact)
-    else:
-        concept, _, interrupted_by = learn(config, directory, pipeline)
-        if interrupted_by:
-            raise KeyboardInterrupt
+    concept = learn_once(config, pipeline)
     templates = config.sample.prompts[:n_prompts]
     held_out = np.stack([photo.image for photo in read_photos(folder / "heldout", pipeline.networks.resolution)])
     latents, _ = posteriors(pipeline.networks.vae, pipeline.params["vae"], held_out, flip=False)
@@ -154,7 +142,7 @@ def run(
         values["heldout_loss" + name] = heldout_loss(personal, latents[:, 0], context)
         rows.append(pictures[::n_seeds])
     image = grid([list(held_out[: len(templates)]), *rows], ["held out", "base model", "personalized"], asked[0], 1)
-    write_atomically(directory.path / "scored.png", image.save)
+    write_atomically(Path(config.run_dir) / "scored.png", image.save)
     return Score(setting, folder.name, **values, steps=concept.steps)
 
 
@@ -188,12 +176,12 @@ COLUMNS = (
 
 def to_table(scores: list[Score]) -> str:
     """Markdown: a line for each concept and setting, then a line a setting with the means."""
-    rows = [["setting", "concept", *(header for header, _ in COLUMNS)], ["---", "---"] + ["--:"] * len(COLUMNS)]
+    rows = []
     for setting in dict.fromkeys(score.setting for score in scores):
         of_setting = [score for score in scores if score.setting == setting]
         rows += [line(setting, score.concept, [score]) for score in of_setting]
         rows.append(line(setting, f"mean of {len(of_setting)}", of_setting))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return markdown.table(["setting", "concept", *(header for header, _ in COLUMNS)], rows) + "\n"
 
 
 def line(setting: str, concept: str, scores: list[Score]) -> list[str]:

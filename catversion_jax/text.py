@@ -76,7 +76,8 @@ def visibility(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...], scope: 
 
 def put_before(prompt: str, class_word: str, identifier: str) -> str:
     """The prompt with an identifier before the class word's first occurrence, if there is one."""
-    return re.sub(rf"(?<!\w)({re.escape(class_word)})(?!\w)", rf"{identifier} \1", prompt, count=1, flags=re.IGNORECASE)
+    word = rf"(?<!\w){re.escape(class_word)}(?!\w)"
+    return re.sub(word, lambda match: f"{identifier} {match[0]}", prompt, count=1, flags=re.IGNORECASE)
 
 
 class Prompts(flax.struct.PyTreeNode):

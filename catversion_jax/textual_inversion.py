@@ -1,5 +1,6 @@
 """Textual Inversion (Gal et al. 2022, arXiv 2208.01618): a new embedding for one token, in every prompt that has it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -7,7 +8,6 @@ import numpy as np
 
 from catversion_jax import text
 from catversion_jax.method import Method, of_encoders
-from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Networks
 from catversion_jax.types import Array, Bool, Float, Int, Key, Params
 
@@ -23,7 +23,7 @@ class TextualInversion(Method):
     published = PUBLISHED
 
     def init(self, key: Key[Array, ""], networks: Networks) -> Params:
-        names = of_encoders("word", networks)
+        names = of_encoders("word", len(networks.text))
         return {name: jnp.zeros(text.config.hidden_size) for name, text in zip(names, networks.text, strict=True)}
 
     def starts(self, networks: Networks) -> tuple[int, ...]:
@@ -32,16 +32,11 @@ class TextualInversion(Method):
     def places(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
         return (np.arange(token_ids.shape[1]) == text.find_word(token_ids, word)[:, None])[..., None]
 
-    def condition(
-        self,
-        learned: Params,
-        prompts: tuple[text.Prompts, ...],
-        text_params: tuple[Params, ...],
-        networks: Networks,
-        strength: Float[Array, ""] | float = 1.0,
-    ) -> Context:
+    def enter(
+        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[text.Prompts, ...], Sequence[None]]:
         def changed(prompt: text.Prompts, word: Float[Array, "c"]) -> text.Prompts:
             return prompt.replace(hidden=prompt.hidden + (strength * word * prompt.visible).astype(prompt.hidden.dtype))
 
-        words = (learned[name] for name in of_encoders("word", networks))
-        return super().condition(learned, tuple(map(changed, prompts, words)), text_params, networks)
+        words = (learned[name] for name in of_encoders("word", len(prompts)))
+        return super().enter(learned, tuple(map(changed, prompts, words)), strength)

@@ -100,6 +100,18 @@ def learn(
     return concept, photos, interrupted_by
 
 
+def learn_once(config: ConfigDict, pipeline: Pipeline) -> artifact.Concept:
+    """The concept of config.run_dir, learned unless it is there. Raises KeyboardInterrupt where a signal ended that."""
+    run = RunDir(config_lib.expand(config.run_dir))
+    run.check(config, resume=True)
+    if run.artifact.is_file():
+        return artifact.load(run.artifact)
+    concept, _, interrupted_by = learn(config, run, pipeline)
+    if interrupted_by:
+        raise KeyboardInterrupt
+    return concept
+
+
 def stored_or_read(run: RunDir, config: ConfigDict, resolution: int) -> list[Photo]:
     """A run that is resumed reads the photos it stored: the folder may have changed or gone."""
     if run.config.is_file() and run.data.is_dir():

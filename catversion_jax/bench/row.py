@@ -3,6 +3,7 @@
 import statistics
 from dataclasses import dataclass, replace
 
+from catversion_jax import markdown
 from catversion_jax.bench.torch_step import RECIPES
 
 OURS = "catversion"
@@ -116,6 +117,4 @@ COLUMNS = {
 
 def to_table(rows: list[Row]) -> str:
     """Markdown."""
-    lines = [list(COLUMNS), ["---", "---"] + ["--:"] * (len(COLUMNS) - 2)]
-    lines += [[cell(row) for cell in COLUMNS.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table(list(COLUMNS), ([cell(row) for cell in COLUMNS.values()] for row in rows))

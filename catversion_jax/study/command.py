@@ -9,7 +9,7 @@ import re
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +20,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
+from catversion_jax import concept_folders, encoders
 from catversion_jax import config as config_lib
-from catversion_jax import encoders
 from catversion_jax.answers import Drawing
 from catversion_jax.artifact import Concept
 from catversion_jax.data.photos import read_photos
@@ -39,13 +39,14 @@ from catversion_jax.train import given_config, load_model
 
 POSITIONALS = ("TABLE",)
 CONFIGS = Path(__file__).parents[2] / "configs"
-CONCEPTS = Path(__file__).parents[1] / "concepts"
 BASE = Setting("base model", "", {})
 
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", str(CONFIGS / "mini.py"), "What every setting starts from.")
-    flags.DEFINE_string("concepts", str(CONCEPTS), "A folder of concepts with train/, heldout/ and their masks.")
+    flags.DEFINE_string(
+        "concepts", str(concept_folders.SHIPPED), "A folder of concepts with train/, heldout/ and their masks."
+    )
     flags.DEFINE_string("out", "runs/study", "Where everything is kept; what is there is not done again.")
     flags.DEFINE_bool("quick", False, "A small part of it: two or three concepts, few steps, seeds and prompts.")
 
@@ -92,30 +93,37 @@ class Study:
     def judged(self, setting: Setting, learned_by: Setting) -> dict:
         """A row of the table, with the pictures beside it; once."""
         place = self.place(setting)
-        path = place / "row.json"
-        if not path.is_file():
+
+        def make() -> dict:
             concepts, seconds = self.learned(learned_by)
-            drawing = scoring.untouched(self.drawing) if setting == BASE else self.drawing
+            drawing = replace(self.drawing, strength=0.0) if setting is BASE else self.drawing
             judged = scoring.judge(concepts, self.folders, self.templates, drawing, self.judges)
             place.mkdir(parents=True, exist_ok=True)
             for name, pictures in judged.pictures.items():
                 write_atomically(place / f"{name}.png", strip(pictures).save)
             row = {"group": setting.group, "name": setting.name, "seconds": seconds, **judged.scores}
-            if setting == BASE:
-                row |= {"seconds": None, "numbers": 0}
-            write_atomically(path, lambda file: file.write_text(json.dumps(row, indent=1)))
-        return json.loads(path.read_text())
+            return row | {"seconds": None, "numbers": 0} if setting is BASE else row
+
+        return once(place / "row.json", make)
 
     def candidate(self, setting: Setting) -> dict:
         """How well a setting does on the photos it learned from; once."""
-        path = self.place(setting) / "candidate.json"
-        if not path.is_file():
+
+        def make() -> dict:
             concepts, seconds = self.learned(setting)
             fitness = scoring.fitness(concepts, self.folders, self.templates, self.drawing, self.judges, self.pipeline)
             row = {"group": setting.group, "name": setting.name, "fitness": fitness, "seconds": seconds}
-            row["numbers"] = scoring.size(concepts)
-            write_atomically(path, lambda file: file.write_text(json.dumps(row, indent=1)))
-        return json.loads(path.read_text())
+            return row | {"numbers": scoring.size(concepts)}
+
+        return once(self.place(setting) / "candidate.json", make)
+
+
+def once(path: Path, make: Callable[[], dict]) -> dict:
+    """What `make` gave the first time, which the file keeps."""
+    if not path.is_file():
+        text = json.dumps(make(), indent=1)
+        write_atomically(path, lambda file: file.write_text(text))
+    return json.loads(path.read_text())
 
 
 @dataclass(frozen=True)
@@ -153,15 +161,15 @@ def several(study: Study) -> Table:
     found, grids = {}, {}
     for folders in groups:
         name = "-and-".join(folder.name for folder in folders)
-        path = study.out / f"{name}.json"
-        if not path.is_file():
+
+        def make(folders=folders, name=name) -> dict:
             own = [concepts[folder.name] for folder in folders]
             group = together.judge(folders, own, study.templates, study.drawing, study.pipeline, study.judges)
             for variant, pictures in group.pictures.items():
                 write_atomically(study.out / f"{name}-{variant}.png", strip(pictures).save)
-            row = {"rows": group.rows, "all": group.all_shown, "variants": list(group.pictures)}
-            write_atomically(path, lambda file, row=row: file.write_text(json.dumps(row, indent=1)))
-        found[name] = json.loads(path.read_text())
+            return {"rows": group.rows, "all": group.all_shown, "variants": list(group.pictures)}
+
+        found[name] = once(study.out / f"{name}.json", make)
         variants = found[name]["variants"]
         rows = [unstrip(study, study.out / f"{name}-{variant}.png") for variant in variants]
         grids[name] = grid(rows, variants, together.prompts(folders, study.templates))
@@ -201,12 +209,10 @@ def main(arguments: flags.FlagValues, name: str) -> int:
 def open_study(arguments: flags.FlagValues, name: str) -> Study:
     config = given_config(arguments)
     scale = TABLES[name].quick if arguments.quick else FULL
-    root = config_lib.expand(arguments.concepts)
-    folders = sorted(path.parent for path in root.glob("*/concept.json"))
-    if scale.concepts:
-        folders = [root / concept for concept in scale.concepts if (root / concept) in folders]
+    found = {folder.name: folder for folder in concept_folders.find(arguments.concepts)}
+    folders = [found[name] for name in scale.concepts or found if name in found]
     if not folders:
-        raise UserError(f"{root}: no concepts; expected folders with concept.json, train/ and heldout/")
+        raise UserError(f"{arguments.concepts}: no {', '.join(scale.concepts)}, of which --quick is; leave it out")
     pipeline = load_model(config, len(folders))
     judges = Judges(encoders.of_model(config_lib.model_path(config)), None)
     sampler = config_lib.sampler_config(config)

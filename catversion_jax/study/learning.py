@@ -9,21 +9,15 @@ from ml_collections import ConfigDict
 
 from catversion_jax import artifact, batch
 from catversion_jax.artifact import Concept
+from catversion_jax.concept_folders import described
 from catversion_jax.distributed import Process
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.methods import METHODS
 from catversion_jax.pipeline import Pipeline
-from catversion_jax.run_dir import RunDir
-from catversion_jax.source import read_json
-from catversion_jax.train import learn as learn_one
+from catversion_jax.train import learn_once
 
 SECONDS = "seconds.json"
-
-
-def described(folder: Path) -> dict[str, str]:
-    """A concept's class word and article."""
-    return read_json(folder / "concept.json")
 
 
 def learn(
@@ -51,7 +45,7 @@ def side_by_side(config: ConfigDict, folders: Sequence[Path], out: Path, pipelin
     out.mkdir(parents=True, exist_ok=True)
     manifest = out / "manifest.jsonl"
     write_atomically(manifest, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
-    status = batch.run(config, manifest, Process())
+    status = batch.run(config, manifest, Process(), pipeline)
     if status > batch.FAILED:
         raise KeyboardInterrupt
     if status:
@@ -64,9 +58,4 @@ def separately(config: ConfigDict, folders: Sequence[Path], out: Path, pipeline:
         config.run_dir, config.data.dir = str(out / folder.name), str(folder / "train")
         config.data.masks_dir = str(folder / "train_masks")
         config.concept.update(described(folder))
-        run = RunDir(Path(config.run_dir))
-        run.check(config, resume=True)
-        if not run.artifact.is_file():
-            _, _, interrupted_by = learn_one(config, run, pipeline)
-            if interrupted_by:
-                raise KeyboardInterrupt
+        learn_once(config, pipeline)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from catversion_jax import answers, config, metrics, sampling, scores
+from catversion_jax import answers, config, metrics, scores
 from catversion_jax.answers import Drawing, Job
 from catversion_jax.artifact import Concept
+from catversion_jax.concept_folders import described
+from catversion_jax.data.photos import read_photos
 from catversion_jax.pipeline import Pipeline
 from catversion_jax.scores import Judges, Pictures, Values
-from catversion_jax.study.learning import described
 from catversion_jax.tree import count
 from catversion_jax.types import UInt8
 
@@ -55,8 +56,7 @@ def judge(
 
 def photos(folder: Path, part: str) -> Pictures:
     """A concept's `train` or `heldout` photos, with their masks."""
-    job = Job(folder.name, (), folder / part, folder / f"{part}_masks", None, folder, None)
-    return answers.pictures_of(answers.read_references(job))
+    return answers.pictures_of(read_photos(folder / part, None, folder / f"{part}_masks"))
 
 
 def copied(drawn: Pictures, learned_from: Pictures, judges: Judges) -> float:
@@ -75,20 +75,16 @@ def fitness(
 ) -> float:
     """The overall score against the photos that were learned from, by pictures that no table shows: what a rate is
     chosen by."""
+    drawing = replace(drawing, seeds=tuple(SELECTING_SEED + seed for seed in drawing.seeds))
     values = []
     for folder in folders:
-        asked = [prompt for prompt in prompts(folder, templates) for _ in drawing.seeds]
-        seeds = [SELECTING_SEED + seed for seed in drawing.seeds] * len(templates)
-        seen = judges.clip.image(list(sampling.paint(pipeline, asked, seeds, drawing.sampler, [concepts[folder.name]])))
+        asked = prompts(folder, templates)
+        seen = judges.clip.image(answers.paint(pipeline, asked, drawing, [concepts[folder.name]], folder.name))
         references = judges.clip.image(photos(folder, "train").images)
-        clip_t = metrics.clip_t(seen, judges.clip.text(asked)).mean()
+        captions = np.repeat(judges.clip.text(asked), len(drawing.seeds), axis=0)
+        clip_t = metrics.clip_t(seen, captions).mean()
         values.append(metrics.overall(clip_t, metrics.clip_i(seen, references).mean()))
     return float(np.mean(values))
-
-
-def untouched(drawing: Drawing) -> Drawing:
-    """How the base model's pictures are drawn."""
-    return replace(drawing, strength=0.0)
 
 
 def size(concepts: dict[str, Concept]) -> int:

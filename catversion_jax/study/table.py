@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from catversion_jax import markdown
 from catversion_jax.page import number
 
 
@@ -31,16 +32,13 @@ COST = (("numbers learned", numbers), ("seconds a concept", seconds))
 """Columns: header, and what stands there of a row."""
 
 
-def markdown(rows: Sequence[dict], columns: Sequence[tuple[str, Callable[[dict], str]]]) -> str:
-    """A line for each row; the first two columns are text."""
-    header = [name for name, _ in columns]
-    rule = ["---"] * 2 + ["--:"] * (len(columns) - 2)
-    lines = [header, rule, *([cell(row) for _, cell in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def to_table(rows: Sequence[dict], columns: Sequence[tuple[str, Callable[[dict], str]]]) -> str:
+    """A line for each row."""
+    return markdown.table([name for name, _ in columns], ([cell(row) for _, cell in columns] for row in rows)) + "\n"
 
 
 def of_scores(rows: Sequence[dict]) -> str:
-    return markdown(rows, (*LABELS, *SCORED, *COST))
+    return to_table(rows, (*LABELS, *SCORED, *COST))
 
 
 def of_candidates(rows: Sequence[dict]) -> str:
@@ -49,7 +47,7 @@ def of_candidates(rows: Sequence[dict]) -> str:
         ("overall, on the photos learned from", lambda row: number(row["fitness"])),
         ("chosen", lambda row: "yes" if row["chosen"] else ""),
     )
-    return markdown(rows, (*LABELS, *columns, *COST))
+    return to_table(rows, (*LABELS, *columns, *COST))
 
 
 def of_groups(groups: dict[str, dict]) -> str:
@@ -64,4 +62,4 @@ def of_groups(groups: dict[str, dict]) -> str:
         ("shown", lambda row: f"{row['shown']:.0%}"),
         ("all shown", lambda row: f"{row['all']:.0%}"),
     )
-    return markdown(rows, columns)
+    return to_table(rows, columns)

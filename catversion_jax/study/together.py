@@ -9,9 +9,9 @@ import numpy as np
 from catversion_jax import answers, masks, metrics
 from catversion_jax.answers import Drawing
 from catversion_jax.artifact import Concept
+from catversion_jax.concept_folders import described
 from catversion_jax.pipeline import Pipeline
 from catversion_jax.scores import Judges, Pictures
-from catversion_jax.study.learning import described
 from catversion_jax.study.scoring import photos
 from catversion_jax.types import Float, UInt8
 
