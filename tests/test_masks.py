@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from catversion_jax import masks
+from catversion_jax.concept_folders import SHIPPED
 from catversion_jax.data.photos import read_photos
 from catversion_jax.errors import UserError
 from catversion_jax.models.attention import probabilities
 from catversion_jax.source import read_json
-from catversion_jax.sweep import CONCEPTS
 
 
 def test_background_is_filled():
@@ -59,13 +59,13 @@ MEASURED = {"backpack": 0.80, "dog": 0.50, "owl": 0.80, "robot": 0.82, "rocket":
 
 
 def heldout(name: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    photos = read_photos(CONCEPTS / name / "heldout", 64, CONCEPTS / name / "heldout_masks")
+    photos = read_photos(SHIPPED / name / "heldout", 64, CONCEPTS / name / "heldout_masks")
     return np.stack([photo.image for photo in photos]), [photo.mask for photo in photos]
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_how_good_attention_masks_are(mini, name):
-    described = read_json(CONCEPTS / name / "concept.json")
+    described = read_json(SHIPPED / name / "concept.json")
     images, true = heldout(name)
     prompt = f"a photo of {described['article']} {described['class_word']}"
     found = masks.attention_masks(mini, images, [prompt] * len(images), described["class_word"])
