@@ -34,7 +34,19 @@ from catversion_jax.run_dir import plain
 from catversion_jax.scores import Judges
 from catversion_jax.study import scoring, table, together
 from catversion_jax.study.learning import learn
-from catversion_jax.study.settings import ABLATION, CONFIG, FULL, QUICK, QUICK_TOGETHER, RIVALS, Scale, Setting
+from catversion_jax.study.settings import (
+    ABLATION,
+    CONFIG,
+    FULL,
+    FULL_ABLATION,
+    QUICK,
+    QUICK_TOGETHER,
+    RIVALS,
+    TOGETHER,
+    TRIED_ON,
+    Scale,
+    Setting,
+)
 from catversion_jax.train import given_config, load_model
 
 POSITIONALS = ("TABLE",)
@@ -48,7 +60,7 @@ def define_flags() -> None:
         "concepts", str(concept_folders.SHIPPED), "A folder of concepts with train/, heldout/ and their masks."
     )
     flags.DEFINE_string("out", "runs/study", "Where everything is kept; what is there is not done again.")
-    flags.DEFINE_bool("quick", False, "A small part of it: two or three concepts, few steps, seeds and prompts.")
+    flags.DEFINE_bool("quick", False, "A small part of it: fewer concepts, steps and prompts.")
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,13 @@ class Study:
     def place(self, setting: Setting) -> Path:
         return self.out / "-".join(re.sub(r"[^\w.]+", "-", part) for part in (setting.group, setting.name))
 
-    def learned(self, setting: Setting) -> tuple[dict[str, Concept], float | None]:
-        return learn(self.config_of(setting), self.folders, self.place(setting), self.pipeline)
+    @property
+    def tried_on(self) -> tuple[Path, ...]:
+        """The concepts that a rate is chosen by."""
+        return named(self.folders, TRIED_ON)
+
+    def learned(self, setting: Setting, folders: tuple[Path, ...]) -> tuple[dict[str, Concept], float | None]:
+        return learn(self.config_of(setting), folders, self.place(setting), self.pipeline)
 
     def claim(self) -> None:
         """Make the folder this study's. Raises UserError where it is another's."""
@@ -95,7 +112,7 @@ class Study:
         place = self.place(setting)
 
         def make() -> dict:
-            concepts, seconds = self.learned(learned_by)
+            concepts, seconds = self.learned(learned_by, self.folders)
             drawing = replace(self.drawing, strength=0.0) if setting is BASE else self.drawing
             judged = scoring.judge(concepts, self.folders, self.templates, drawing, self.judges)
             place.mkdir(parents=True, exist_ok=True)
@@ -110,8 +127,8 @@ class Study:
         """How well a setting does on the photos it learned from; once."""
 
         def make() -> dict:
-            concepts, seconds = self.learned(setting)
-            fitness = scoring.fitness(concepts, self.folders, self.templates, self.drawing, self.judges, self.pipeline)
+            concepts, seconds = self.learned(setting, self.tried_on)
+            fitness = scoring.fitness(concepts, self.tried_on, self.templates, self.drawing, self.judges, self.pipeline)
             row = {"group": setting.group, "name": setting.name, "fitness": fitness, "seconds": seconds}
             return row | {"numbers": scoring.size(concepts)}
 
@@ -156,7 +173,7 @@ def ablation(study: Study) -> Table:
 
 def several(study: Study) -> Table:
     """Every two, and every three, concepts in one prompt."""
-    concepts, _ = study.learned(CONFIG)
+    concepts, _ = study.learned(CONFIG, study.folders)
     groups = [*combinations(study.folders, 2), *combinations(study.folders, 3)]
     found, grids = {}, {}
     for folders in groups:
@@ -177,16 +194,17 @@ def several(study: Study) -> Table:
 
 
 class Kind(NamedTuple):
-    """A table: how it is made, and what --quick takes of it."""
+    """A table: how it is made, how large it is, and how large with --quick."""
 
     make: Callable[[Study], Table]
+    full: Scale
     quick: Scale
 
 
 TABLES = {
-    "rivals": Kind(rivals, QUICK),
-    "ablation": Kind(ablation, QUICK),
-    "together": Kind(several, QUICK_TOGETHER),
+    "rivals": Kind(rivals, FULL, QUICK),
+    "ablation": Kind(ablation, FULL_ABLATION, QUICK),
+    "together": Kind(several, TOGETHER, QUICK_TOGETHER),
 }
 
 
@@ -208,17 +226,20 @@ def main(arguments: flags.FlagValues, name: str) -> int:
 
 def open_study(arguments: flags.FlagValues, name: str) -> Study:
     config = given_config(arguments)
-    scale = TABLES[name].quick if arguments.quick else FULL
-    found = {folder.name: folder for folder in concept_folders.find(arguments.concepts)}
-    folders = [found[name] for name in scale.concepts or found if name in found]
-    if not folders:
-        raise UserError(f"{arguments.concepts}: no {', '.join(scale.concepts)}, of which --quick is; leave it out")
+    scale = TABLES[name].quick if arguments.quick else TABLES[name].full
+    folders = named(concept_folders.find(arguments.concepts), scale.concepts)
     pipeline = load_model(config, len(folders))
     judges = Judges(encoders.of_model(config_lib.model_path(config)), None)
     sampler = config_lib.sampler_config(config)
     drawing = Drawing(sampler, tuple(range(scale.seeds)), 1.0, UNRELATED[: scale.unrelated], "", config.model.dtype)
     out = config_lib.expand(arguments.out) / (f"{name}-quick" if arguments.quick else name)
-    return Study(config, tuple(folders), scale, out, pipeline, judges, drawing)
+    return Study(config, folders, scale, out, pipeline, judges, drawing)
+
+
+def named(folders: Sequence[Path], names: tuple[str, ...]) -> tuple[Path, ...]:
+    """The folders of these names, in their order; all where there is none of them."""
+    found = {folder.name: folder for folder in folders}
+    return tuple(found[name] for name in names if name in found) or tuple(folders)
 
 
 def header(name: str, study: Study, minutes: float) -> str:

@@ -18,13 +18,15 @@ from catversion_jax.pipeline import Pipeline
 from catversion_jax.train import learn_once
 
 SECONDS = "seconds.json"
+SLOTS = 2
+"""Concepts side by side: as many as a rate is chosen by, so that those after them share their step."""
 
 
 def learn(
     config: ConfigDict, folders: Sequence[Path], out: Path, pipeline: Pipeline
 ) -> tuple[dict[str, Concept], float | None]:
-    """The concept of each folder, by its name, and the seconds a concept took, compilation included; None where the
-    learning was interrupted. What is in `out` already is not learned again."""
+    """The concept of each folder, by its name, and the seconds a concept took, compilation included, the first time
+    that any were learned in `out`; None where that was interrupted. What is there already is not learned again."""
     whole = not out.exists()
     start = time.monotonic()
     (separately if METHODS[config.method].changes_unet else side_by_side)(config, folders, out, pipeline)
@@ -37,7 +39,7 @@ def learn(
 
 def side_by_side(config: ConfigDict, folders: Sequence[Path], out: Path, pipeline: Pipeline) -> None:
     config = config.copy_and_resolve_references()
-    config.run_dir, config.batch.slots = str(out), len(folders)
+    config.run_dir, config.batch.slots = str(out), min(SLOTS, len(folders))
     lines = [
         {"id": folder.name, "dir": str(folder / "train"), "masks": str(folder / "train_masks"), **described(folder)}
         for folder in folders

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Scale:
     """How much of a table's work is done."""
 
-    concepts: tuple[str, ...] | None  # folders; None: all there are
+    concepts: tuple[str, ...]  # folders; where there are none of these: all
     steps: int | None  # of training; None: as the config has it
     seeds: int  # pictures of each prompt
     prompts: int  # of config.sample.prompts
@@ -15,8 +15,13 @@ class Scale:
 
 
 QUICK = Scale(("teapot", "dog"), 150, 2, 4, 3)
+FULL = Scale((), None, 2, 8, 3)
+FULL_ABLATION = Scale(("teapot", "dog", "backpack", "robot"), None, 2, 8, 3)
+TOGETHER = Scale((), None, 2, 8, 0)
 QUICK_TOGETHER = Scale(("teapot", "backpack", "rocket"), None, 2, 4, 0)
-FULL = Scale(None, None, 4, 8, 6)
+
+TRIED_ON = QUICK.concepts
+"""The concepts that a method's rate is chosen by: the others are learned at the best one alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +37,7 @@ RATES = {
     "catversion": (0.0125, 0.025),
     "textual_inversion": (3e-4, 1e-3),
     "dreambooth": (3e-5, 1e-4),
-    "custom_diffusion": (3e-4, 1e-3),
+    "custom_diffusion": (1e-4, 3e-4),
 }
 """The learning rates that each method is tried at: the published ones are for a UNet 64 times as large and for more
 steps. Found by a few runs on the teapot, which at rates three times lower learn little, and at higher ones forget the
