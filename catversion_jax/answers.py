@@ -15,11 +15,12 @@ from catversion_jax.conditioning import context
 from catversion_jax.data.photos import Photo, is_candidate, read_photos
 from catversion_jax.errors import UserError
 from catversion_jax.generate import open_model, unique_slugs
+from catversion_jax.grabcut import grabcut
 from catversion_jax.pipeline import Pipeline, load
 from catversion_jax.sampling import SamplerConfig
 from catversion_jax.scores import Judges, Pictures, Values
 from catversion_jax.text import without_word
-from catversion_jax.types import UInt8
+from catversion_jax.types import Bool, UInt8
 
 MAX_PICTURES = 10_000
 GRID = re.compile(r"grid(_\d+)?\.png")  # what `catversion generate` leaves beside its pictures
@@ -59,6 +60,7 @@ class Drawing:
     unrelated: tuple[str, ...]  # prompts to see by how far the base model moved
     model: str  # "": the one the concept was learned on
     dtype: str
+    grabcut: bool = False  # draw the masks from attention again along edges
 
 
 def read_references(job: Job, resolution: int | None = None) -> list[Photo]:
@@ -141,7 +143,11 @@ def draw(job: Job, drawing: Drawing, judges: Judges) -> Answers:
     photos = read_references(job, pipeline.networks.resolution)
     if photos[0].mask is None or not concept.class_word:
         return Answers(prompts, Pictures(images, None), unrelated)
-    see = functools.partial(masks.attention_masks, pipeline, class_word=concept.class_word)
+
+    def see(images: UInt8[np.ndarray, "N H W 3"], prompts: Sequence[str]) -> list[Bool[np.ndarray, "H W"]]:
+        rough = masks.attention_masks(pipeline, images, prompts, concept.class_word)
+        return list(map(grabcut, images, rough)) if drawing.grabcut else list(rough)
+
     found = see(np.stack([photo.image for photo in photos]), [plain_prompt(concept)] * len(photos))
     overlaps = [masks.iou(mask, photo.mask) for mask, photo in zip(found, photos, strict=True)]
     return Answers(prompts, Pictures(images, see(np.stack(images), prompts)), unrelated, float(np.mean(overlaps)))

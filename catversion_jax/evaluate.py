@@ -18,6 +18,7 @@ from catversion_jax import (
     config,
     drawing_flags,
     encoders,
+    grabcut,
     masks,
     page,
     protocols,
@@ -52,6 +53,7 @@ def define_flags() -> None:
         "masks", None, "A folder with a mask for each reference, of its file stem. Default: its masks/."
     )
     flags.DEFINE_string("image_masks", None, "A folder with a mask for each of --images.")
+    flags.DEFINE_bool("grabcut", False, "Draw the masks from attention again along edges, with OpenCV.")
     flags.DEFINE_string("out", None, "The JSON file to write; the report is written beside it, as .html.")
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times. Default: of config.JUDGED.")
     flags.DEFINE_string("prompts_file", None, "A text file with one prompt a line.")
@@ -126,6 +128,12 @@ def find_jobs(arguments: flags.FlagValues) -> list[Job]:
         raise UserError("--references: missing; expected a folder of photos of the concept, held out from training")
     if arguments.image_masks and not arguments.images:
         raise UserError("--image_masks: of --images; without them, masks come from the UNet's attention")
+    if arguments.grabcut:
+        grabcut.check()
+        if arguments.images:
+            raise UserError(
+                "--grabcut: of the masks from attention, with --embedding; give --images masks of their own"
+            )
     source, references = expand(arguments.embedding or arguments.images), expand(arguments.references)
     masks_dir, image_masks = (path and expand(path) for path in (arguments.masks, arguments.image_masks))
     if not arguments.protocol:
@@ -170,6 +178,7 @@ def drawing_of(arguments: flags.FlagValues) -> Drawing:
         tuple(dict.fromkeys(arguments.unrelated)),
         arguments.model or "",
         arguments.dtype,
+        arguments.grabcut,
     )
 
 
@@ -180,13 +189,14 @@ def describe(
     given = ("embedding", "images", "references", "masks", "image_masks", "protocol")
     concepts = {job.name: job.concept.metadata() for job in jobs if job.concept}
     measured = any(row["masked_clip_i"] is not None for row in rows)
+    by_attention = "attention, GrabCut" if drawing.grabcut else "attention"
     return {name: getattr(arguments, name) for name in given} | {
         "clip": judges.clip.image.described(),
         "dino": judges.dino and judges.dino.described(),
         "background": {
             "fill_rgb": masks.FILL,
             "masks_of_references": "files" if measured else None,
-            "masks_of_pictures": ("attention" if concepts else "files") if measured else None,
+            "masks_of_pictures": (by_attention if concepts else "files") if measured else None,
             "attention": {"timesteps": masks.TIMESTEPS, "threshold": "Otsu"} if measured and concepts else None,
         },
         "drawing": asdict(drawing) if concepts else None,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catversion_jax import answers, artifact, encoders, evaluate, metrics, scores
+from catversion_jax import answers, artifact, encoders, evaluate, grabcut, metrics, scores
 from catversion_jax.errors import UserError
 from catversion_jax.masks import FILL
 from tests import tiny
@@ -165,6 +165,30 @@ def test_drift(embedding, judging_model, tiny_pipeline, scope, monkeypatch):
         assert moved["prior_drift_text"].item() > 0.01
 
 
+def test_grabcut(embedding, judging_model, monkeypatch):
+    """Both the pictures' masks and those of the references, by which they are measured, are drawn again: here by a
+    stand-in, which turns them round."""
+    concept = artifact.load(embedding)
+    job, drawing = job_of(embedding, concept, "a photo of a teapot")
+    job = dataclasses.replace(job, masks=TEAPOT / "heldout_masks")
+    images = [photo.image for photo in answers.read_references(job, 16)][:2]
+    monkeypatch.setattr(answers, "paint", lambda *_: images)
+    monkeypatch.setattr(answers, "grabcut", lambda image, mask: ~mask)
+    judges = scores.Judges(encoders.of_model(judging_model), None)
+    rough, cut = (answers.draw(job, dataclasses.replace(drawing, grabcut=on), judges) for on in (False, True))
+    np.testing.assert_array_equal(cut.pictures.masks, ~np.stack(rough.pictures.masks))
+    assert cut.attention_mask_iou != rough.attention_mask_iou
+    drawing = dataclasses.replace(drawing, grabcut=True)
+    described = evaluate.describe(flags(), [job], drawing, judges, [{"masked_clip_i": 0.5}])
+    assert described["background"]["masks_of_pictures"] == "attention, GrabCut"
+
+
+def test_grabcut_without_opencv(monkeypatch):
+    monkeypatch.setattr(grabcut.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--grabcut: OpenCV is not installed; pip install opencv-python-headless"):
+        evaluate.find_jobs(flags(embedding="a", grabcut=True))
+
+
 def test_a_prompt_without_the_class_word(embedding):
     with pytest.raises(UserError, match="--prompt='a car': no class word 'teapot', which the concept was learned with"):
         answers.base_model(*job_of(embedding, artifact.load(embedding), "a car"))
@@ -173,6 +197,7 @@ def test_a_prompt_without_the_class_word(embedding):
 def flags(**changes) -> SimpleNamespace:
     """The command's flags as they are by default, but for `changes`."""
     names = (
+        "grabcut",
         "embedding",
         "images",
         "masks",
@@ -197,6 +222,7 @@ def flags(**changes) -> SimpleNamespace:
         ({"images": "a", "references": None}, "--references: missing; expected a folder of photos"),
         ({"images": "a"}, "--prompt: missing"),
         ({"embedding": "a", "image_masks": "b"}, "--image_masks: of --images"),
+        ({"images": "a", "grabcut": True}, "--grabcut: of the masks from attention, with --embedding"),
         ({"embedding": "nowhere"}, "nowhere: not found; expected a learned concept"),
         ({"images": "a", "protocol": "dreambench", "prompt": ["b"]}, "--prompt: dreambench has its own prompts"),
         ({"images": "a", "protocol": "dreambench"}, "no photos of backpack, .*--subject"),
