@@ -142,6 +142,8 @@ def draw(job: Job, drawing: Drawing, judges: Judges) -> Answers:
     unrelated = measure_drift(pipeline, concept, drawing, judges)
     photos = read_references(job, pipeline.networks.resolution)
     if photos[0].mask is None or not concept.class_word:
+        if drawing.grabcut:
+            raise UserError("--grabcut: nothing to mask without --masks of the references and a class word")
         return Answers(prompts, Pictures(images, None), unrelated)
 
     def see(images: UInt8[np.ndarray, "N H W 3"], prompts: Sequence[str]) -> list[Bool[np.ndarray, "H W"]]:

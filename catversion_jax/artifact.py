@@ -1,4 +1,4 @@
-"""`concept.safetensors`: a learned concept, a few kilobytes, with all that is needed to use it."""
+"""`concept.safetensors`: a learned concept, a few kilobytes unless its method changes the UNet, and all to use it."""
 
 import dataclasses
 import json
@@ -80,7 +80,6 @@ def load(path: str | Path) -> Concept:
             check_size(path, MAX_UNET_BYTES if method and method.changes_unet else MAX_BYTES)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        check_size(path, MAX_BYTES)
         raise UserError(f"{path}: not a readable concept ({error}); train it again or copy it again") from None
     version = metadata.pop("format_version", None)
     if version != FORMAT_VERSION:

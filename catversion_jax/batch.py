@@ -29,7 +29,7 @@ from catversion_jax.data.posteriors import bucket
 from catversion_jax.errors import UserError, short
 from catversion_jax.manifest import Line
 from catversion_jax.pipeline import Pipeline
-from catversion_jax.preparation import prepare
+from catversion_jax.preparation import check_masks, prepare
 from catversion_jax.report import Report
 from catversion_jax.run_dir import RunDir
 from catversion_jax.slots import Slots
@@ -185,6 +185,7 @@ class Batch:
         """A line's photos and prompts as the step takes them."""
         config = line.config(self.config, self.folder)
         photos = read_photos(config.data.dir, self.pipeline.networks.resolution, config.data.masks_dir)
+        check_masks(photos, config.train.background_weight)
         return prepare(config, self.step_config.method, self.pipeline, photos, self.size)
 
     def fill(self, queue: Iterator[Prepared], bar: tqdm) -> bool:

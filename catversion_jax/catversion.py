@@ -47,6 +47,8 @@ class CatVersion(Method):
         if sorted(learned) != expected:
             raise ValueError(f"tensors {sorted(learned)}; expected {expected}")
         layers = tuple(tuple(metadata[name]) for name in ("layers", "layers_2") if name in metadata)
+        if bad := [of_encoder for of_encoder in layers if not of_encoder or sorted({*of_encoder}) != [*of_encoder]]:
+            raise ValueError(f"layers {[*bad[0]]}; expected indices that ascend")
         for (name, prefix), of_encoder in zip(sorted(learned.items()), layers, strict=True):
             if prefix.ndim != 5 or prefix.dtype != np.float32 or prefix.shape[1:3] != (len(of_encoder), 2):
                 wanted = f"[P, {len(of_encoder)}, 2, heads, head_dim]"

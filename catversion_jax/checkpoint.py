@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: the training state, a few kilobytes, and the step; folders named by the step."""
+"""Orbax checkpoints of a run: the training state, kilobytes unless the UNet is learned; folders named by the step."""
 
 import contextlib
 import logging

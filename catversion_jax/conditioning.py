@@ -7,6 +7,7 @@ import numpy as np
 
 from catversion_jax import sampling
 from catversion_jax.artifact import Concept
+from catversion_jax.ensemble import ensemble
 from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Pipeline
 
@@ -21,14 +22,19 @@ def context(
 
 
 def movement(pipeline: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept], strength: float) -> Iterator[str]:
-    """One line a prompt: the relative L2 change of its text states against the base model, and where it is largest."""
+    """One line a prompt: the relative L2 change of its text states against the base model, and where it is largest.
+    The base model is given the concept's identifier too, where it has one."""
+    those = ensemble(concepts if strength else ())
+    unet = "; the UNet is another one" if those.method.changes_unet else ""
     for prompt in prompts:
-        base, moved = (context(pipeline, [prompt], concepts, s).states[0] for s in (0.0, strength))
+        given = those.prompt(prompt)
+        base = context(pipeline, [given]).states[0]
+        moved = context(pipeline, [prompt], concepts, strength).states[0]
         steps = np.linalg.norm(moved - base, axis=-1)
         if not steps.any():
-            yield f"{prompt!r}: nothing moved"
+            yield f"{prompt!r}: nothing moved{unet}"
             continue
         most = int(steps.argmax())
-        token = pipeline.tokenizer.token(pipeline.tokenizer([prompt])[0, most])
+        token = pipeline.tokenizer.token(pipeline.tokenizer([given])[0, most])
         change = np.linalg.norm(moved - base) / np.linalg.norm(base)
-        yield f"{prompt!r}: moved by {change:.2%}, the most at token {most}, {token!r}"
+        yield f"{prompt!r}: moved by {change:.2%}, the most at token {most}, {token!r}{unet}"

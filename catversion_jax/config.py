@@ -166,6 +166,7 @@ def check(config: ConfigDict, without: tuple[str, ...] = ()) -> None:
         ("sample.batch_size", config.sample.batch_size >= 1, "expected at least 1"),
         ("seed", 0 <= config.seed < 2**32, "expected 0 to 2^32 - 1"),
         ("concept.templates", bool(config.concept.templates), "expected at least one prompt"),
+        ("sample.prompts", bool(config.sample.prompts), "expected at least one prompt"),
     ]
     values = flat(config)
     for key, good, expected in rules:

@@ -115,8 +115,8 @@ class Clip:
 
 def of_model(path: str | Path) -> Clip:
     """The encoders of a base model's folder that has an image encoder beside its text encoder, as the mini one."""
-    source = open_source(str(path))
-    if "image" not in source.components:
+    source = open_source(str(path)) if Path(path).expanduser().is_dir() else None  # a published model has none
+    if source is None or "image" not in source.components:
         raise UserError(
             f"{path}: no image_encoder/ to judge pictures by; name a CLIP with --clip, such as "
             "--clip=openai/clip-vit-large-patch14, or a folder of one"

@@ -64,10 +64,11 @@ def ensemble(concepts: Sequence[Concept]) -> Ensemble:
     if "" in words or len(set(words)) < len(words):
         raise UserError(f"class words {words}: expected another one for each concept of a prompt")
     methods = [isinstance(c.method, CatVersion) and replace(c.method, scope="trigger") for c in concepts]
-    if not all(methods) or any(method != methods[0] for method in methods):
+    shapes = [jax.tree.map(lambda x: x.shape[1:], c.learned) for c in concepts]
+    if not all(methods) or any(other != (methods[0], shapes[0]) for other in zip(methods, shapes, strict=True)):
         raise UserError(
-            f"the concepts of {', '.join(words)}: cannot share a prompt; expected all by method catversion, with the "
-            "same adapter.layers and adapter.logit_bias"
+            f"the concepts of {', '.join(words)}: cannot share a prompt; expected all by method catversion, of one "
+            "base model, with the same adapter.layers and adapter.logit_bias"
         )
     joined = jax.tree.map(lambda *prefixes: np.concatenate(prefixes), *(concept.learned for concept in concepts))
     return Ensemble(tuple(concepts), methods[0], joined)

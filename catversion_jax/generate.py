@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def load_model(
     """The base model of --model or the own one of the concepts, by their sources; prints what makes them do less than
     one would think."""
     pipeline, unsure = open_model(concepts, arguments.model, dtype)
-    for warning in unsure + warnings(pipeline, concepts.values(), prompts, arguments.strength):
+    for warning in unsure + warnings(pipeline, list(concepts.values()), prompts, arguments.strength):
         print(f"catversion: warning: {warning}")
     return pipeline
 
@@ -125,7 +125,7 @@ def make_folder(path: Path) -> Path:
 
 
 def warnings(
-    pipeline: Pipeline, concepts: Iterable[artifact.Concept], prompts: list[str], strength: float
+    pipeline: Pipeline, concepts: Sequence[artifact.Concept], prompts: list[str], strength: float
 ) -> list[str]:
     """One line for each thing that makes the concepts do less than one would think."""
     lines = []
@@ -135,7 +135,7 @@ def warnings(
         if word and (without := without_word(pipeline.tokenizer, word, prompts)):
             listed = ", ".join(repr(prompt) for prompt in without)
             lines.append(f"without the class word {word!r}, which the concept was learned with: {listed}")
-    cut = [prompt for prompt in prompts if pipeline.tokenizer.is_cut(prompt)]
+    cut = [prompt for prompt in prompts if pipeline.tokenizer.is_cut(ensemble(concepts).prompt(prompt))]
     if cut:
         lines.append(f"cut to {pipeline.tokenizer.length} tokens: {', '.join(repr(prompt) for prompt in cut)}")
     return lines

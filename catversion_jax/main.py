@@ -74,7 +74,8 @@ def parse(name: str, arguments: list[str], expected: tuple[str, ...] = ()) -> tu
     try:
         rest = flags.FLAGS(sys.argv)[1:]
     except flags.Error as error:
-        raise UserError(str(error)) from None
+        lines = str(error).strip().splitlines()  # a config file's error has its traceback in between
+        raise UserError(" ".join(dict.fromkeys([lines[0], lines[-1]]))) from None
     except (AttributeError, KeyError) as error:
         raise UserError(unknown_key(arguments) or str(error)) from None
     if rest and not expected:

@@ -1,17 +1,20 @@
 """A concept's photos and prompts as the training step takes them: the VAE and the tokenizer are done before it runs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from catversion_jax import config as config_lib
 from catversion_jax import sampling, text
 from catversion_jax.data.photos import Photo
 from catversion_jax.data.posteriors import bucket, pad, posteriors
 from catversion_jax.errors import UserError
+from catversion_jax.files import write_atomically
 from catversion_jax.method import Method
 from catversion_jax.pipeline import Pipeline
 from catversion_jax.state import ConceptData
@@ -20,13 +23,15 @@ from catversion_jax.types import Float
 
 
 def prepare(
-    config: ConfigDict, method: Method, pipeline: Pipeline, photos: Sequence[Photo], size: int = 0
+    config: ConfigDict,
+    method: Method,
+    pipeline: Pipeline,
+    photos: Sequence[Photo],
+    size: int = 0,
+    kept: Path | None = None,
 ) -> ConceptData:
     """Latents and text states of one concept, padded to `size` photos or to their bucket, with a concept axis of size
-    1; and, where the method preserves a prior, those of the class.
-
-    Raises UserError where the loss is to weigh the background and a photo has no mask.
-    """
+    1; and, where the method preserves a prior, those of the class, whose latents the file `kept` keeps."""
     networks = pipeline.networks
     images = np.stack([photo.image for photo in photos])
     mean, std = posteriors(networks.vae, pipeline.params["vae"], images, config.data.flip)
@@ -34,7 +39,7 @@ def prepare(
     weight = subject_weights(photos, mean.shape, config.train.background_weight)
     prior = None
     if method.prior_weight:
-        prior = class_pictures(config, method, pipeline, prompts)
+        prior = class_pictures(config, method, pipeline, prompts, kept)
         weight = np.ones((*mean.shape[:-1], 1), np.float32) if weight is None else weight
     for prompt in without_word(pipeline.tokenizer, config.concept.class_word, prompts):
         logging.warning("the training prompt %r does not hold the class word %r", prompt, config.concept.class_word)
@@ -75,19 +80,23 @@ def to_data(
     )
 
 
-def subject_weights(
-    photos: Sequence[Photo], shape: tuple[int, ...], background: float
-) -> Float[np.ndarray, "N F h w 1"] | None:
-    """What each place of the latents [N, F, h, w, c] counts in the loss: the subject's share of it and, for the rest,
-    `background`; the mean over a photo is 1. None where all places count alike."""
-    if background == 1:
-        return None
+def check_masks(photos: Sequence[Photo], background: float) -> None:
+    """Raise UserError where the loss is to weigh the background and a photo has no mask."""
     missing = [photo.name for photo in photos if photo.mask is None or not photo.mask.any()]
-    if missing:
+    if background != 1 and missing:
         raise UserError(
             f"config.train.background_weight={background}: photo {missing[0]} has no mask, or an empty one; give masks "
             "with --config.data.masks_dir"
         )
+
+
+def subject_weights(
+    photos: Sequence[Photo], shape: tuple[int, ...], background: float
+) -> Float[np.ndarray, "N F h w 1"] | None:
+    """What each place of the latents [N, F, h, w, c] counts in the loss: the subject's share of it and, for the rest,
+    `background`; the mean over a photo is 1. None where all places count alike. The photos have masks."""
+    if background == 1:
+        return None
     _, views, height, width, _ = shape
     masks = np.stack([photo.mask for photo in photos]).astype(np.float32)
     side = masks.shape[1] // height
@@ -97,12 +106,33 @@ def subject_weights(
     return np.stack([weights, weights[:, :, ::-1]][:views], axis=1)[..., None]
 
 
-def class_pictures(config: ConfigDict, method: Method, pipeline: Pipeline, prompts: Sequence[str]) -> ConceptData:
+def class_pictures(
+    config: ConfigDict, method: Method, pipeline: Pipeline, prompts: Sequence[str], kept: Path | None
+) -> ConceptData:
     """The base model's pictures of the class, on the training prompts in turn and without the identifier. They stay
-    the latents they were drawn as: no VAE."""
+    the latents they were drawn as, and are not drawn again where the file `kept` has them: no VAE."""
     count = config.prior.pictures
-    asked = [prompts[i % len(prompts)] for i in range(count)]
-    batches = sampling.draw_latents(pipeline, asked, range(count), config_lib.sampler_config(config))
-    mean = np.concatenate([np.asarray(latents)[:real] for latents, real in batches])[:, None]
+    mean = kept and read_latents(kept, (count, *pipeline.networks.latent_shape))
+    if mean is None:
+        asked = [prompts[i % len(prompts)] for i in range(count)]
+        batches = sampling.draw_latents(pipeline, asked, range(count), config_lib.sampler_config(config))
+        with tqdm(total=count, unit=" pictures", desc="of the class", leave=False) as bar:
+            drawn = []
+            for latents, real in batches:
+                drawn.append(np.asarray(latents)[:real])
+                bar.update(real)
+        mean = np.concatenate(drawn)
+        if kept:
+            write_atomically(kept, lambda path: np.save(path, mean, allow_pickle=False))
+    mean = mean[:, None]
     weight = np.full((*mean.shape[:-1], 1), method.prior_weight, np.float32)
     return to_data(config, method, pipeline, mean, np.zeros_like(mean), weight, prompts, bucket(count))
+
+
+def read_latents(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."] | None:
+    """The file's latents; None where it has none of this shape."""
+    try:
+        latents = np.load(path, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return latents if latents.shape == shape and latents.dtype == np.float32 else None

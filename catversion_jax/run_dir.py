@@ -30,6 +30,10 @@ class RunDir:
         return self.path / "data"
 
     @property
+    def class_latents(self) -> Path:
+        return self.path / "class_latents.npy"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -3,6 +3,7 @@
 A concept is a folder with `concept.json` (class_word, article), `train/` and `heldout/`, as in catversion_jax/concepts.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from catversion_jax import concept_folders, encoders, markdown, metrics, sampling
 from catversion_jax import config as config_lib
+from catversion_jax.claim import claim
 from catversion_jax.data.photos import read_photos
 from catversion_jax.data.posteriors import posteriors
 from catversion_jax.errors import UserError
@@ -23,6 +25,7 @@ from catversion_jax.files import write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.heldout_loss import heldout_loss
 from catversion_jax.pipeline import Pipeline
+from catversion_jax.run_dir import plain
 from catversion_jax.source import read_json
 from catversion_jax.train import given_config, learn_once, load_model
 from catversion_jax.types import Float
@@ -62,8 +65,8 @@ def main(arguments: flags.FlagValues) -> int:
     folders = concept_folders.find(arguments.concepts)
     settings = arguments["try"].value or [""]
     configs = {setting: override(config, setting) for setting in settings}
+    claim(out / "sweep.json", {"config": plain(config), "seeds": arguments.seeds, "prompts": arguments.prompts})
     pipeline = load_model(config)
-    out.mkdir(parents=True, exist_ok=True)
     scores = read_scores(out / "scores.jsonl")
     base = cache(partial(draw, pipeline))  # the base model's pictures are the same for every setting
     clip = encoders.of_model(config_lib.model_path(config))
@@ -99,7 +102,12 @@ def override(config: ConfigDict, setting: str) -> ConfigDict:
 
 
 def read_scores(path: Path) -> list[Score]:
-    return [Score(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+    """What is scored already; a line that a crash cut is not."""
+    scores = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            scores.append(Score(**json.loads(line)))
+    return scores
 
 
 Draw = Callable[[tuple[str, ...], int, sampling.SamplerConfig], list[np.ndarray]]

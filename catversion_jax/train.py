@@ -23,7 +23,7 @@ from catversion_jax.grid import grid
 from catversion_jax.journal import Journal
 from catversion_jax.models.unet import UNet2DConditionModel
 from catversion_jax.pipeline import Networks, Pipeline, load
-from catversion_jax.preparation import prepare
+from catversion_jax.preparation import check_masks, prepare
 from catversion_jax.run_dir import RunDir, plain
 from catversion_jax.sharding import Rules, places, sharding
 from catversion_jax.state import ConceptData, Frozen, TrainState, init_state
@@ -84,10 +84,11 @@ def learn(
     photos = stored_or_read(run, config, pipeline.networks.resolution)
     step_config = make_step_config(config, pipeline.networks)
     schedulers.plan(pipeline.networks.schedule, config.sample.scheduler, config.sample.steps)  # refuses before training
+    check_masks(photos, config.train.background_weight)
     run.claim(config)
     with explained(f"{run.data}: could not store the photos"):
         dataset.write(run.data, photos)
-    data = prepare(config, step_config.method, pipeline, photos)
+    data = prepare(config, step_config.method, pipeline, photos, kept=run.class_latents)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
     try:
         state, interrupted_by = loop(config, step_config, pipeline, data, run, checkpoints)

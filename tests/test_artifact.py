@@ -58,6 +58,7 @@ def rewritten(path, concept, prefix=None, **metadata):
         ({"class_word": None}, "metadata missing or unknown: class_word"),
         ({"more": '"x"'}, "metadata missing or unknown: more"),
         ({"scope": '"sometimes"'}, "scope 'sometimes'; expected one of all, trigger"),
+        ({"layers": "[11, 9, 10]"}, r"layers \[11, 9, 10\]; expected indices that ascend"),
         ({"layers": "[9, 10]"}, r"prefix float32 \[4, 3, 2, 5, 32\]; expected float32 \[P, 2, 2, heads, head_dim\]"),
         ({"layers": "[9, 10"}, "not a readable concept"),
         ({"layers": "9"}, "expected a concept of format 1"),
@@ -77,7 +78,7 @@ def test_refused(tmp_path, concept, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_truncated_missing_and_huge(tmp_path, concept):
+def test_truncated_missing_and_huge(tmp_path, concept, monkeypatch):
     path = tmp_path / "c.safetensors"
     artifact.save(path, concept)
     path.write_bytes(path.read_bytes()[:-100])
@@ -87,6 +88,10 @@ def test_truncated_missing_and_huge(tmp_path, concept):
         artifact.load(tmp_path / "nothing")
     with path.open("wb") as file:
         file.truncate(artifact.MAX_BYTES + 1)
+    with pytest.raises(UserError, match="not a readable concept"):
+        artifact.load(path)
+    artifact.save(path, concept)
+    monkeypatch.setattr(artifact, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match="expected a concept of a few kilobytes"):
         artifact.load(path)
 

@@ -198,6 +198,7 @@ def test_a_damaged_checkpoint(finished, tiny_model, tmp_path):
         ({"adapter.layers": "3,4"}, "config.adapter.layers (3, 4): expected distinct indices into 4"),
         ({"adapter.scope": "none"}, "config.adapter.scope='none': expected one of all, trigger"),
         ({"sample.prompts": "'a {thing}','b'"}, "prompt template 'a {thing}': the only fields are"),
+        ({"sample.prompts": "()"}, "config.sample.prompts=(): expected at least one prompt"),
     ],
 )
 def test_mistakes_in_the_config(tiny_model, tmp_path, changes, expected):
@@ -320,6 +321,8 @@ def test_sweep(tiny_model, tmp_path):
     before = (tmp_path / "out" / "scores.jsonl").read_bytes()
     assert "adapter.length=1;train.learning_rate=0.5 | teapot |" in catversion(*arguments).stdout
     assert (tmp_path / "out" / "scores.jsonl").read_bytes() == before
+    refused = error_of(*arguments, "--prompts=1")
+    assert "sweep.json: of another config or other concepts; give the same ones, or another --out" in refused
     assert "nowhere: no concepts" in error_of(*arguments[:2], "--concepts=nowhere")
 
 

@@ -61,6 +61,9 @@ def test_refused(concepts):
         other = dataclasses.replace(dog, method=dataclasses.replace(dog.method, **changes))
         with pytest.raises(UserError, match="the concepts of teapot, dog: cannot share a prompt"):
             ensemble([teapot, other])
+    other = dataclasses.replace(dog, learned={"prefix": dog.learned["prefix"][..., :8]})  # of another base model
+    with pytest.raises(UserError, match="cannot share a prompt; expected all by method catversion, of one base model"):
+        ensemble([teapot, other])
 
 
 def test_generate(tmp_path, concepts):

@@ -1,6 +1,7 @@
 """CatVersion's rivals: what each learns and where it enters, its gradient, and the prior that two of them preserve."""
 
 import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -10,15 +11,16 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from catversion_jax import artifact, batch, sampling, train
+from catversion_jax import artifact, batch, sampling, text, train
 from catversion_jax import config as config_lib
 from catversion_jax import train_step as ts
+from catversion_jax.conditioning import movement
 from catversion_jax.convert import official
 from catversion_jax.data.photos import Photo, read_photos
 from catversion_jax.distributed import Process
 from catversion_jax.errors import UserError
 from catversion_jax.methods import METHODS
-from catversion_jax.preparation import prepare, subject_weights
+from catversion_jax.preparation import check_masks, prepare, subject_weights
 from catversion_jax.state import ConceptData
 from configs import sd15
 from tests.commands import catversion, error_of
@@ -148,6 +150,38 @@ def test_textual_inversion_is_another_row_of_the_embedding(tiny_pipeline):
     np.testing.assert_array_equal(sampling.condition(tiny_pipeline, ["a car"], [concept]).states, base)
 
 
+def test_custom_diffusions_word_is_another_row_of_the_embedding(tiny_pipeline):
+    """That of the identifier's last token, where the identifier stands and nowhere else."""
+    concept = concept_of("custom_diffusion", tiny_pipeline)
+    prompt = "a red sks teapot, a teapot"
+    (ids,), word = tiny_pipeline.tokenizer([prompt]), tiny_pipeline.tokenizer.word("sks")
+    at = text.find_word(ids[None], word)[0]
+    (encoder,) = tiny_pipeline.networks.text
+    (params,) = tiny_pipeline.params["text"]
+    table = params["text_model"]["embeddings"]["token_embedding"]["embedding"]
+    new = len(table)  # a row of its own: the identifier's tokens may be in other words
+    moved = jax.tree.map(np.copy, params)
+    moved["text_model"]["embeddings"]["token_embedding"]["embedding"] = np.concatenate(
+        [table, table[ids[at]][None] + concept.learned["word"]]
+    )
+    changed = ids.copy()
+    changed[at] = new
+    larger = type(encoder)(dataclasses.replace(encoder.config, vocab_size=new + 1))
+    expected = larger.apply({"params": moved}, changed[None])["last_hidden_state"]
+    ours = sampling.condition(tiny_pipeline, ["a red teapot, a teapot"], [concept]).states
+    assert max_error(ours, expected) < 1e-5
+
+
+def test_check_tells_what_moved(tiny_pipeline):
+    """Against the base model with the identifier too; and that the UNet is another one, where it is."""
+    for method, moves in (("dreambooth", "nothing moved"), ("custom_diffusion", "moved by ")):
+        (line,) = movement(tiny_pipeline, ["a teapot"], [concept_of(method, tiny_pipeline)], 1.0)
+        assert line.startswith(f"'a teapot': {moves}")
+        assert line.endswith("; the UNet is another one")
+    (line,) = movement(tiny_pipeline, ["a teapot"], [concept_of("custom_diffusion", tiny_pipeline)], 0.0)
+    assert line == "'a teapot': nothing moved"
+
+
 @pytest.mark.parametrize("method", ["dreambooth", "custom_diffusion"])
 def test_the_identifier_and_the_unet(tiny_pipeline, method):
     concept = concept_of(method, tiny_pipeline)
@@ -175,6 +209,10 @@ def test_the_prior(setting, tiny_pipeline):
     )
     ((latents, real),) = list(drawn)
     np.testing.assert_allclose(prior.mean[0, :3, 0], latents[:real], atol=1e-5)
+    for prompts, asked in ((prior.prompts, "a photo of a teapot"), (data.prompts, "a photo of a sks teapot")):
+        (of_encoder,) = prompts
+        states = step_config.method.condition({}, (of_encoder,), frozen.text, step_config.networks).states
+        assert max_error(states[0, 0], sampling.condition(tiny_pipeline, [asked]).states[0]) < 1e-5
     both = a_batch(step_config, data)
     size = step_config.batch_size
     assert both.latents.shape[1] == 2 * size
@@ -188,8 +226,29 @@ def test_the_prior(setting, tiny_pipeline):
     own, of_class = loss(slice(None, size)), loss(slice(size, None))
     whole = float(ts.denoising_loss(learned, frozen, both, step_config)[0])
     assert whole == pytest.approx((own + 0.5 * of_class) / 2, rel=1e-4)
-    plain, _, _ = setting("dreambooth", **{"prior.weight": 0.0})
-    assert plain.method.prior_weight == 0
+    plain, data, _ = setting("dreambooth", **{"prior.weight": 0.0})
+    assert data.prior is None
+    assert a_batch(plain, data).latents.shape[1] == size
+
+
+def test_the_class_pictures_are_drawn_once(setting, tiny_pipeline, tmp_path, monkeypatch):
+    """Unless their file was cut or is of other pictures."""
+    step_config, data, _ = setting("dreambooth")
+    config = config_of("dreambooth")
+    photos = read_photos(config.data.dir, tiny_pipeline.networks.resolution)
+    kept, drawn, draw = tmp_path / "class.npy", [], sampling.draw_latents
+    monkeypatch.setattr(sampling, "draw_latents", lambda *asked: drawn.append(asked) or draw(*asked))
+
+    def prepared():
+        found = prepare(config, step_config.method, tiny_pipeline, photos, kept=kept)
+        np.testing.assert_array_equal(found.prior.mean, data.prior.mean)
+        return len(drawn)
+
+    assert [prepared(), prepared()] == [1, 1]
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert [prepared(), prepared()] == [2, 2]
+    np.save(kept, np.zeros((2, 2), np.float32))
+    assert prepared() == 3
 
 
 def test_the_background_in_the_loss(setting):
@@ -204,7 +263,8 @@ def test_the_background_in_the_loss(setting):
     assert subject_weights([photo], (1, 2, 4, 4, 4), 1.0) is None
     bare = dataclasses.replace(photo, mask=None)
     with pytest.raises(UserError, match=r"background_weight=0\.5: photo a has no mask, or an empty one; give masks"):
-        subject_weights([bare], (1, 2, 4, 4, 4), 0.5)
+        check_masks([bare], 0.5)
+    check_masks([bare], 1.0)
 
     step_config, data, frozen = setting("catversion", **{"train.background_weight": 0.25})
     drawn = a_batch(step_config, data)
@@ -243,13 +303,26 @@ def test_trained_stored_and_drawn(tiny_model, tiny_pipeline, tmp_path, method):
         assert (tmp_path / "a-teapot_0.png").is_file()
 
 
-def test_batches(tiny_model, tmp_path):
-    """Words are learned side by side; UNets are not."""
+def test_no_masks_no_run(tiny_model, tmp_path):
+    """Refused before the folder is taken, so that the command can be given again, with masks."""
+    changes = {"train.background_weight": 0.5, "data.masks_dir": ""}
+    with pytest.raises(UserError, match="photo 00 has no mask"):
+        train.train(config_of("catversion", tiny_model, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches(tiny_model, tiny_pipeline, tmp_path):
+    """Words are learned side by side, each as alone; UNets are not."""
     lines = tmp_path / "list.jsonl"
-    lines.write_text(f'{{"id": "a", "dir": "{TEAPOT / "train"}", "class_word": "teapot"}}\n')
+    of_lines = ({"id": name, "dir": str(TEAPOT / name), "class_word": "teapot"} for name in ("train", "heldout"))
+    lines.write_text("".join(json.dumps(line) + "\n" for line in of_lines))
     config = config_of("textual_inversion", tiny_model, tmp_path / "out", **{"batch.slots": 2})
-    assert batch.run(config, lines, Process()) == 0
-    assert artifact.load(tmp_path / "out" / "a").learned["word"].any()
+    assert batch.run(config, lines, Process(), tiny_pipeline) == 0
+    train_word, word = (artifact.load(tmp_path / "out" / name).learned["word"] for name in ("train", "heldout"))
+    changes = {"data.dir": str(TEAPOT / "heldout"), "data.masks_dir": ""}
+    alone = train.learn_once(config_of("textual_inversion", tiny_model, tmp_path / "alone", **changes), tiny_pipeline)
+    np.testing.assert_allclose(word, alone.learned["word"], atol=1e-5)
+    assert np.abs(word - train_word).max() > 1e-3
     refused = r"config\.method='dreambooth': changes the UNet, which the 8 concepts of a step share"
     with pytest.raises(UserError, match=refused):
         batch.run(config_of("dreambooth", tiny_model, tmp_path / "unets"), lines, Process())

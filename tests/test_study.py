@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from catversion_jax import concept_folders, scores
 from catversion_jax import config as config_lib
-from catversion_jax import scores
 from catversion_jax.errors import UserError
 from catversion_jax.methods import METHODS
 from catversion_jax.pipeline import MINI
-from catversion_jax.study import command, scoring, settings, table
+from catversion_jax.study import command, scoring, settings, table, together
 from catversion_jax.study.settings import Setting
 from configs.mini import get_config
 from tests import tiny
@@ -126,6 +126,34 @@ def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch
     rows = cells((out / "table.md").read_text())
     labels = [["base model", ""], ["config", "configs/mini.py"], ["class word", "none"], ["parts", "keys only"]]
     assert [row[:2] for row in rows[2:]] == labels
+
+
+def test_prompts_of_several_concepts():
+    folders = [SHIPPED / name for name in ("teapot", "owl", "rocket")]
+    asked = together.prompts(folders, ("a photo of {concept} at night", "a photo of a blue {class_word}"))
+    assert asked == (
+        "a photo of a teapot, an owl and a rocket at night",
+        "a photo of a blue teapot, an owl and a rocket",
+    )
+    for template in get_config().sample.prompts:
+        config_lib.fill(template, "teapot and a dog", "a")
+
+
+def test_the_best_rate_has_a_score(monkeypatch):
+    """Not that of which the score has no value, whichever came first."""
+    rates = [Setting("dreambooth", name, {}) for name in ("broken", "good", "worse")]
+    found = dict(zip(rates, ({"fitness": None}, {"fitness": 0.5}, {"fitness": 0.4}), strict=True))
+    monkeypatch.setattr(command, "RIVALS", rates)
+    monkeypatch.setattr(command, "of_settings", lambda study, settings, more: settings)
+    monkeypatch.setattr(command.table, "of_candidates", lambda rows: "")
+    assert command.rivals(SimpleNamespace(candidate=found.get)) == [rates[1]]
+
+
+def test_a_concepts_description_is_read_with_care(tmp_path):
+    for text in ('{"class_word": "teapot"}', '{"class_word": "teapot", "article": 1}', "[]"):
+        (tmp_path / "concept.json").write_text(text)
+        with pytest.raises(UserError, match=r"concept\.json: .*; expected the texts class_word and article"):
+            concept_folders.described(tmp_path)
 
 
 def test_together(arguments, small):

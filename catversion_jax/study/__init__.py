@@ -1,1 +1,1 @@
-"""`catversion study`: the paper's two tables, CatVersion against its rivals and its ablation, on the mini model."""
+"""`catversion study`: CatVersion against its rivals, its ablation, and several concepts in one prompt."""

@@ -24,6 +24,7 @@ from catversion_jax import concept_folders, encoders
 from catversion_jax import config as config_lib
 from catversion_jax.answers import Drawing
 from catversion_jax.artifact import Concept
+from catversion_jax.claim import claim
 from catversion_jax.data.photos import read_photos
 from catversion_jax.errors import UserError
 from catversion_jax.evaluate import UNRELATED, versions
@@ -100,12 +101,7 @@ class Study:
     def claim(self) -> None:
         """Make the folder this study's. Raises UserError where it is another's."""
         what = {"config": plain(self.config), "scale": asdict(self.scale), "concepts": [f.name for f in self.folders]}
-        text = json.dumps(what, indent=1) + "\n"
-        path = self.out / "study.json"
-        if path.is_file() and path.read_text() != text:
-            raise UserError(f"{path}: of another config or other concepts; give the same ones, or another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write_text(text))
+        claim(self.out / "study.json", what)
 
     def judged(self, setting: Setting, learned_by: Setting) -> dict:
         """A row of the table, with the pictures beside it; once."""
@@ -156,12 +152,16 @@ def of_settings(study: Study, settings: Sequence[Setting], more: str = "") -> Ta
     return Table("\n".join(filter(None, [table.of_scores(rows), more])), grids)
 
 
+def fitness(row: dict) -> float:
+    return -np.inf if row["fitness"] is None else row["fitness"]
+
+
 def rivals(study: Study) -> Table:
     """Each method at the best of its rates, and all of them."""
     tried = {setting: study.candidate(setting) for setting in RIVALS}
     best: dict[str, Setting] = {}
     for setting, row in tried.items():
-        if setting.group not in best or row["fitness"] > tried[best[setting.group]]["fitness"]:
+        if setting.group not in best or fitness(row) > fitness(tried[best[setting.group]]):
             best[setting.group] = setting
     rows = [row | {"chosen": setting in best.values()} for setting, row in tried.items()]
     return of_settings(study, list(best.values()), table.of_candidates(rows))
@@ -251,7 +251,7 @@ def header(name: str, study: Study, minutes: float) -> str:
         f"{minutes:.0f} minutes in its last run.",
         f"Concepts: {', '.join(folder.name for folder in study.folders)};",
         f"{steps} steps of {study.config.train.batch_size}, seed {study.config.seed}.",
-        f"Pictures: {study.scale.prompts} prompts x seeds 0 to {study.scale.seeds - 1},",
+        f"Pictures: {len(study.templates)} prompts x seeds 0 to {study.scale.seeds - 1},",
         f"{sampler.steps} steps, guidance {sampler.guidance};",
         f"unrelated: {', '.join(study.drawing.unrelated) or 'none'}.",
         "In brackets, 95 % bootstrap intervals over the prompts of all concepts.",

@@ -19,7 +19,7 @@ from catversion_jax.train import learn_once
 
 SECONDS = "seconds.json"
 SLOTS = 2
-"""Concepts side by side: as many as a rate is chosen by, so that those after them share their step."""
+"""Concepts side by side: as many as a rate is chosen by."""
 
 
 def learn(
@@ -39,7 +39,7 @@ def learn(
 
 def side_by_side(config: ConfigDict, folders: Sequence[Path], out: Path, pipeline: Pipeline) -> None:
     config = config.copy_and_resolve_references()
-    config.run_dir, config.batch.slots = str(out), min(SLOTS, len(folders))
+    config.run_dir, config.batch.slots = str(out), SLOTS
     lines = [
         {"id": folder.name, "dir": str(folder / "train"), "masks": str(folder / "train_masks"), **described(folder)}
         for folder in folders

@@ -36,7 +36,7 @@ def prompts(folder: Path, templates: Sequence[str]) -> tuple[str, ...]:
 def judge(
     concepts: dict[str, Concept], folders: Sequence[Path], templates: Sequence[str], drawing: Drawing, judges: Judges
 ) -> Judged:
-    """The scores of all concepts, with intervals over them, and each concept's."""
+    """The scores of all concepts, with intervals over their prompts, and each concept's."""
     units: list[Values] = []
     rows, pictures = [], {}
     for folder in folders:
@@ -72,9 +72,9 @@ def fitness(
     drawing: Drawing,
     judges: Judges,
     pipeline: Pipeline,
-) -> float:
+) -> float | None:
     """The overall score against the photos that were learned from, by pictures that no table shows: what a rate is
-    chosen by."""
+    chosen by. None where it has no value."""
     drawing = replace(drawing, seeds=tuple(SELECTING_SEED + seed for seed in drawing.seeds))
     values = []
     for folder in folders:
@@ -84,7 +84,8 @@ def fitness(
         captions = np.repeat(judges.clip.text(asked), len(drawing.seeds), axis=0)
         clip_t = metrics.clip_t(seen, captions).mean()
         values.append(metrics.overall(clip_t, metrics.clip_i(seen, references).mean()))
-    return float(np.mean(values))
+    mean = float(np.mean(values))
+    return None if np.isnan(mean) else mean
 
 
 def size(concepts: dict[str, Concept]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from catversion_jax import answers, masks, metrics
+from catversion_jax import answers, config, masks, metrics
 from catversion_jax.answers import Drawing
 from catversion_jax.artifact import Concept
 from catversion_jax.concept_folders import described
@@ -27,8 +27,9 @@ class Group:
 
 def prompts(folders: Sequence[Path], templates: Sequence[str]) -> tuple[str, ...]:
     """The templates with all of the concepts in the place of one."""
-    *names, last = (f"{concept['article']} {concept['class_word']}" for concept in map(described, folders))
-    return tuple(template.replace("{concept}", f"{', '.join(names)} and {last}") for template in templates)
+    first, *others = map(described, folders)
+    *names, last = (first["class_word"], *(f"{concept['article']} {concept['class_word']}" for concept in others))
+    return tuple(config.fill(template, f"{', '.join(names)} and {last}", first["article"]) for template in templates)
 
 
 def judge(
