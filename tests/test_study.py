@@ -181,6 +181,8 @@ def test_the_tables_settings_can_be_had(mini):
         config_lib.method(config, mini.networks)
         groups.setdefault(setting.group, []).append(setting.name)
     assert groups.keys() >= METHODS.keys()
+    for method, rates in settings.RATES.items():
+        assert get_config(method).train.learning_rate in rates
     assert len({len(groups[method]) for method in METHODS}) == 1  # an equal budget
 
 
