@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from catversion_jax.convert import safetensors
 from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.method import Method, check_keys
@@ -78,7 +79,8 @@ def load(path: str | Path) -> Concept:
             metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             method = METHODS.get(metadata.pop("method", DEFAULT_METHOD))
             check_size(path, MAX_UNET_BYTES if method and method.changes_unet else MAX_BYTES)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        large = bool(method and method.changes_unet)  # of a benchmark's concepts not all can be in memory
+        tensors = {name: x.mapped() if large else x.read() for name, x in safetensors.open_file(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable concept ({error}); train it again or copy it again") from None
     version = metadata.pop("format_version", None)

@@ -1,4 +1,4 @@
-"""Read safetensors files (https://huggingface.co/docs/safetensors): nothing is unpickled, nothing stays mapped."""
+"""Read safetensors files (https://huggingface.co/docs/safetensors): nothing is unpickled."""
 
 import json
 from pathlib import Path

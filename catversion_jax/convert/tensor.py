@@ -41,3 +41,7 @@ class FileTensor:
         if len(numbers) < count:
             raise UserError(f"{self.path}: became shorter while it was read; copy or download it again")
         return numbers.reshape(self.shape)
+
+    def mapped(self) -> np.ndarray:
+        """The numbers, read where and when they are used: for what is too large to keep beside others of its kind."""
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
