@@ -137,13 +137,14 @@ def draw(job: Job, drawing: Drawing, judges: Judges) -> Answers:
     """Pictures of the concept, their masks where the references have some, and how far the base model moved."""
     concept = job.concept
     pipeline = base_model(job, drawing)
+    photos = read_references(job, pipeline.networks.resolution)
+    masked = photos[0].mask is not None and bool(concept.class_word)
+    if drawing.grabcut and not masked:
+        raise UserError("--grabcut: nothing to mask without --masks of the references and a class word")
     prompts = [prompt for prompt in job.prompts for _ in drawing.seeds]
     images = paint(pipeline, job.prompts, drawing, [concept], job.name)
     unrelated = measure_drift(pipeline, concept, drawing, judges)
-    photos = read_references(job, pipeline.networks.resolution)
-    if photos[0].mask is None or not concept.class_word:
-        if drawing.grabcut:
-            raise UserError("--grabcut: nothing to mask without --masks of the references and a class word")
+    if not masked:
         return Answers(prompts, Pictures(images, None), unrelated)
 
     def see(images: UInt8[np.ndarray, "N H W 3"], prompts: Sequence[str]) -> list[Bool[np.ndarray, "H W"]]:

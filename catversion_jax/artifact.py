@@ -78,8 +78,8 @@ def load(path: str | Path) -> Concept:
         with safe_open(path, framework="numpy") as file:
             metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             method = METHODS.get(metadata.pop("method", DEFAULT_METHOD))
-            check_size(path, MAX_UNET_BYTES if method and method.changes_unet else MAX_BYTES)
         large = bool(method and method.changes_unet)  # of a benchmark's concepts not all can be in memory
+        check_size(path, MAX_UNET_BYTES if large else MAX_BYTES)
         tensors = {name: x.mapped() if large else x.read() for name, x in safetensors.open_file(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable concept ({error}); train it again or copy it again") from None

@@ -1,8 +1,10 @@
 """Files that are either whole or not there."""
 
+import contextlib
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -22,6 +24,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_lines(path: Path) -> Iterator[dict]:
+    """What the lines of a file hold, if it is there; a line that a crash cut is left out."""
+    if path.is_file():
+        with path.open() as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
 
 
 def current_umask() -> int:

@@ -135,7 +135,8 @@ def warnings(
         if word and (without := without_word(pipeline.tokenizer, word, prompts)):
             listed = ", ".join(repr(prompt) for prompt in without)
             lines.append(f"without the class word {word!r}, which the concept was learned with: {listed}")
-    cut = [prompt for prompt in prompts if pipeline.tokenizer.is_cut(ensemble(concepts).prompt(prompt))]
+    given = ensemble(concepts).prompt
+    cut = [prompt for prompt in prompts if pipeline.tokenizer.is_cut(given(prompt))]
     if cut:
         lines.append(f"cut to {pipeline.tokenizer.length} tokens: {', '.join(repr(prompt) for prompt in cut)}")
     return lines

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from catversion_jax.files import write_atomically
+from catversion_jax.files import json_lines, write_atomically
 
 FILE_NAME = "report.jsonl"
 
@@ -26,11 +26,7 @@ class Report:
 
     def entries(self) -> Iterator[dict]:
         """What is reported; a line that a crash cut is not."""
-        if self.path.is_file():
-            with self.path.open() as file:
-                for line in file:
-                    with contextlib.suppress(ValueError):
-                        yield json.loads(line)
+        return json_lines(self.path)
 
     def reconcile(self, done: dict[str, bool]) -> None:
         """Keep, of the concepts in `done`, one line for each that is done; a failed one is tried again. Those of

@@ -3,7 +3,6 @@
 A concept is a folder with `concept.json` (class_word, article), `train/` and `heldout/`, as in catversion_jax/concepts.
 """
 
-import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from catversion_jax.claim import claim
 from catversion_jax.data.photos import read_photos
 from catversion_jax.data.posteriors import posteriors
 from catversion_jax.errors import UserError
-from catversion_jax.files import write_atomically
+from catversion_jax.files import json_lines, write_atomically
 from catversion_jax.grid import grid
 from catversion_jax.heldout_loss import heldout_loss
 from catversion_jax.pipeline import Pipeline
@@ -67,7 +66,7 @@ def main(arguments: flags.FlagValues) -> int:
     configs = {setting: override(config, setting) for setting in settings}
     claim(out / "sweep.json", {"config": plain(config), "seeds": arguments.seeds, "prompts": arguments.prompts})
     pipeline = load_model(config)
-    scores = read_scores(out / "scores.jsonl")
+    scores = [Score(**line) for line in json_lines(out / "scores.jsonl")]
     base = cache(partial(draw, pipeline))  # the base model's pictures are the same for every setting
     clip = encoders.of_model(config_lib.model_path(config))
     for setting, config in configs.items():
@@ -99,15 +98,6 @@ def override(config: ConfigDict, setting: str) -> ConfigDict:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--try={setting}: {key} cannot be {value} ({error})") from None
     return config
-
-
-def read_scores(path: Path) -> list[Score]:
-    """What is scored already; a line that a crash cut is not."""
-    scores = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            scores.append(Score(**json.loads(line)))
-    return scores
 
 
 Draw = Callable[[tuple[str, ...], int, sampling.SamplerConfig], list[np.ndarray]]

@@ -34,7 +34,7 @@ from catversion_jax.pipeline import Pipeline
 from catversion_jax.run_dir import plain
 from catversion_jax.scores import Judges
 from catversion_jax.study import scoring, table, together
-from catversion_jax.study.learning import learn
+from catversion_jax.study.learning import SLOTS, learn
 from catversion_jax.study.settings import (
     ABLATION,
     CONFIG,
@@ -228,7 +228,7 @@ def open_study(arguments: flags.FlagValues, name: str) -> Study:
     config = given_config(arguments)
     scale = TABLES[name].quick if arguments.quick else TABLES[name].full
     folders = named(concept_folders.find(arguments.concepts), scale.concepts)
-    pipeline = load_model(config, len(folders))
+    pipeline = load_model(config, SLOTS)
     judges = Judges(encoders.of_model(config_lib.model_path(config)), None)
     sampler = config_lib.sampler_config(config)
     drawing = Drawing(sampler, tuple(range(scale.seeds)), 1.0, UNRELATED[: scale.unrelated], "", config.model.dtype)

@@ -15,11 +15,12 @@ from catversion_jax.errors import UserError
 from catversion_jax.files import write_atomically
 from catversion_jax.methods import METHODS
 from catversion_jax.pipeline import Pipeline
+from catversion_jax.study.settings import TRIED_ON
 from catversion_jax.train import learn_once
 
 SECONDS = "seconds.json"
-SLOTS = 2
-"""Concepts side by side: as many as a rate is chosen by."""
+SLOTS = len(TRIED_ON)
+"""Concepts side by side."""
 
 
 def learn(
