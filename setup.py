@@ -51,5 +51,5 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["catversion = catversion_jax.main:run"]},
+    entry_points={"console_scripts": ["catversion = catversion_jax.cli.main:run"]},
 )

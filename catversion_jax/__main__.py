@@ -1,5 +1,5 @@
 """`python -m catversion_jax`."""
 
-from catversion_jax.main import run
+from catversion_jax.cli.main import run
 
 run()

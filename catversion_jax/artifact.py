@@ -13,11 +13,13 @@ from safetensors.numpy import save_file
 
 from catversion_jax.convert import safetensors
 from catversion_jax.errors import UserError
-from catversion_jax.files import write_atomically
 from catversion_jax.method import Method, check_keys
 from catversion_jax.methods import METHODS, name_of
 from catversion_jax.pipeline import Networks
+from catversion_jax.sampler_config import SamplerConfig
 from catversion_jax.types import Params
+from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.settings import flatten, follows
 
 FILE_NAME = "concept.safetensors"
 FORMAT_VERSION = 1
@@ -41,18 +43,25 @@ class Concept:
     model_revision: str = ""  # how model_path was read, as in the config
     model_variant: str = ""
     model_prediction_type: str = ""
+    sampler: SamplerConfig | None = None  # that it was judged with; None: not known
 
     def metadata(self) -> dict[str, Any]:
         """All but the arrays, in JSON's types."""
         of_method = {} if self.method_name == DEFAULT_METHOD else {"method": self.method_name}
-        return of_method | self.method.metadata() | {name: getattr(self, name) for name in FIELDS}
+        values = {name: getattr(self, name) for name in FIELDS}
+        sampler = self.sampler and {name: getattr(self.sampler, name) for name in SAMPLER}
+        return of_method | self.method.metadata() | values | ({"sampler": sampler} if sampler else {})
 
     @property
     def method_name(self) -> str:
         return name_of(self.method)
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Concept) if field.name not in ("learned", "method"))
+FIELDS = tuple(
+    field.name for field in dataclasses.fields(Concept) if field.name not in ("learned", "method", "sampler")
+)
+SAMPLER = ("scheduler", "steps", "guidance")
+"""What of the sampler's settings is the concept's; how many images at once is the machine's."""
 OPTIONAL = {"model_revision", "model_variant", "model_prediction_type"}
 """Fields that a file may lack."""
 DEFAULT_METHOD = "catversion"
@@ -89,8 +98,10 @@ def load(path: str | Path) -> Concept:
     if method is None:
         raise UserError(f"{path}: of an unknown method; expected one of {', '.join(METHODS)}; update this program")
     values = {name: metadata.pop(name) for name in FIELDS if name in metadata}
+    sampler = metadata.pop("sampler", None)
     try:
         check_keys(values, set(FIELDS), OPTIONAL)
+        values["sampler"] = sampler and read_sampler(sampler)
         if odd := [f"{name} {x.dtype}" for name, x in tensors.items() if x.dtype != np.float32]:
             raise ValueError(f"{odd[0]}; expected float32")
         learned = unflatten_dict(tensors, sep="/")
@@ -98,6 +109,16 @@ def load(path: str | Path) -> Concept:
         return Concept(learned, method.from_metadata(metadata, learned), **values)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}; expected a concept of format {FORMAT_VERSION}; copy it again") from None
+
+
+def read_sampler(values: dict[str, Any]) -> SamplerConfig:
+    """The sampler's settings of a file. Raises ValueError for any that cannot be."""
+    check_keys(values, set(SAMPLER))
+    sampler = SamplerConfig(**values)
+    for key, field, value in flatten(sampler):
+        if not follows(field.metadata["rule"], value):
+            raise ValueError(f"sampler.{key}={value!r}; expected {field.metadata['rule'].expected}")
+    return sampler
 
 
 def check_size(path: Path, most: int) -> None:
@@ -114,10 +135,10 @@ def check_model(concept: Concept, fingerprint: str, networks: Networks, source: 
         raise UserError(
             f"{source}: learned in text encoder {concept.fingerprint}, but {model} has {fingerprint}; "
             f"a concept works only with the base model it was learned on ({concept.model_path or 'the mini model'}); "
-            "name that one with --model"
+            "give that one"
         )
     if misfit := concept.method.misfit(concept.learned, networks):
-        raise UserError(f"{source}: {misfit} ({model}); name the base model it was learned on with --model")
+        raise UserError(f"{source}: {misfit} ({model}); give the base model it was learned on")
     if concept.fingerprint:
         return []
     return [f"{source} does not tell its base model; the shapes fit {model}, and nothing else was compared"]

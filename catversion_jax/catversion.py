@@ -7,17 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from catversion_jax import text
 from catversion_jax.adapter import SCOPES, Prefix, init_prefix, resolve_layers, strength_bias
 from catversion_jax.errors import UserError
+from catversion_jax.hyperparameters import PARTS, AdapterConfig, Hyperparameters
 from catversion_jax.method import Method, check_keys, of_encoders
 from catversion_jax.pipeline import Networks
 from catversion_jax.types import Array, Bool, Float, Int, Key, Params
 
-PARTS = ("key", "value")
-"""What a prefix has at each position, in its array's order."""
+DEFAULTS = AdapterConfig()
 
 
 @dataclass(frozen=True)
@@ -26,19 +25,20 @@ class CatVersion(Method):
     `prefix_2`."""
 
     layers: tuple[tuple[int, ...], ...]  # for each text encoder, ascending indices into its layers
-    logit_bias: float = 0.0  # added to every prefix logit: 0 in the paper, 1 in the authors' files
-    scope: str = "all"  # one of adapter.SCOPES
+    logit_bias: float = DEFAULTS.logit_bias  # added to every prefix logit: 0 in the paper, 1 in the authors' files
+    scope: str = DEFAULTS.scope  # one of adapter.SCOPES
     parts: tuple[str, ...] = PARTS  # which of them are learned; the others stay 0
-    length: int = field(default=1, compare=False)  # P at the start
-    init_std: float = field(default=1.0, compare=False)  # standard deviation at the start
+    length: int = field(default=DEFAULTS.length, compare=False)  # P at the start
+    init_std: float = field(default=DEFAULTS.init_std, compare=False)  # standard deviation at the start
 
     @classmethod
-    def from_config(cls, config: ConfigDict, networks: Networks) -> "CatVersion":
+    def from_hyperparameters(cls, hyperparameters: Hyperparameters, networks: Networks) -> "CatVersion":
+        adapter = hyperparameters.adapter
         try:
-            layers = tuple(resolve_layers(config.adapter.layers, encoder.config.depth) for encoder in networks.text)
+            layers = tuple(resolve_layers(adapter.layers, encoder.config.depth) for encoder in networks.text)
         except ValueError as error:
             raise UserError(f"config.adapter.{error}") from None
-        return cls(**(config.adapter.to_dict() | {"layers": layers}))
+        return cls(**(vars(adapter) | {"layers": layers}))
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any], learned: Params) -> "CatVersion":
@@ -80,13 +80,13 @@ class CatVersion(Method):
             return f"prefixes for {len(learned)} text encoders, but there are {len(networks.text)}"
         return None
 
-    def starts(self, networks: Networks) -> tuple[int, ...]:
+    def first_layers(self, networks: Networks) -> tuple[int, ...]:
         return tuple(layers[0] for layers in self.layers)
 
-    def places(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
+    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
         return text.visibility(token_ids, word, self.scope)[..., None]
 
-    def enter(
+    def apply_to_prompts(
         self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
     ) -> tuple[tuple[text.Prompts, ...], Sequence[Prefix]]:
         bias = strength_bias(self.logit_bias, strength)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from catversion_jax.errors import UserError, short
+from catversion_jax.errors import StorageError, UserError, is_forbidden, short
 from catversion_jax.state import TrainState
 
 for name in ("absl", "orbax"):
@@ -60,8 +60,9 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def explained(what: str):
-    """Turn what a storage library raises into one line."""
+    """Turns what a storage library raises into one line."""
     try:
         yield
-    except Exception as error:
-        raise UserError(f"{what} ({short(error)}); make room, or grant access, and continue with --resume") from None
+    except Exception as error:  # of the disk or the library, which wraps what the system said
+        kind = UserError if is_forbidden(error) else StorageError
+        raise kind(f"{what} ({short(error)}); make room, or grant access, and resume") from error

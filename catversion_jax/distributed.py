@@ -10,8 +10,6 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from absl import flags
-
 from catversion_jax.errors import UserError
 
 MEET = """
@@ -40,47 +38,25 @@ CLUSTERS = (
 """Environment variables in which a cluster tells the process and how many there are."""
 
 
-def define_flags() -> None:
-    flags.DEFINE_integer("num_processes", None, "How many processes share the work. Default: this one alone.", 1)
-    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", 0)
-    flags.DEFINE_bool("distributed", False, "Take both from the cluster's environment: SLURM, MPI, SkyPilot or GKE.")
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0: begin when all processes have started.")
-    flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for that.", lower_bound=1)
-
-
-def start(arguments: flags.FlagValues) -> Process:
-    """Find out which process this is and, where there is a coordinator and more than one process, wait for all."""
-    count, index, address = arguments.num_processes, arguments.process_id, arguments.coordinator_address
-    if (count is None) != (index is None):
-        raise UserError("--num_processes and --process_id: expected both or none")
-    if arguments.distributed and count is None:
-        index, count = from_environment()
-    if count is None and address is not None:
-        raise UserError("--coordinator_address: needs --num_processes and --process_id, or --distributed")
-    process = Process(index or 0, count or 1)
-    if process.index >= process.count:
-        raise UserError(f"--process_id={index}: expected 0 to {count - 1}, since --num_processes={count}")
-    if address is not None and process.count > 1:
-        meet(address, process, arguments.start_timeout)
-    return process
-
-
-def from_environment() -> tuple[int, int]:
+def from_environment() -> Process:
+    """The process as the cluster's environment has it. Raises UserError if no known cluster's variables are set."""
     for index, count in CLUSTERS:
         if index in os.environ and count in os.environ:
             value = os.environ[count]
             try:
-                return int(os.environ[index]), len(value.split(",")) if count.endswith("HOSTNAMES") else int(value)
+                return Process(
+                    int(os.environ[index]), len(value.split(",")) if count.endswith("HOSTNAMES") else int(value)
+                )
             except ValueError:
                 raise UserError(
-                    f"--distributed: {index}={os.environ[index]!r}, {count}={value!r}; not numbers"
+                    f"{index}={os.environ[index]!r}, {count}={value!r}: expected numbers in the environment"
                 ) from None
     known = ", ".join(count for _, count in CLUSTERS)
-    raise UserError(f"--distributed: none of {known} is set here; give --num_processes and --process_id")
+    raise UserError(f"none of {known} is set here; expected a cluster's environment; give num_processes and process_id")
 
 
 def meet(address: str, process: Process, timeout: int) -> None:
-    """Wait until all processes are there. Raises UserError where they are not in time."""
+    """Waits until all processes are there. Raises UserError if they are not in time."""
     values = map(str, (address, process.count, process.index, timeout))
     run = [sys.executable, "-c", MEET, *values]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # no device is needed, and none must be taken
@@ -92,5 +68,5 @@ def meet(address: str, process: Process, timeout: int) -> None:
         raise UserError(
             f"{address}: process {process.index} did not meet all {process.count} processes there within {timeout} s; "
             "start all of them, check that process 0 runs on that host and that the port is free and open, or choose "
-            "another port or a longer --start_timeout"
+            "another port or a longer start_timeout"
         )

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from catversion_jax import tree
-from catversion_jax.method import Method
+from catversion_jax.hyperparameters import Hyperparameters
+from catversion_jax.method import TextUnchanged
 from catversion_jax.pipeline import Networks, abstract
 from catversion_jax.types import Array, Float, Key, Params
 
@@ -17,7 +17,7 @@ PUBLISHED = {"train.learning_rate": 5e-6, "train.batch_size": 1, "train.steps": 
 
 
 @dataclass(frozen=True)
-class DreamBooth(Method):
+class DreamBooth(TextUnchanged):
     """Learns `unet`: what is added to each of the UNet's parameters. The text encoder stays as it is."""
 
     published = PUBLISHED
@@ -26,11 +26,16 @@ class DreamBooth(Method):
     prior_weight: float
 
     @classmethod
-    def from_config(cls, config: ConfigDict, networks: Networks) -> "DreamBooth":
-        return cls(config.concept.identifier, config.prior.weight)
+    def from_hyperparameters(cls, hyperparameters: Hyperparameters, networks: Networks) -> "DreamBooth":
+        return cls(hyperparameters.identifier, hyperparameters.prior.weight)
 
     def init(self, key: Key[Array, ""], networks: Networks) -> Params:
-        return {"unet": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract("unet", networks.unet))}
+        return {"unet": unet_changes(networks)}
 
     def unet(self, learned: Params, unet: Params, strength: Float[Array, ""] | float = 1.0) -> Params:
         return tree.add(unet, learned["unet"], strength)
+
+
+def unet_changes(networks: Networks) -> Params:
+    """What is added to each of the UNet's parameters before the first step: zeros, float32."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract("unet", networks.unet))

@@ -22,9 +22,10 @@ from catversion_jax.models.vit import FIXED as VIT_FIXED
 from catversion_jax.models.vit import ViTConfig, ViTModel
 from catversion_jax.padded_batches import in_batches
 from catversion_jax.pipeline import MINI, abstract, laid_out, load_component
-from catversion_jax.source import TOKENIZER_FILES, open_source, read_json
+from catversion_jax.source import TOKENIZER_FILES, open_source
 from catversion_jax.text import Tokenizer
 from catversion_jax.types import Float, Params, UInt8
+from catversion_jax.utils.files import read_json
 
 TORCH_FORMATS = [form for form in FORMATS if not form.is_flax]
 
@@ -118,13 +119,13 @@ def of_model(path: str | Path) -> Clip:
     source = open_source(str(path)) if Path(path).expanduser().is_dir() else None  # a published model has none
     if source is None or "image" not in source.components:
         raise UserError(
-            f"{path}: no image_encoder/ to judge pictures by; name a CLIP with --clip, such as "
-            "--clip=openai/clip-vit-large-patch14, or a folder of one"
+            f"{path}: no image_encoder/ to score images by; name a CLIP, such as openai/clip-vit-large-patch14, or a "
+            "folder of one"
         )
     image, image_params = load_component(source, "image")
     text, text_params = load_component(source, "text")
     if text.config.projection_dim != image.config.projection_dim:
-        raise UserError(f"{path}: its text encoder does not share a space with image_encoder/; name a CLIP with --clip")
+        raise UserError(f"{path}: its text encoder does not share a space with image_encoder/; name a CLIP")
     name = "the mini model" if Path(path) == MINI else str(path)
     encoder = ImageEncoder(name, image, image_params, clip_preprocessing(image.config.image_size))
     return Clip(encoder, TextEncoder(text, text_params, Tokenizer(source.tokenizer("text"))))
@@ -132,8 +133,8 @@ def of_model(path: str | Path) -> Clip:
 
 def load_clip(name: str) -> Clip:
     """CLIP as transformers saves a CLIPModel: a folder, or a model's name on Hugging Face."""
-    folder = locate(name, "--clip", TOKENIZER_FILES)
-    config = typed_config(folder, "--clip", "clip", "a transformers CLIPModel, such as openai/clip-vit-large-patch14")
+    folder = locate(name, "clip", TOKENIZER_FILES)
+    config = typed_config(folder, "clip", "clip", "a transformers CLIPModel, such as openai/clip-vit-large-patch14")
     text_json, vision_json = (
         defaults | config.get(key, {}) | {"projection_dim": config.get("projection_dim", 512)}
         for key, defaults in NESTED_DEFAULTS.items()
@@ -150,21 +151,21 @@ def load_clip(name: str) -> Clip:
 
 def load_dino(name: str) -> ImageEncoder:
     """DINO as transformers saves a ViTModel: a folder, or a model's name on Hugging Face."""
-    folder = locate(name, "--dino")
-    config = typed_config(folder, "--dino", "vit", "a transformers ViTModel, such as facebook/dino-vits16")
+    folder = locate(name, "dino")
+    config = typed_config(folder, "dino", "vit", "a transformers ViTModel, such as facebook/dino-vits16")
     module = ViTModel(from_json(ViTConfig, config, VIT_FIXED))
     size = module.config.image_size
     params = read(folder, rules.VIT, shapes_of(module.init, jnp.zeros((1, size, size, 3))))
     return ImageEncoder(name, module, params, dino_preprocessing(size))
 
 
-def locate(name: str, flag: str, files: Sequence[str] = ()) -> Path:
+def locate(name: str, what: str, files: Sequence[str] = ()) -> Path:
     """The folder of a model's config.json, weights and `files`, downloaded where `name` is none."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or folder.exists():
-        raise UserError(f"{flag}={name}: no such folder; expected a folder with config.json and model.safetensors")
+        raise UserError(f"{what}={name}: no such folder; expected a folder with config.json and model.safetensors")
     for form in TORCH_FORMATS:  # the first one that the model has
         folder = hub.fetch(name, "", ["config.json", *files, *file_patterns(form, "")])
         if find(folder):
@@ -172,13 +173,13 @@ def locate(name: str, flag: str, files: Sequence[str] = ()) -> Path:
     return folder
 
 
-def typed_config(folder: Path, flag: str, kind: str, expected: str) -> dict:
+def typed_config(folder: Path, what: str, kind: str, expected: str) -> dict:
     """config.json of a model of that type."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
     if config.get("model_type") != kind:
         found = f"model_type {config.get('model_type')!r}" if path.is_file() else "no such file"
-        raise UserError(f"{path}: {found}; {flag} expects {expected}, or a folder of one")
+        raise UserError(f"{path}: {found}; {what} expects {expected}, or a folder of one")
     return config
 
 

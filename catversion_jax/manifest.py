@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-
-from ml_collections import ConfigDict
+from typing import Any
 
 from catversion_jax.errors import UserError
+from catversion_jax.utils.files import expand
 
 MAX_LINE_BYTES = 2**16
 IDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -28,16 +28,15 @@ class Line:
     seed: int | None = None
     steps: int | None = None  # also the length of its learning rate's schedule
 
-    def config(self, config: ConfigDict, folder: Path) -> ConfigDict:
-        """The config of this concept's run; `folder` is the manifest's."""
-        config = config.copy_and_resolve_references()
-        config.data.dir = str(folder / Path(self.dir).expanduser())
-        config.data.masks_dir = self.masks and str(folder / Path(self.masks).expanduser())
-        config.concept.class_word = self.class_word
-        config.concept.article = self.article or config.concept.article
-        config.seed = config.seed if self.seed is None else self.seed
-        config.train.steps = self.steps or config.train.steps
-        return config
+    def changes(self, folder: Path) -> dict[str, Any]:
+        """The config's dotted keys that the line gives, and their values; `folder` is the manifest's."""
+        changes = {
+            "data.dir": str(folder / expand(self.dir)),
+            "data.masks_dir": self.masks and str(folder / expand(self.masks)),
+            "concept.class_word": self.class_word,
+        }
+        given = {"concept.article": self.article or None, "seed": self.seed, "train.steps": self.steps}
+        return changes | {key: value for key, value in given.items() if value is not None}
 
 
 TYPES = {"id": str, "dir": str, "class_word": str, "masks": str, "article": str, "seed": int, "steps": int}
@@ -58,7 +57,7 @@ def read(path: Path) -> Iterator[Line]:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --manifest takes a file with a JSON object a line") from None
+        raise UserError(f"{path}: {error.strerror}; expected a file with a JSON object a line") from None
     seen: dict[str, int] = {}
     with file:
         for number, text in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax.grid import grid
-from catversion_jax.scores import SCORES, Pictures
+from catversion_jax.scores import SCORES, MaskedImages
 
 TEMPLATE = Path(__file__).parent / "page.html"
 THUMBNAIL = 128  # pixels
@@ -38,17 +38,17 @@ def thumbnails(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     return out
 
 
-def picture_grid(references: Pictures, prompts: Sequence[str], drawn: Pictures) -> Image.Image:
+def image_grid(references: MaskedImages, prompts: Sequence[str], sampled: MaskedImages) -> Image.Image:
     """References, then a row for each prompt; where there are masks, also as the encoder sees them masked."""
 
-    def row(pictures: Pictures) -> list[np.ndarray]:
+    def row(pictures: MaskedImages) -> list[np.ndarray]:
         return thumbnails(pictures.images) + (thumbnails(pictures.masked()) if pictures.masks is not None else [])
 
     rows = {"references": row(references)}
     for prompt in dict.fromkeys(prompts):
         index = [i for i, p in enumerate(prompts) if p == prompt]
-        of_prompt = [None if x is None else [x[i] for i in index] for x in (drawn.images, drawn.masks)]
-        rows[prompt] = row(Pictures(*of_prompt))
+        of_prompt = [None if x is None else [x[i] for i in index] for x in (sampled.images, sampled.masks)]
+        rows[prompt] = row(MaskedImages(*of_prompt))
     return grid(list(rows.values()), list(rows))
 
 

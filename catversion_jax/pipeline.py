@@ -13,9 +13,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from catversion_jax import converted, tree
+from catversion_jax import tree, weight_cache
 from catversion_jax.convert.torch import Part, collect, readers, shapes_of, submit
-from catversion_jax.diffusion import NoiseSchedule
+from catversion_jax.diffusion import TARGETS, NoiseSchedule
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.config import from_json
 from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -24,6 +24,8 @@ from catversion_jax.sharding import Rules, places
 from catversion_jax.source import Source, open_source
 from catversion_jax.text import Tokenizer
 from catversion_jax.types import Params
+from catversion_jax.utils.files import expand
+from catversion_jax.utils.settings import ANY_TEXT, one_of, setting
 
 MINI = Path(__file__).parent / "mini"
 """The embedded small Stable Diffusion: the default wherever no other model is named."""
@@ -32,6 +34,30 @@ BLOCK = 64
 """Of a transposed tensor's last axis, at a time."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which base model is read, and how."""
+
+    path: str = setting(
+        "", 'a folder, a single file, or a model\'s name on Hugging Face; "": the embedded mini model', ANY_TEXT
+    )
+    revision: str = setting("", 'of a model on Hugging Face; "": its main branch', ANY_TEXT)
+    variant: str = setting("", '"fp16" reads the .fp16.safetensors files', ANY_TEXT)
+    prediction_type: str = setting(
+        "",
+        f'{" or ".join(TARGETS)}; "": as the model says; v_prediction for a 2.x file',
+        one_of(TARGETS, unset=True),
+    )
+    dtype: str = setting(
+        "float32", f"of the text encoder's and the UNet's computation: {', '.join(DTYPES)}", one_of(DTYPES)
+    )
+
+    @property
+    def folder(self) -> Path:
+        """Where the model lies, unless `path` is a name on Hugging Face."""
+        return expand(self.path) if self.path else MINI
 
 
 @dataclass(frozen=True)
@@ -167,27 +193,23 @@ def begin(
     return submit(pool, source.tensors(name), source.rules(name), shapes, f"{source.name}: {name}", place)
 
 
-def load(
-    path: str | Path | None = None,
-    dtype: str = "float32",
-    variant: str = "",
-    revision: str = "",
-    prediction_type: str = "",
-    mesh: Mesh | None = None,
-    rules: Rules = (),
-) -> Pipeline:
-    """A Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds `path`; None or "" is the
-    embedded mini model.
+def open_model(model: ModelConfig) -> Source:
+    """The base model that the config names, before its tensors are read."""
+    return open_source(model.path or str(MINI), model.revision, model.variant, model.prediction_type)
 
-    `dtype` (a key of DTYPES) is that of the text encoders' and the UNet's weights and computation; the VAE's is always
-    float32: it runs a few times, and half precision is known to overflow in it. The parameters go to
-    the devices of `mesh`, as `rules` (of the form of sharding.FROZEN) split them; without one, to the default device.
+
+def load(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Rules = ()) -> Pipeline:
+    """Loads a Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds it.
+
+    `model.dtype` is that of the text encoders' and the UNet's weights and computation; the VAE's is always float32: it
+    runs a few times, and half precision is known to overflow in it. The parameters go to the devices of `mesh`, as
+    `rules` (of the form of sharding.FROZEN) split them; without a mesh, to the default device.
     """
-    source = open_source(str(path or MINI), revision, variant, prediction_type)
+    source = open_model(model)
     texts = [name for name in ("text", "text_2") if name in source.components]
     tokenizers = tuple(Tokenizer(source.tokenizer(name)) for name in texts)
     schedule = NoiseSchedule.from_json(source.scheduler())
-    dtypes = {name: jnp.float32 if name == "vae" else DTYPES[dtype] for name in (*texts, "unet", "vae")}
+    dtypes = {name: jnp.float32 if name == "vae" else DTYPES[model.dtype] for name in (*texts, "unet", "vae")}
     modules = {name: COMPONENTS[name].make(source.config(name), dtypes[name]) for name in dtypes}
 
     @cache
@@ -203,7 +225,7 @@ def load(
             }
             return {name: collect(futures) for name, futures in reading.items()}, tree.fingerprint(digests)
 
-    params, fingerprint = converted.read(source, dtypes, shapes, convert)
+    params, fingerprint = weight_cache.read(source, dtypes, shapes, convert)
     encoders, unet, vae = tuple(modules[name] for name in texts), modules["unet"], modules["vae"]
     if len(encoders) > 1:
         encoders = tuple(CLIPTextModel(replace(encoder.config, skip=1)) for encoder in encoders)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from catversion_jax.files import json_lines, write_atomically
+from catversion_jax.utils.files import json_lines, write_atomically
 
 FILE_NAME = "report.jsonl"
 

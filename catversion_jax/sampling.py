@@ -1,20 +1,21 @@
-"""Pictures from prompts: text states, denoising with classifier-free guidance, decoding; a fixed batch at a time."""
+"""Images from prompts: text states, denoising with classifier-free guidance, decoding; a fixed batch at a time."""
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax import schedulers, text
-from catversion_jax.artifact import Concept
-from catversion_jax.ensemble import ensemble
-from catversion_jax.method import Method
+from catversion_jax.composition import BASE_MODEL, Personalization
+from catversion_jax.method import BaseModel, Method
 from catversion_jax.models.unet import Context
 from catversion_jax.pipeline import Networks, Pipeline
+from catversion_jax.sampler_config import SamplerConfig
 from catversion_jax.types import Array, Bool, Float, Int, Params, UInt8, UInt32
 
 
@@ -31,53 +32,54 @@ def step_noise(
     return jax.vmap(lambda seed: jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape))(seeds)
 
 
+class Guided(NamedTuple):
+    """What the images of a batch are sampled from."""
+
+    seeds: UInt32[Array, "B"]
+    context: Context  # the unconditional and the conditional one, [2, B, ...]
+    guidance: Float[Array, ""]  # the scale of classifier-free guidance; 1: none
+
+
 @partial(jax.jit, static_argnames=("networks",), donate_argnums=1)
-def denoise(
+def denoise_steps(
     unet: Params,
     state: Float[Array, "slots B h w c"],
-    seeds: UInt32[Array, "B"],
+    guided: Guided,
     calls: schedulers.Calls,
-    context: Context,
-    guidance: Float[Array, ""],
     *,
     networks: Networks,
 ) -> Float[Array, "slots B h w c"]:
-    """Guided steps of any scheduler. `context` is the unconditional and the conditional one, [2, B, ...]."""
-    both = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), context)
+    """Guided steps of any scheduler."""
+    both = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), guided.context)
 
     def step(state, call: schedulers.Calls):
         twice = jnp.concatenate([state[0], state[0]])
         timesteps = jnp.full(twice.shape[:1], call.timestep)
         out = networks.unet.apply({"params": unet}, twice, timesteps, *both).astype(jnp.float32)
         unconditional, conditional = jnp.split(out, 2)
-        guided = unconditional + guidance * (conditional - unconditional)
-        noise = step_noise(seeds, call.index, guided.shape[1:])
-        return schedulers.step(state, guided, noise, call.update), None
+        prediction = unconditional + guided.guidance * (conditional - unconditional)
+        noise = step_noise(guided.seeds, call.index, prediction.shape[1:])
+        return schedulers.step(state, prediction, noise, call.update), None
 
     if len(calls.index) == 1:  # no loop: train_step.chunk says why
         return step(state, jax.tree.map(lambda x: x[0], calls))[0]
     return jax.lax.scan(step, state, calls)[0]
 
 
-def sample_latents(
+def denoise(
     unet: Params,
     noise: Float[Array, "B h w c"],
-    seeds: UInt32[Array, "B"],
-    context: Context,
+    guided: Guided,
     trajectory: schedulers.Trajectory,
     *,
     networks: Networks,
-    guidance: float,
     calls_per_dispatch: int,
 ) -> Float[Array, "B h w c"]:
-    """Denoise from pure noise; `guidance` is the scale of classifier-free guidance, 1 = none.
-
-    `calls_per_dispatch` changes the speed, not the numbers.
-    """
+    """From pure noise to latents. `calls_per_dispatch` changes the speed, not the numbers."""
     state = trajectory.start(noise)
     for start in range(0, len(trajectory.calls.index), calls_per_dispatch):
         part = schedulers.Calls(*(x[start : start + calls_per_dispatch] for x in trajectory.calls))
-        state = denoise(unet, state, seeds, part, context, jnp.float32(guidance), networks=networks)
+        state = denoise_steps(unet, state, guided, part, networks=networks)
     return state[0]
 
 
@@ -90,20 +92,32 @@ def decode(vae: Params, latents: Float[Array, "B h w c"], *, networks: Networks)
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
-    """How pictures are drawn."""
+class SampleRequest:
+    """Images to sample: one of each prompt with its seed."""
 
-    steps: int
-    guidance: float
-    batch_size: int  # pictures at once; the last batch is filled up, so that one program serves all
-    scheduler: str = ""  # a key of schedulers.SCHEDULERS; "": the pipeline's own
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    sampler: SamplerConfig = SamplerConfig()
+    negative_prompt: str = ""
+
+    @classmethod
+    def every(cls, prompts: Sequence[str], seeds: Sequence[int], *rest: Any) -> "SampleRequest":
+        """Every prompt with every seed: the images of the first prompt come first."""
+        pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+        return cls(tuple(prompt for prompt, _ in pairs), tuple(seed for _, seed in pairs), *rest)
+
+
+class Tokens(NamedTuple):
+    """Prompts as a text encoder takes them."""
+
+    ids: Int[Array, "B Q"]
+    mask: Bool[Array, "B Q #P"]  # where what is learned enters
 
 
 @partial(jax.jit, static_argnames=("networks", "method"))
 def encode(
     params: tuple[Params, ...],
-    token_ids: tuple[Int[Array, "B Q"], ...],
-    places: tuple[Bool[Array, "B Q 1|P"], ...],
+    tokens: tuple[Tokens, ...],
     learned: Params,
     strength: Float[Array, ""],
     *,
@@ -111,93 +125,75 @@ def encode(
     method: Method,
 ) -> Context:
     """Tokens, as each text encoder takes them, to what the UNet is conditioned on."""
-    of_encoders = zip(networks.text, params, token_ids, places, method.starts(networks), strict=True)
-    prompts = tuple(text.lower(encoder, p, ids, seen, stop=start) for encoder, p, ids, seen, start in of_encoders)
+    of_encoders = zip(networks.text, params, tokens, method.first_layers(networks), strict=True)
+    prompts = tuple(text.lower(encoder, p, *of_encoder, stop=first) for encoder, p, of_encoder, first in of_encoders)
     return method.condition(learned, prompts, params, networks, strength)
 
 
-def condition(
-    pipeline: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept] = (), strength: float = 1.0
-) -> Context:
-    """Prompts to what the UNet is conditioned on, with concepts at a strength in [0, 1] or, at 0 or without concepts,
-    in the base model: exactly, by the same program. So is a prompt in which no concept enters."""
-    those = ensemble(concepts if strength else ())
+def condition(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization = BASE_MODEL) -> Context:
+    """Prompts to what the UNet is conditioned on. In the base model, and for a prompt in which no concept enters, that
+    is exactly the base model's, by the same program."""
+    those = personalization.composition
     prompts = [those.prompt(prompt) for prompt in prompts]
     token_ids = tuple(tokenizer(prompts) for tokenizer in pipeline.tokenizers)
-    places = those.places(pipeline.tokenizer, token_ids)
-    touched = np.any([seen.any((1, 2)) for seen in places], axis=0)
-    run = partial(encode, pipeline.params["text"], token_ids, places, networks=pipeline.networks)
+    masks = those.token_masks(pipeline.tokenizer, token_ids)
+    touched = np.any([mask.any((1, 2)) for mask in masks], axis=0)
+    tokens = tuple(map(Tokens, token_ids, masks))
+    run = partial(encode, pipeline.params["text"], tokens, networks=pipeline.networks)
     if not touched.any():
-        return run({}, 0.0, method=Method())
-    moved = run(those.learned, strength, method=those.method)
+        return run({}, 0.0, method=BaseModel())
+    moved = run(those.learned, personalization.strength, method=those.method)
     if touched.all():
         return moved
-    base = run({}, 0.0, method=Method())
+    base = run({}, 0.0, method=BaseModel())
     return jax.tree.map(lambda x, y: jnp.where(touched.reshape(-1, *[1] * (x.ndim - 1)), x, y), moved, base)
 
 
-def with_unet(pipeline: Pipeline, concepts: Sequence[Concept], strength: float) -> Pipeline:
+def with_unet(pipeline: Pipeline, personalization: Personalization) -> Pipeline:
     """The pipeline with the UNet as the concepts have it."""
-    if not concepts or not strength:
+    those = personalization.composition
+    if not those.method.changes_unet:
         return pipeline
-    those = ensemble(concepts)
-    unet = those.method.unet(those.learned, pipeline.params["unet"], strength)
+    unet = those.method.unet(those.learned, pipeline.params["unet"], personalization.strength)
     return replace(pipeline, params=pipeline.params | {"unet": unet})
 
 
-def paint(
-    pipeline: Pipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    config: SamplerConfig,
-    concepts: Sequence[Concept] = (),
-    strength: float = 1.0,
-    negative_prompt: str = "",
+def sample_images(
+    pipeline: Pipeline, request: SampleRequest, personalization: Personalization = BASE_MODEL
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-    """One picture for each prompt and its seed, in their order, drawn as they are asked for.
+    """The request's images in its order, sampled as they are asked for.
 
-    A picture depends on its prompt and seed, not on its neighbours. The negative (or unconditional) branch never
-    sees the prefix. Raises UserError at once where the scheduler cannot be had in that many steps.
+    An image depends on its prompt and seed, not on its neighbours. The negative (or unconditional) branch never
+    sees the prefix. Raises UserError at once for a scheduler that cannot be had in that many steps.
     """
 
-    def pictures(latents: Float[Array, "B h w c"]) -> UInt8[np.ndarray, "B H W 3"]:
+    def images(latents: Float[Array, "B h w c"]) -> UInt8[np.ndarray, "B H W 3"]:
         return np.asarray(decode(pipeline.params["vae"], latents, networks=pipeline.networks))
 
-    batches = draw_latents(pipeline, prompts, seeds, config, concepts, strength, negative_prompt)
-    return itertools.chain.from_iterable(pictures(latents)[:real] for latents, real in batches)
+    batches = sample_latents(pipeline, request, personalization)
+    return itertools.chain.from_iterable(images(latents)[:real] for latents, real in batches)
 
 
-def draw_latents(
-    pipeline: Pipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    config: SamplerConfig,
-    concepts: Sequence[Concept] = (),
-    strength: float = 1.0,
-    negative_prompt: str = "",
+def sample_latents(
+    pipeline: Pipeline, request: SampleRequest, personalization: Personalization = BASE_MODEL
 ) -> Iterator[tuple[Float[Array, "B h w c"], int]]:
-    """The latents of `paint`'s pictures, a batch at a time, and how many of the batch are asked for."""
-    net, size = pipeline.networks, config.batch_size
-    trajectory = schedulers.plan(net.schedule, config.scheduler, config.steps)
-    on_cpu = jax.default_backend() == "cpu"  # where a loop body's convolutions are slow
-    unet = with_unet(pipeline, concepts, strength).params["unet"]
-    negative = condition(pipeline, [negative_prompt])
+    """The latents of `sample_images`, a batch at a time, and how many of the batch are asked for."""
+    net, sampler = pipeline.networks, request.sampler
+    size, count = sampler.batch_size, len(request.prompts)
+    trajectory = schedulers.plan(net.schedule, sampler.scheduler, sampler.steps)
+    # On a CPU one call a dispatch, since a loop body's convolutions are slow there.
+    calls_per_dispatch = 1 if jax.default_backend() == "cpu" else len(trajectory.calls.index)
+    unet = with_unet(pipeline, personalization).params["unet"]
+    negative = condition(pipeline, [request.negative_prompt])
 
     def batch(start: int) -> tuple[Float[Array, "B h w c"], int]:
-        real = len(prompts[start : start + size])
+        real = min(size, count - start)
         index = np.minimum(np.arange(start, start + size), start + real - 1)  # the last one fills up the batch
-        positive = condition(pipeline, [prompts[i] for i in index], concepts, strength)
-        of_batch = jnp.asarray([seeds[i] for i in index], jnp.uint32)
-        latents = sample_latents(
-            unet,
-            initial_latents(of_batch, net.latent_shape),
-            of_batch,
-            jax.tree.map(lambda n, p: jnp.stack([jnp.broadcast_to(n, p.shape), p]), negative, positive),
-            trajectory,
-            networks=net,
-            guidance=config.guidance,
-            calls_per_dispatch=1 if on_cpu else len(trajectory.calls.index),
-        )
-        return latents, real
+        positive = condition(pipeline, [request.prompts[i] for i in index], personalization)
+        seeds = jnp.asarray([request.seeds[i] for i in index], jnp.uint32)
+        both = jax.tree.map(lambda n, p: jnp.stack([jnp.broadcast_to(n, p.shape), p]), negative, positive)
+        noise = initial_latents(seeds, net.latent_shape)
+        guided = Guided(seeds, both, jnp.float32(sampler.guidance))
+        return denoise(unet, noise, guided, trajectory, networks=net, calls_per_dispatch=calls_per_dispatch), real
 
-    return map(batch, range(0, len(prompts), size))
+    return map(batch, range(0, count, size))

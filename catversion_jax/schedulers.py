@@ -272,7 +272,7 @@ def plan(schedule: NoiseSchedule, name: str, steps: int) -> Trajectory:
     config = dict(schedule.sampling)
     scheduler = SCHEDULERS.get(name) if name else own(config.get("_class_name"))
     if scheduler is None:
-        raise UserError(f"--scheduler={name}: no such scheduler; expected one of {', '.join(SCHEDULERS)}")
+        raise UserError(f"scheduler={name}: no such scheduler; expected one of {', '.join(SCHEDULERS)}")
     config = scheduler.defaults | config | {"_class_name": scheduler.diffusers}
     options = from_json(Options, config, scheduler.fixed, **scheduler.forced)
     check_choices(options, {"timestep_spacing": SPACINGS, "final_sigmas_type": FINAL_SIGMAS})
@@ -285,6 +285,6 @@ def own(class_name: str | None) -> Scheduler:
         if scheduler.diffusers == class_name:
             return scheduler
     raise UserError(
-        f"scheduler_config.json: {class_name}: not supported; choose one of {', '.join(SCHEDULERS)} with --scheduler "
-        "(train: --config.sample.scheduler)"
+        f"scheduler_config.json: {class_name}: not supported; choose one of {', '.join(SCHEDULERS)} as "
+        "scheduler (in a config: sample.scheduler)"
     )

@@ -12,8 +12,8 @@ from catversion_jax.types import Bool, Float, UInt8
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures of any sizes, and where each shows the subject."""
+class MaskedImages:
+    """MaskedImages of any sizes, and where each shows the subject."""
 
     images: Sequence[UInt8[np.ndarray, "h w 3"]]
     masks: Sequence[Bool[np.ndarray, "h w"]] | None
@@ -27,7 +27,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Judges:
+class Encoders:
     clip: Clip
     dino: ImageEncoder | None
 
@@ -59,20 +59,22 @@ DEFINITIONS = {
 """Raw cosines: neither scaled nor clipped."""
 
 
-def of_prompts(prompts: Sequence[str], drawn: Pictures, references: Pictures, judges: Judges) -> dict[str, Values]:
+def of_prompts(
+    prompts: Sequence[str], drawn: MaskedImages, references: MaskedImages, encoders: Encoders
+) -> dict[str, Values]:
     """The values of each prompt; `prompts` are those of the pictures drawn, one for each."""
     unique = list(dict.fromkeys(prompts))
     index = np.asarray([unique.index(prompt) for prompt in prompts])
-    seen = judges.clip.image(drawn.images)
+    seen = encoders.clip.image(drawn.images)
     values = {
-        "clip_t": metrics.clip_t(seen, judges.clip.text(unique)[index]),
-        "clip_i": metrics.clip_i(seen, judges.clip.image(references.images)),
+        "clip_t": metrics.clip_t(seen, encoders.clip.text(unique)[index]),
+        "clip_i": metrics.clip_i(seen, encoders.clip.image(references.images)),
     }
     if drawn.masks is not None and references.masks is not None:
-        masked = (judges.clip.image(pictures.masked()) for pictures in (drawn, references))
+        masked = (encoders.clip.image(pictures.masked()) for pictures in (drawn, references))
         values["masked_clip_i"] = metrics.clip_i(*masked)
-    if judges.dino:
-        values["dino"] = metrics.clip_i(judges.dino(drawn.images), judges.dino(references.images))
+    if encoders.dino:
+        values["dino"] = metrics.clip_i(encoders.dino(drawn.images), encoders.dino(references.images))
     units = [{name: x[index == i] for name, x in values.items()} for i in range(len(unique))]
     for i, unit in enumerate(units):
         spread = metrics.diversity(seen[index == i])
@@ -81,10 +83,10 @@ def of_prompts(prompts: Sequence[str], drawn: Pictures, references: Pictures, ju
 
 
 def of_unrelated(
-    base: Sequence[UInt8[np.ndarray, "h w 3"]], moved, states: Sequence[np.ndarray], judges: Judges
+    base: Sequence[UInt8[np.ndarray, "h w 3"]], moved, states: Sequence[np.ndarray], encoders: Encoders
 ) -> Values:
     """The values of an unrelated prompt: its pictures and text states in the base model and with the concept."""
-    seen = judges.clip.image([*base, *moved])
+    seen = encoders.clip.image([*base, *moved])
     return {
         "prior_drift": metrics.drift(*np.split(seen, 2)),
         "prior_drift_text": np.asarray([metrics.relative_change(*states)]),

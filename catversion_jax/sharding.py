@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from catversion_jax.errors import UserError
 from catversion_jax.types import Params
+from catversion_jax.utils.settings import Rule, at_least, setting
 
 AXES = ("concept", "data", "fsdp", "tensor")
 """concept: independent concepts. data: a concept's batch. fsdp: the batch too, and the base model's parameters, which
@@ -35,6 +37,24 @@ FROZEN = (
 first that matches. Pairs of layers are split by output, then by input channels, so that one sum joins each pair."""
 
 Rules = Sequence[tuple[str, int, str]]
+
+
+def are_rules(value: Rules) -> bool:
+    """Whether a value has the form of FROZEN."""
+    return all(len(rule) == 3 and isinstance(rule[1], int) and rule[2] in AXES for rule in value)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How a process's devices are arranged: over concepts and batches as far as these divide evenly, and besides."""
+
+    fsdp: int = setting(1, "devices that share a copy of the base model, and a batch", at_least(1))
+    tensor: int = setting(1, "devices that share a copy of the base model: its channels and heads", at_least(1))
+    rules: Rules = setting(
+        FROZEN,
+        "which parameters are split how: (pattern of parameter paths, array axis, mesh axis)",
+        Rule(are_rules, f"(pattern, array axis, one of {', '.join(AXES)}) for each rule"),
+    )
 
 
 def make_mesh(

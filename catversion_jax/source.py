@@ -3,7 +3,6 @@
 `open_source` looks at what is there and reads no numbers: tensors are read one by one, when they are asked for.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from catversion_jax.convert.rules import Rule
 from catversion_jax.convert.tensor import Tensor
 from catversion_jax.convert.weights import FORMATS, file_patterns, find, open_weights
 from catversion_jax.errors import UserError
+from catversion_jax.utils.files import read_json
 
 FOLDERS = {
     "text": "text_encoder",
@@ -123,15 +123,6 @@ def open_source(path: str, revision: str = "", variant: str = "", prediction_typ
     return source
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; {EXPECTED}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-
-
 def open_folder(name: str, path: Path, variant: str, prediction_type: str) -> Source:
     """A folder in diffusers layout: a sub-folder for each component, with config.json and weights."""
     present = [component for component, folder in FOLDERS.items() if (path / folder / "config.json").is_file()]
@@ -142,9 +133,9 @@ def open_folder(name: str, path: Path, variant: str, prediction_type: str) -> So
     def part(component: str) -> Part:
         folder = path / FOLDERS[component]
         form, tensors = open_weights(folder, variant)
-        return Part(read_json(folder / "config.json"), tensors, None if form.is_flax else RULES[component])
+        return Part(read_json(folder / "config.json", EXPECTED), tensors, None if form.is_flax else RULES[component])
 
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json", EXPECTED)
     return Source(
         name=name,
         parts={component: part(component) for component in present},

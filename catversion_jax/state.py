@@ -9,9 +9,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from catversion_jax.method import Method
-from catversion_jax.pipeline import Networks
+from catversion_jax.pipeline import Networks, Pipeline
+from catversion_jax.sharding import Rules, places, sharding
 from catversion_jax.text import Prompts
 from catversion_jax.types import Array, Float, Int, Params, UInt32
 
@@ -44,6 +46,16 @@ class Frozen(flax.struct.PyTreeNode):
     unet: Params
     text: tuple[Params, ...]
     alphas_cumprod: Float[Array, "timesteps"]
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, mesh: Mesh, rules: Rules) -> "Frozen":
+        """The pipeline's parameters on a step's mesh: moved only if they do not lie so already."""
+
+        def put(params: Params) -> Params:
+            return jax.device_put(params, places(params, mesh, rules))
+
+        alphas = jax.device_put(pipeline.networks.schedule.alphas_cumprod, sharding(mesh, "frozen"))
+        return cls(put(pipeline.params["unet"]), tuple(map(put, pipeline.params["text"])), alphas)
 
 
 def init_state(

@@ -26,17 +26,17 @@ class TextualInversion(Method):
         names = of_encoders("word", len(networks.text))
         return {name: jnp.zeros(text.config.hidden_size) for name, text in zip(names, networks.text, strict=True)}
 
-    def starts(self, networks: Networks) -> tuple[int, ...]:
+    def first_layers(self, networks: Networks) -> tuple[int, ...]:
         return (0,) * len(networks.text)
 
-    def places(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
+    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
         return (np.arange(token_ids.shape[1]) == text.find_word(token_ids, word)[:, None])[..., None]
 
-    def enter(
+    def apply_to_prompts(
         self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
     ) -> tuple[tuple[text.Prompts, ...], Sequence[None]]:
         def changed(prompt: text.Prompts, word: Float[Array, "c"]) -> text.Prompts:
             return prompt.replace(hidden=prompt.hidden + (strength * word * prompt.visible).astype(prompt.hidden.dtype))
 
         words = (learned[name] for name in of_encoders("word", len(prompts)))
-        return super().enter(learned, tuple(map(changed, prompts, words)), strength)
+        return tuple(map(changed, prompts, words)), (None,) * len(prompts)

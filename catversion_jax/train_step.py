@@ -3,7 +3,8 @@
 `train_step` is what runs, `chunk` is several of them in one dispatch, `compile_chunk` puts it on a mesh.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import flax.struct
@@ -13,53 +14,16 @@ import optax
 from jax.sharding import Mesh
 
 from catversion_jax import diffusion, text
+from catversion_jax.config import Config
+from catversion_jax.config.optimizer import OptimizerConfig
+from catversion_jax.config.sections import StopConfig, TrainConfig
+from catversion_jax.errors import UserError
 from catversion_jax.method import Method
-from catversion_jax.models.unet import Context
+from catversion_jax.models.unet import Context, UNet2DConditionModel
 from catversion_jax.pipeline import Networks
 from catversion_jax.sharding import sharding
-from catversion_jax.state import ConceptData, Frozen, TrainState
+from catversion_jax.state import ConceptData, Frozen, TrainState, init_state
 from catversion_jax.types import Array, Bool, Float, Int, Key, Params
-
-DECAYS = {
-    "constant": lambda progress: jnp.ones_like(progress),
-    "linear": lambda progress: 1 - progress,
-    "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
-}
-"""Schedules of the learning rate by the progress in [0, 1] after the warm-up."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW on what is learned."""
-
-    learning_rate: float = 1e-2  # the peak, and the rate that is really used: nothing multiplies it
-    decay: str = "constant"  # a key of DECAYS
-    warmup_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float | None = None  # of each concept's gradient; None: not clipped
-
-    def transformation(self) -> optax.GradientTransformation:
-        """AdamW at rate 1: `learning_rate_at` scales its updates, since each concept has a schedule of its own."""
-        clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
-        return optax.chain(clip, optax.adamw(1.0, self.b1, self.b2, self.eps, weight_decay=self.weight_decay))
-
-    def learning_rate_at(self, step: Int[Array, "C"], steps: Int[Array, "C"]) -> Float[Array, "C"]:
-        """The rate of update `step` (from 0) in a schedule of `steps` updates."""
-        warmup = jnp.minimum(1.0, (step + 1) / max(1, self.warmup_steps))
-        progress = jnp.clip((step - self.warmup_steps) / jnp.maximum(1, steps - self.warmup_steps), 0, 1)
-        return self.learning_rate * warmup * DECAYS[self.decay](progress)
-
-
-@dataclass(frozen=True)
-class StopConfig:
-    """When a concept has learned enough: its evaluation loss has not fallen any more."""
-
-    every: int = 0  # steps from one evaluation to the next; 0: none, every concept takes all of its steps
-    patience: int = 2  # evaluations without a lower loss after which a concept stops
-    margin: float = 0.0  # share of the lowest loss by which a lower one must be lower to count
 
 
 @dataclass(frozen=True)
@@ -73,8 +37,40 @@ class StepConfig:
     mesh: Mesh
     stop: StopConfig = StopConfig()
 
+    @classmethod
+    def of(cls, config: Config, networks: Networks, concepts: int = 1) -> "StepConfig":
+        """The step of so many concepts. Raises UserError if they cannot share one."""
+        method = config.make_method(networks)
+        if method.changes_unet and concepts > 1:
+            raise UserError(
+                f"config.method={config.method!r}: changes the UNet, which the {concepts} concepts of a step share; "
+                "learn one at a time, with catversion train"
+            )
+        unet = UNet2DConditionModel(replace(networks.unet.config, remat=config.train.remat))
+        return cls(
+            networks=replace(networks, unet=unet),
+            method=method,
+            optimizer=config.train.optimizer,
+            batch_size=config.train.batch_size,
+            mesh=config.make_mesh(concepts),
+            stop=config.stop,
+        )
 
-class Batch(flax.struct.PyTreeNode):
+    def init_state(self, seeds: Sequence[int]) -> TrainState:
+        """The state before the first step of a concept for each seed."""
+        return init_state(seeds, self.method, self.networks, self.optimizer.transformation())
+
+
+ACCELERATOR_STEPS_PER_DISPATCH = 10  # hides the host's work behind the device's
+
+
+def steps_per_dispatch(train: TrainConfig) -> int:
+    """How many steps the host asks the devices for at a time."""
+    on_cpu = jax.default_backend() == "cpu"
+    return train.steps_per_dispatch or (1 if on_cpu else ACCELERATOR_STEPS_PER_DISPATCH)
+
+
+class Minibatch(flax.struct.PyTreeNode):
     """What one concept's step looks at."""
 
     latents: Float[Array, "B h w c"]
@@ -84,7 +80,7 @@ class Batch(flax.struct.PyTreeNode):
     weight: Float[Array, "B h w 1"] | None = None  # of each place in the loss; None: all alike
 
 
-def draw(state: TrainState, data: ConceptData, config: StepConfig) -> Batch:
+def draw_minibatch(state: TrainState, data: ConceptData, config: StepConfig) -> Minibatch:
     """One concept's batch (no concept axis): photos, mirror images, prompts and timesteps uniformly, a fresh sample
     of each posterior. A function of seed and step alone, so a resumed run draws what an unbroken one does.
 
@@ -94,20 +90,22 @@ def draw(state: TrainState, data: ConceptData, config: StepConfig) -> Batch:
     A method that preserves a prior gets as many of the class's pictures besides.
     """
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    batch = draw_from(data, key, config)
+    batch = draw_examples(data, key, config)
     if data.prior is None:
         return batch
-    return jax.tree.map(lambda *x: jnp.concatenate(x), batch, draw_from(data.prior, jax.random.fold_in(key, 1), config))
+    return jax.tree.map(
+        lambda *x: jnp.concatenate(x), batch, draw_examples(data.prior, jax.random.fold_in(key, 1), config)
+    )
 
 
-def draw_from(data: ConceptData, key: Key[Array, ""], config: StepConfig) -> Batch:
+def draw_examples(data: ConceptData, key: Key[Array, ""], config: StepConfig) -> Minibatch:
     batch = (config.batch_size,)
     keys = jax.random.split(key, 6)
     photo = jax.random.randint(keys[0], batch, 0, data.photos)
     flip = jax.random.randint(keys[1], batch, 0, data.mean.shape[1])
     prompt = jax.random.randint(keys[2], batch, 0, data.prompt_count)
     mean, std = data.mean[photo, flip], data.std[photo, flip]
-    return Batch(
+    return Minibatch(
         latents=mean + std * jax.random.normal(keys[3], mean.shape),
         noise=jax.random.normal(keys[4], mean.shape),
         timesteps=spaced_timesteps(keys[5], config.batch_size, config.networks.schedule.num_train_timesteps),
@@ -122,7 +120,7 @@ def spaced_timesteps(key: Key[Array, ""], batch_size: int, total: int) -> Int[Ar
     return jnp.minimum((places * total).astype(jnp.int32), total - 1)
 
 
-def denoising_loss(learned: Params, frozen: Frozen, batch: Batch, config: StepConfig) -> Float[Array, "C"]:
+def denoising_loss(learned: Params, frozen: Frozen, batch: Minibatch, config: StepConfig) -> Float[Array, "C"]:
     """Each concept's mean squared error of the UNet's prediction, float32. `learned` and `batch` have the concept axis
     in front; it is 1 where the method changes the UNet."""
     net, method = config.networks, config.method
@@ -167,7 +165,7 @@ def finished(state: TrainState, steps: Int[Array, "C"], stop: StopConfig) -> Boo
 
 
 def update(
-    state: TrainState, frozen: Frozen, batch: Batch, steps: Int[Array, "C"], config: StepConfig
+    state: TrainState, frozen: Frozen, batch: Minibatch, steps: Int[Array, "C"], config: StepConfig
 ) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
     """Move what each concept learns by its own loss's gradient. A concept that is finished stays as it is; so does one
     whose loss or gradient is not finite: its `step` does not advance."""
@@ -196,7 +194,7 @@ def train_step(
     state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig
 ) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
     """One update of every concept. Metrics per concept: loss, grad_norm and learning_rate."""
-    batch = jax.vmap(lambda state, data: draw(state, data, config))(state, data)
+    batch = jax.vmap(lambda state, data: draw_minibatch(state, data, config))(state, data)
     return update(state, frozen, batch, data.steps, config)
 
 
@@ -215,13 +213,13 @@ def chunk(
 EVALUATED = 8  # noisy photos per concept in an evaluation
 
 
-def fixed_batch(data: ConceptData, config: StepConfig) -> Batch:
+def fixed_batch(data: ConceptData, config: StepConfig) -> Minibatch:
     """One concept's batch for evaluations (no concept axis): always the same photos, in turn, without the posterior's
     spread, the same noise, and timesteps in the middle of equal parts."""
     index = jnp.arange(EVALUATED)
     latents = data.mean[index % jnp.maximum(1, data.photos), 0]
     total = config.networks.schedule.num_train_timesteps
-    return Batch(
+    return Minibatch(
         latents=latents,
         noise=jax.random.normal(jax.random.key(0), latents.shape),
         timesteps=((index + 0.5) * total / EVALUATED).astype(jnp.int32),

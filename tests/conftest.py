@@ -60,7 +60,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_model) -> pipeline.Pipeline:
-    return pipeline.load(tiny_model)
+    return tiny.load(tiny_model)
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from catversion_jax import pipeline
 from catversion_jax import train_step as ts
 from catversion_jax.catversion import CatVersion
 from catversion_jax.sharding import FROZEN, make_mesh, sharding
-from catversion_jax.state import init_state
-from catversion_jax.train import freeze
+from catversion_jax.state import Frozen, init_state
 from tests.test_train_step import concept, stack
 
 BATCH, STEPS = 4, 2
@@ -33,14 +32,14 @@ COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|coll
 def run(model: str, name: str, concepts: int) -> dict[str, np.ndarray]:
     """Losses, prefixes, the mesh's shape, the names of the collectives and how much of the UNet a device holds."""
     mesh = MESHES[name](concepts)
-    pipe = pipeline.load(model, mesh=mesh, rules=FROZEN)
+    pipe = pipeline.load(pipeline.ModelConfig(model), mesh, FROZEN)
     method = CatVersion(((1, 2, 3),), length=2, init_std=0.1)
     config = ts.StepConfig(pipe.networks, method, ts.OptimizerConfig(), BATCH, mesh)
     place = sharding(mesh, "concept")
     state = init_state(list(range(concepts)), method, pipe.networks, config.optimizer.transformation())
     data = stack(*(concept(3 + i, seed=i, size=16) for i in range(concepts)))
     state, data = jax.device_put(state, place), jax.device_put(data, place)
-    frozen = freeze(pipe, mesh, FROZEN)
+    frozen = Frozen.of(pipe, mesh, FROZEN)
     step = ts.compile_chunk(config, 1).lower(state, frozen, data).compile()
     losses = []
     for _ in range(STEPS):

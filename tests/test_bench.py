@@ -11,22 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catversion_jax import config as config_lib
-from catversion_jax.bench import command, machine, random_model, step, timing
+from catversion_jax.bench import machine, measure, random_model, step, timing
 from catversion_jax.bench.row import COLUMNS, OURS, Row, to_table, with_ratios
+from catversion_jax.cli import bench as command
+from catversion_jax.config import Config, from_config_dict, stable_diffusion
 from catversion_jax.errors import UserError
 from catversion_jax.pipeline import COMPONENTS, abstract
 from tests.commands import catversion, error_of
 
 STEPS = 2
-JOB = command.Job(None, 2, 1, STEPS, vs_torch=False)
+SIZE = measure.Size(None, 2, 1, STEPS, vs_torch=False)
 
 
 @pytest.fixture(scope="module")
 def config(tiny_model):
-    config = config_lib.default()
-    config.model.path = str(tiny_model)
-    return config
+    return Config().replaced({"model.path": str(tiny_model)})
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_the_table_has_a_line_for_each_row(report):
 
 def test_the_lowered_step_counts_as_the_compiled_one(report, config, tiny_pipeline):
     """Which is what an accelerator's FLOPs are taken from."""
-    lowered = step.count_flops(command.prepared(replace(JOB, config=config)), tiny_pipeline.networks, JOB.concepts)
+    lowered = step.count_flops(replace(SIZE, config=config).measured_config(), tiny_pipeline.networks, SIZE.concepts)
     assert lowered == pytest.approx(report["rows"][1]["flops_per_step"], rel=0.05)
 
 
@@ -118,8 +117,8 @@ def test_a_size_that_does_not_fit_is_a_row(error, said, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(command, "fresh", fail)
-    facts, (row,) = command.run(JOB)
+    monkeypatch.setattr(measure, "fresh", fail)
+    facts, (row,) = measure.measure_size(SIZE)
     assert facts == {}
     assert row.error.endswith(said)
     assert {name for name, value in asdict(row).items() if value is not None} == {"what", "concepts", "batch", "error"}
@@ -130,20 +129,20 @@ def test_other_errors_are_not_hidden(monkeypatch):
     def fail(*_):
         raise RuntimeError("INTERNAL: a bug")
 
-    monkeypatch.setattr(command, "fresh", fail)
+    monkeypatch.setattr(measure, "fresh", fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        command.run(JOB)
+        measure.measure_size(SIZE)
 
 
 def test_an_accelerators_flops_are_counted_apart(monkeypatch):
     ours = Row(OURS, 2, 1, ms_per_step=10.0, bytes_per_step=1e9, peak_flops_per_s=1e15)
     theirs = Row("torch_sdpa", 2, 1, ms_per_step=10.0)
     answers = {
-        command.measure: command.Measured({"platform": "gpu"}, [ours, theirs], None, None),
+        measure.measure: measure.Measured({"platform": "gpu"}, [ours, theirs], None, None),
         step.count_flops: 4e12,
     }
-    monkeypatch.setattr(command, "fresh", lambda function, *_: answers[function])
-    _, (row, other) = command.run(JOB)
+    monkeypatch.setattr(measure, "fresh", lambda function, *_: answers[function])
+    _, (row, other) = measure.measure_size(SIZE)
     assert (row.flops_per_step, row.flops_per_byte) == (4e12, 4000)
     assert row.utilisation == pytest.approx(0.4)
     assert other == theirs
@@ -210,8 +209,10 @@ def test_random_weights_stand_in_only_for_a_known_model_that_is_not_there(config
         raise UserError(f"{repo}: not in the cache")
 
     monkeypatch.setattr("catversion_jax.hub.fetch", not_there)
-    published, unknown = config_lib.stable_diffusion(random_model.SD15), config_lib.stable_diffusion("someone/else")
-    assert command.find_source(config) is not None
-    assert command.find_source(published) is None
+    published, unknown = (
+        from_config_dict(stable_diffusion(name), measure.UNSET) for name in (random_model.SD15, "someone/else")
+    )
+    assert measure.find_source(config) is not None
+    assert measure.find_source(published) is None
     with pytest.raises(UserError, match="someone/else: not in the cache"):
-        command.find_source(unknown)
+        measure.find_source(unknown)

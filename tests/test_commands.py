@@ -87,7 +87,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_a_finished_run_stays_as_it_is(finished, tiny_model):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert "holds a run already; continue it with --resume" in error_of(*train_flags(tiny_model, finished))
+    assert "holds a run already; resume it, or choose another run_dir" in error_of(*train_flags(tiny_model, finished))
     assert "finished already" in catversion(*train_flags(tiny_model, finished), "--resume").stdout
     other = train_flags(tiny_model, finished, **{"train.steps": 13, "seed": 3})
     assert "seed: 0 there, 3 here; train.steps: 12 there, 13 here" in error_of(*other, "--resume")
@@ -153,7 +153,7 @@ def test_not_finite(tiny_model, tmp_path):
 def test_a_full_disk(tiny_model, tmp_path):
     """The run stops with one line, and continues once there is room."""
     arguments = train_flags(tiny_model, tmp_path / "run", **{"sample.every": 0})
-    message = error_of(*arguments, full_disk=True)
+    message = error_of(*arguments, full_disk=True, status=74)
     assert "could not" in message
     assert str(tmp_path / "run") in message
     catversion(*arguments, "--resume")
@@ -165,9 +165,15 @@ def test_a_full_disk_for_pictures(finished, tmp_path):
     run_dir = tmp_path / "run"
     subprocess.run(["cp", "-r", finished, run_dir], check=True)
     message = error_of(
-        "generate", f"--embedding={run_dir}", "--prompt=a teapot", "--steps=1", f"--out={tmp_path}", full_disk=True
+        "generate",
+        f"--embedding={run_dir}",
+        "--prompt=a teapot",
+        "--steps=1",
+        f"--out={tmp_path}",
+        full_disk=True,
+        status=74,
     )
-    assert f"{tmp_path}/grid.png: File too large; mend that and run the command again" in message
+    assert f"{tmp_path}/grid.png: File too large; fix that and run the command again" in message
     assert not (tmp_path / "grid.png").exists()
     assert list(tmp_path.glob("a-teapot_*.png"))
 
@@ -240,7 +246,7 @@ def test_generate(finished, tmp_path):
     done = catversion(
         "generate", *same, "--prompt=A photo of a teapot on the beach", f"--prompts_file={prompts}", "--num=2"
     )
-    assert "warning" not in done.stdout
+    assert "warning" not in done.stderr
     first = pictures(out)
     slugs = ("a-photo-of-a-teapot-on-the-beach", "a-photo-of-a-teapot", "a-red-teapot")
     assert first.keys() == {f"{slug}_{seed}.png" for slug in slugs for seed in (0, 1)}
@@ -254,13 +260,13 @@ def test_generate(finished, tmp_path):
 
     same[-1] = f"--out={tmp_path / 'base'}"
     done = catversion("generate", *same, "--prompt=a red teapot", "--num=1", "--strength=0")
-    assert done.stdout.count("warning: --strength=0 removes the concept") == 1
+    assert done.stderr.count("warning: strength=0 removes the concept") == 1
     base = pictures(tmp_path / "base")
     assert base.keys() == {"a-red-teapot_0.png"}
     assert base["a-red-teapot_0.png"] != first["a-red-teapot_0.png"]
 
     done = catversion("generate", *same, "--prompt=a car", "--num=1")
-    assert done.stdout.count("warning: without the class word 'teapot'") == 1
+    assert done.stderr.count("warning: without the class word 'teapot'") == 1
     assert "a-car_0.png" in pictures(tmp_path / "base")
 
 
@@ -322,7 +328,7 @@ def test_sweep(tiny_model, tmp_path):
     assert "adapter.length=1;train.learning_rate=0.5 | teapot |" in catversion(*arguments).stdout
     assert (tmp_path / "out" / "scores.jsonl").read_bytes() == before
     refused = error_of(*arguments, "--prompts=1")
-    assert "sweep.json: of another config or other concepts; give the same ones, or another --out" in refused
+    assert "out: belongs to another config (prompts: 2 there, 1 here); give the same one, or another folder" in refused
     assert "nowhere: no concepts" in error_of(*arguments[:2], "--concepts=nowhere")
 
 

@@ -19,18 +19,18 @@ def concept(tiny_model, tiny_pipeline) -> artifact.Concept:
 
 def test_movement(tiny_pipeline, concept):
     prompts = ["a photo of a teapot", "a car"]
-    moved, still = conditioning.movement(tiny_pipeline, prompts, [concept], 1.0)
-    base, states = (conditioning.context(tiny_pipeline, prompts, c).states[0] for c in ((), [concept]))
+    moved, still = conditioning.movement(tiny_pipeline, prompts, tiny.personal(concept))
+    base, states = (conditioning.context(tiny_pipeline, prompts, tiny.personal(*c)).states[0] for c in ((), [concept]))
     change = np.linalg.norm(states - base) / np.linalg.norm(base)
     most = int(np.linalg.norm(states - base, axis=-1).argmax())
     assert most >= 5  # the class word: start, a, photo, of, a, teapot
     token = tiny_pipeline.tokenizer.token(tiny_pipeline.tokenizer(prompts)[0, most])
     assert moved == f"'a photo of a teapot': moved by {change:.2%}, the most at token {most}, {token!r}"
     assert still == "'a car': nothing moved"
-    for line in conditioning.movement(tiny_pipeline, prompts, [concept], 0.0):
+    for line in conditioning.movement(tiny_pipeline, prompts, tiny.personal(concept, strength=0.0)):
         assert line.endswith("nothing moved")
     everywhere = dataclasses.replace(concept, method=dataclasses.replace(concept.method, scope="all"))
-    assert "moved by" in list(conditioning.movement(tiny_pipeline, prompts, [everywhere], 0.1))[1]
+    assert "moved by" in list(conditioning.movement(tiny_pipeline, prompts, tiny.personal(everywhere, strength=0.1)))[1]
 
 
 def test_check(concept, tmp_path):
@@ -40,13 +40,14 @@ def test_check(concept, tmp_path):
     same = ["generate", "--check", "--embedding", path, f"--out={tmp_path / 'out'}", "--prompt=a teapot"]
     (line,) = catversion(*same).stdout.splitlines()
     assert line.startswith("'a teapot': moved by ")
-    warning, first, second = catversion(*same, "--prompt=a car").stdout.splitlines()
-    assert "warning: without the class word 'teapot'" in warning
+    done = catversion(*same, "--prompt=a car")
+    first, second = done.stdout.splitlines()
+    assert done.stderr.count("warning: without the class word 'teapot'") == 1
     assert first == line
     assert second == "'a car': nothing moved"
-    warning, still = catversion(*same, "--strength=0").stdout.splitlines()
-    assert "warning: --strength=0 removes the concept" in warning
-    assert still == "'a teapot': nothing moved"
+    done = catversion(*same, "--strength=0")
+    assert "warning: strength=0 removes the concept" in done.stderr
+    assert done.stdout == "'a teapot': nothing moved\n"
     other = tiny.write(tmp_path / "other", seed=1)
     assert "learned in text encoder" in error_of(*same, f"--model={other}")
     assert not (tmp_path / "out").exists()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from catversion_jax import artifact, distributed
+from catversion_jax.cli import batch
 from tests.commands import ENVIRONMENT, ROOT, TIMEOUT, catversion, command, error_of
-from tests.test_batch import LINES, flags, report, write
+from tests.test_many_concepts import LINES, flags, report, write
 
 
 def free_port() -> int:
@@ -95,7 +96,7 @@ def test_a_process_that_waits_in_vain(tiny_model, tmp_path):
             ["--coordinator_address=here:1"],
             "--coordinator_address: needs --num_processes and --process_id, or --distributed",
         ),
-        (["--distributed"], "--distributed: none of SLURM_NTASKS, "),
+        (["--distributed"], "none of SLURM_NTASKS, "),
     ],
 )
 def test_mistakes(tmp_path, given, expected):
@@ -121,5 +122,5 @@ def test_what_a_cluster_tells(monkeypatch, variables, expected):
 def test_one_process_waits_for_nobody(monkeypatch):
     given = {"num_processes": 1, "process_id": 0, "distributed": False, "start_timeout": 1}
     arguments = SimpleNamespace(**given, coordinator_address="nowhere:1")
-    monkeypatch.setattr(distributed, "meet", None)
-    assert distributed.start(arguments) == (0, 1)
+    monkeypatch.setattr(batch, "meet", None)
+    assert batch.start(arguments) == (0, 1)

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catversion_jax import answers, artifact, encoders, evaluate, grabcut, metrics, scores
+from catversion_jax import artifact, encoders, evaluation, grabcut, metrics, samples, scores
+from catversion_jax.cli import evaluate
 from catversion_jax.errors import UserError
 from catversion_jax.masks import FILL
+from catversion_jax.sampler_config import SamplerConfig
+from catversion_jax.samples import EvaluationConfig, EvaluationTask
 from tests import tiny
 from tests.commands import ROOT, catversion
 
@@ -120,10 +123,10 @@ def test_masks_of_both_sides(judging_model, tmp_path):
     arguments = flags(
         images=TEAPOT / "train", image_masks=TEAPOT / "train_masks", prompt=["a teapot"], masks=TEAPOT / "heldout_masks"
     )
-    (job,) = evaluate.find_jobs(arguments)
+    (task,) = evaluate.find_tasks(arguments)
     clip = encoders.of_model(judging_model)
-    references, answer = answers.pictures_of(answers.read_references(job)), answers.read(job)
-    found = scores.of_prompts(answer.prompts, answer.pictures, references, scores.Judges(clip, None))
+    references, existing = samples.masked_images(samples.read_references(task)), samples.read(task)
+    found = scores.of_prompts(existing.prompts, existing.images, references, scores.Encoders(clip, None))
     sides = []
     for part in ("train", "heldout"):
         images = [np.array(Image.open(path).convert("RGB")) for path in sorted((TEAPOT / part).iterdir())]
@@ -135,9 +138,10 @@ def test_masks_of_both_sides(judging_model, tmp_path):
     assert found["a teapot"]["masked_clip_i"].mean() != pytest.approx(found["a teapot"]["clip_i"].mean(), abs=1e-4)
 
 
-def job_of(embedding: Path, concept: artifact.Concept, prompt: str) -> tuple[answers.Job, answers.Drawing]:
-    job = answers.Job("teapot", (prompt,), TEAPOT / "heldout", None, concept, embedding, None)
-    return job, answers.Drawing(answers.SamplerConfig(2, 5.0, 2), (0, 1), 1.0, ("a car", "a red teapot"), "", "float32")
+def task_of(embedding: Path, concept: artifact.Concept, prompt: str) -> tuple[EvaluationTask, EvaluationConfig]:
+    task = EvaluationTask("teapot", (prompt,), TEAPOT / "heldout", None, concept, embedding)
+    sampler = SamplerConfig(2, 5.0, 2)
+    return task, EvaluationConfig(sampler, (0, 1), 1.0, ("a car", "a red teapot"), "", "float32")
 
 
 @pytest.mark.parametrize("scope", ["trigger", "all"])
@@ -146,52 +150,54 @@ def test_drift(embedding, judging_model, tiny_pipeline, scope, monkeypatch):
     which test_sampling.py tells the same."""
     stored = artifact.load(embedding)
     concept = dataclasses.replace(stored, method=dataclasses.replace(stored.method, scope=scope))
-    _, drawing = job_of(embedding, concept, "a teapot")
-    judges = scores.Judges(encoders.of_model(judging_model), None)
+    _, config = task_of(embedding, concept, "a teapot")
+    both = scores.Encoders(encoders.of_model(judging_model), None)
     images = np.random.default_rng(0).integers(0, 256, (2, 2, 16, 16, 3), np.uint8)
 
-    def paint(pipeline, prompts, drawing, concepts):
+    def sample(pipeline, prompts, config, personalization=samples.BASE_MODEL):
         assert prompts == ("a car",)  # the other one holds the class word
-        return list(images[0 if scope == "trigger" else len(concepts)])
+        return list(images[0 if scope == "trigger" else len(personalization.concepts)])
 
-    monkeypatch.setattr(answers, "paint", paint)
-    moved = answers.measure_drift(tiny_pipeline, concept, drawing, judges)["a car"]
+    monkeypatch.setattr(samples, "sample", sample)
+    moved = samples.measure_drift(tiny_pipeline, concept, config, both)["a car"]
     assert moved["prior_drift"].shape == (2,)
     if scope == "trigger":
         assert moved["prior_drift_text"].item() == moved["prior_drift"].max() == 0
     else:
-        cosines = np.einsum("se,se->s", *map(judges.clip.image, images))
+        cosines = np.einsum("se,se->s", *map(both.clip.image, images))
         np.testing.assert_allclose(moved["prior_drift"], 1 - cosines, atol=1e-6)
         assert moved["prior_drift_text"].item() > 0.01
 
 
-def test_grabcut(embedding, judging_model, monkeypatch):
-    """Both the pictures' masks and those of the references, by which they are measured, are drawn again: here by a
-    stand-in, which turns them round."""
+def test_grabcut(embedding, judging_model, tiny_pipeline, monkeypatch):
+    """Both the images' masks and those of the references, by which they are measured, are redrawn: here by a stand-in,
+    which turns them round."""
     concept = artifact.load(embedding)
-    job, drawing = job_of(embedding, concept, "a photo of a teapot")
-    job = dataclasses.replace(job, masks=TEAPOT / "heldout_masks")
-    images = [photo.image for photo in answers.read_references(job, 16)][:2]
-    monkeypatch.setattr(answers, "paint", lambda *_: images)
-    monkeypatch.setattr(answers, "grabcut", lambda image, mask: ~mask)
-    judges = scores.Judges(encoders.of_model(judging_model), None)
-    rough, cut = (answers.draw(job, dataclasses.replace(drawing, grabcut=on), judges) for on in (False, True))
-    np.testing.assert_array_equal(cut.pictures.masks, ~np.stack(rough.pictures.masks))
+    task, config = task_of(embedding, concept, "a photo of a teapot")
+    task = dataclasses.replace(task, masks=TEAPOT / "heldout_masks")
+    images = [photo.image for photo in samples.read_references(task, 16)][:2]
+    monkeypatch.setattr(samples, "sample", lambda *_: images)
+    monkeypatch.setattr(samples, "grabcut", lambda image, mask: ~mask)
+    both = scores.Encoders(encoders.of_model(judging_model), None)
+    rough, cut = (
+        samples.sample_task(tiny_pipeline, task, dataclasses.replace(config, grabcut=on), both) for on in (False, True)
+    )
+    np.testing.assert_array_equal(cut.images.masks, ~np.stack(rough.images.masks))
     assert cut.attention_mask_iou != rough.attention_mask_iou
-    drawing = dataclasses.replace(drawing, grabcut=True)
-    described = evaluate.describe(flags(), [job], drawing, judges, [{"masked_clip_i": 0.5}])
+    config = dataclasses.replace(config, grabcut=True)
+    described = evaluation.describe([task], config, both, [{"masked_clip_i": 0.5}])
     assert described["background"]["masks_of_pictures"] == "attention, GrabCut"
 
 
 def test_grabcut_without_opencv(monkeypatch):
     monkeypatch.setattr(grabcut.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--grabcut: OpenCV is not installed; pip install opencv-python-headless"):
-        evaluate.find_jobs(flags(embedding="a", grabcut=True))
+    with pytest.raises(UserError, match="grabcut: OpenCV is not installed; pip install opencv-python-headless"):
+        evaluate.find_tasks(flags(embedding="a", grabcut=True))
 
 
 def test_a_prompt_without_the_class_word(embedding):
-    with pytest.raises(UserError, match="--prompt='a car': no class word 'teapot', which the concept was learned with"):
-        answers.base_model(*job_of(embedding, artifact.load(embedding), "a car"))
+    with pytest.raises(UserError, match="prompt 'a car': no class word 'teapot', which the concept was learned with"):
+        samples.base_model(*task_of(embedding, artifact.load(embedding), "a car"))
 
 
 def flags(**changes) -> SimpleNamespace:
@@ -225,40 +231,40 @@ def flags(**changes) -> SimpleNamespace:
         ({"images": "a", "grabcut": True}, "--grabcut: of the masks from attention, with --embedding"),
         ({"embedding": "nowhere"}, "nowhere: not found; expected a learned concept"),
         ({"images": "a", "protocol": "dreambench", "prompt": ["b"]}, "--prompt: dreambench has its own prompts"),
-        ({"images": "a", "protocol": "dreambench"}, "no photos of backpack, .*--subject"),
+        ({"images": "a", "protocol": "dreambench"}, "no photos of backpack, .*choose other subjects"),
         (
             {"images": "a", "protocol": "dreambench", "subject": ["x"]},
-            "--subject=x: not of dreambench; expected one of",
+            "subject x: not of dreambench; expected one of",
         ),
         ({"images": "a", "protocol": "customconcept101"}, "dataset.json: not found; expected CustomConcept101's"),
     ],
 )
 def test_flags_that_do_not_fit(changes, message):
     with pytest.raises(UserError, match=message):
-        evaluate.find_jobs(flags(**changes))
+        evaluate.find_tasks(flags(**changes))
 
 
 def read(**changes):
-    (job,) = evaluate.find_jobs(flags(**{"prompt": ["a teapot"]} | changes))
-    return answers.read_references(job), answers.read(job)
+    (task,) = evaluate.find_tasks(flags(**{"prompt": ["a teapot"]} | changes))
+    return samples.read_references(task), samples.read(task)
 
 
 def test_pictures_and_masks_that_do_not_match(tmp_path):
     (tmp_path / "masks").mkdir()
     with pytest.raises(UserError, match="0 photos; expected 1 to"):
         read(images=tmp_path / "masks")
-    with pytest.raises(UserError, match="nowhere: no such folder; --images takes a folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder; images takes a folder"):
         read(images=tmp_path / "nowhere")
-    with pytest.raises(UserError, match="nowhere: no such folder; --references takes a folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder; references takes a folder"):
         read(images=TEAPOT / "train", references=tmp_path / "nowhere")
-    with pytest.raises(UserError, match="nowhere: no such folder; --image_masks takes a folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder; image_masks takes a folder"):
         read(images=TEAPOT / "train", image_masks=tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"heldout/05.png: no mask named 05\.\* among its masks"):
         read(images=TEAPOT / "train", masks=TEAPOT / "train_masks")
     with pytest.raises(UserError, match=r"train/00\.\*: of none of the prompts; .*<prompt-slug>_<seed>.png"):
         read(images=TEAPOT / "train", prompt=PROMPTS)
     Image.new("RGB", (8, 8)).save(tmp_path / "a-blue-teapot_0.png")
-    with pytest.raises(UserError, match="no picture of 1 prompts, such as 'a teapot on the beach'"):
+    with pytest.raises(UserError, match="no image of 1 prompts, such as 'a teapot on the beach'"):
         read(images=tmp_path, prompt=PROMPTS, image_masks=tmp_path)
     with pytest.raises(UserError, match="a-blue-teapot_0: its mask shows no subject"):
         read(images=tmp_path, image_masks=tmp_path)

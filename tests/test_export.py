@@ -41,12 +41,12 @@ def test_prompts(concept, source, tiny_pipeline, tmp_path):
         "export", "--embedding", source, "--out", out, *prompts, "--strength=0.5", "--negative_prompt=ugly"
     )
     assert (
-        done.stdout.count("warning: without the class word 'teapot', which the concept was learned with: 'a car'") == 1
+        done.stderr.count("warning: without the class word 'teapot', which the concept was learned with: 'a car'") == 1
     )
     assert written(out) == {export.EMBEDS, *export.FILES, *export.CONCEPTS}
 
     def states(prompts, strength):
-        return sampling.condition(tiny_pipeline, prompts, [concept], strength).states
+        return sampling.condition(tiny_pipeline, prompts, tiny.personal(concept, strength=strength)).states
 
     arrays = load_file(out / export.EMBEDS)
     assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == {

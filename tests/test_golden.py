@@ -12,7 +12,7 @@ from catversion_jax import pipeline, sampling, schedulers, text
 from catversion_jax import train_step as ts
 from catversion_jax.adapter import Prefix
 from catversion_jax.catversion import CatVersion
-from catversion_jax.method import Method
+from catversion_jax.method import BaseModel
 from catversion_jax.sharding import make_mesh, sharding
 from catversion_jax.source import open_source
 from catversion_jax.state import Frozen, init_state
@@ -79,19 +79,18 @@ def test_noise_schedule(mini, golden):
 
 def test_guided_ddim(mini, golden):
     token_ids = golden["token_ids"]
-    visible, base = (jnp.ones((1, 77, 1), bool),), (jnp.zeros((1, 77, 1), bool),)
+    visible, base = jnp.ones((1, 77, 1), bool), jnp.zeros((1, 77, 1), bool)
     encode = partial(sampling.encode, mini.params["text"], networks=mini.networks)
     learned = {"prefix": golden["prefix.p1_bias0"]}
-    positive = encode((token_ids[:1],), visible, learned, 1.0, method=CatVersion((LAYERS,)))
-    negative = encode((token_ids[1:2],), base, {}, 0.0, method=Method())
-    latents = sampling.sample_latents(
+    positive = encode((sampling.Tokens(token_ids[:1], visible),), learned, 1.0, method=CatVersion((LAYERS,)))
+    negative = encode((sampling.Tokens(token_ids[1:2], base),), {}, 0.0, method=BaseModel())
+    both = jax.tree.map(lambda *x: jnp.stack(x), negative, positive)
+    latents = sampling.denoise(
         mini.params["unet"],
         jnp.asarray(golden["ddim.x_T"]),
-        jnp.zeros(1, jnp.uint32),
-        jax.tree.map(lambda *x: jnp.stack(x), negative, positive),
+        sampling.Guided(jnp.zeros(1, jnp.uint32), both, jnp.float32(5.0)),
         schedulers.plan(mini.networks.schedule, "", 30),
         networks=mini.networks,
-        guidance=5.0,
         calls_per_dispatch=1,
     )
     assert max_error(latents, golden["ddim.x_0_guidance5_prefix_p1_bias0"]) < 2e-3
@@ -115,7 +114,7 @@ def test_gradient_and_twenty_steps(mini, golden):
 
     @jax.jit  # weights that it closes over would be constants, which XLA is slow to compile
     def step(state, frozen, prompts, noise, timesteps):
-        batch = ts.Batch(jnp.asarray(golden["train.latents"]), noise, timesteps, (prompts,))
+        batch = ts.Minibatch(jnp.asarray(golden["train.latents"]), noise, timesteps, (prompts,))
         batch = jax.tree.map(lambda x: x[None], batch)
         grad = jax.grad(lambda learned: ts.denoising_loss(learned, frozen, batch, config).sum())(state.learned)
         return *ts.update(state, frozen, batch, jnp.asarray([20]), config), grad

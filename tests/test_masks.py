@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from catversion_jax import masks
-from catversion_jax.concept_folders import SHIPPED
+from catversion_jax.concept_sets import SHIPPED, ConceptFolder
 from catversion_jax.data.photos import read_photos
 from catversion_jax.errors import UserError
 from catversion_jax.grabcut import grabcut
 from catversion_jax.models.attention import probabilities
-from catversion_jax.source import read_json
 
 
 def test_background_is_filled():
@@ -73,10 +72,10 @@ def heldout(name: str) -> tuple[np.ndarray, list[np.ndarray]]:
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_how_good_attention_masks_are(mini, name):
-    described = read_json(SHIPPED / name / "concept.json")
+    folder = ConceptFolder(SHIPPED / name)
     images, true = heldout(name)
-    prompt = f"a photo of {described['article']} {described['class_word']}"
-    found = masks.attention_masks(mini, images, [prompt] * len(images), described["class_word"])
+    (prompt,) = folder.prompts(["a photo of {concept}"])
+    found = masks.attention_masks(mini, images, [prompt] * len(images), folder.class_word)
     assert found.shape == (8, 64, 64)
     cut = map(grabcut, images, found)
     overlaps = [(masks.iou(a, c), masks.iou(b, c)) for a, b, c in zip(found, cut, true, strict=True)]

@@ -5,10 +5,11 @@ import pytest
 
 from catversion_jax import sampling
 from catversion_jax.artifact import Concept
+from catversion_jax.sampler_config import SamplerConfig
 from tests import tiny
 from tests.conftest import max_error
 
-CONFIG = sampling.SamplerConfig(steps=3, guidance=5.0, batch_size=2)
+CONFIG = SamplerConfig(steps=3, guidance=5.0, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -17,24 +18,25 @@ def concept(tiny_pipeline) -> Concept:
     return tiny.concept(prefix, tiny_pipeline.fingerprint)
 
 
-def paint(pipeline, prompts, seeds, **kwargs):
-    return list(sampling.paint(pipeline, prompts, seeds, CONFIG, **kwargs))
+def sample(pipeline, prompts, seeds, *concepts, config=CONFIG, negative_prompt=""):
+    request = sampling.SampleRequest(tuple(prompts), tuple(seeds), config, negative_prompt)
+    return list(sampling.sample_images(pipeline, request, tiny.personal(*concepts)))
 
 
 def test_a_picture_depends_on_its_seed_alone(tiny_pipeline, concept):
     prompts = ["a teapot", "a red teapot", "a teapot"]
-    three = paint(tiny_pipeline, prompts, [5, 6, 7], concepts=[concept])
+    three = sample(tiny_pipeline, prompts, [5, 6, 7], concept)
     assert [image.shape for image in three] == [(16, 16, 3)] * 3
     assert three[0].dtype == np.uint8
     for i in range(3):
-        (alone,) = paint(tiny_pipeline, prompts[i : i + 1], [5 + i], concepts=[concept])
+        (alone,) = sample(tiny_pipeline, prompts[i : i + 1], [5 + i], concept)
         np.testing.assert_array_equal(alone, three[i])
     assert (three[0] != three[2]).any()
 
 
 def test_strength(tiny_pipeline, concept):
     def states(strength):
-        return sampling.condition(tiny_pipeline, ["a teapot"], [concept], strength).states
+        return sampling.condition(tiny_pipeline, ["a teapot"], tiny.personal(concept, strength=strength)).states
 
     base = sampling.condition(tiny_pipeline, ["a teapot"]).states
     assert max_error(states(0.0), base) < 1e-5
@@ -47,18 +49,18 @@ def test_trigger_leaves_other_prompts_alone(tiny_pipeline, concept):
 
     trigger = dataclasses.replace(concept, method=dataclasses.replace(concept.method, scope="trigger"))
     prompts, seeds = ["a car", "a teapot"], [1, 1]
-    base = paint(tiny_pipeline, prompts, seeds)
-    with_concept = paint(tiny_pipeline, prompts, seeds, concepts=[trigger])
+    base = sample(tiny_pipeline, prompts, seeds)
+    with_concept = sample(tiny_pipeline, prompts, seeds, trigger)
     np.testing.assert_array_equal(base[0], with_concept[0])
     assert (base[1] != with_concept[1]).any()
 
 
 def test_the_negative_branch_never_sees_the_prefix(tiny_pipeline, concept):
     """At guidance 0 only the negative branch is left: the concept changes nothing, the negative prompt does."""
-    config = sampling.SamplerConfig(steps=3, guidance=0.0, batch_size=2)
-    args = (tiny_pipeline, ["a teapot"], [1], config)
-    (without,) = sampling.paint(*args)
-    (with_concept,) = sampling.paint(*args, concepts=[concept])
-    (negative,) = sampling.paint(*args, concepts=[concept], negative_prompt="a car")
+    config = SamplerConfig(steps=3, guidance=0.0, batch_size=2)
+    asked = (tiny_pipeline, ["a teapot"], [1])
+    (without,) = sample(*asked, config=config)
+    (with_concept,) = sample(*asked, concept, config=config)
+    (negative,) = sample(*asked, concept, config=config, negative_prompt="a car")
     np.testing.assert_array_equal(without, with_concept)
     assert (without != negative).any()

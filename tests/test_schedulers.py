@@ -12,6 +12,7 @@ from catversion_jax import diffusion, sampling, schedulers
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.errors import UserError
 from catversion_jax.models.unet import Context
+from catversion_jax.sampler_config import SamplerConfig
 from tests.conftest import max_error
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "schedulers.npz"))
@@ -72,14 +73,12 @@ def test_dispatches_give_the_same_latents(tiny_pipeline, name):
     context = Context(jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 77, 32)), jnp.float32))
     trajectory = schedulers.plan(net.schedule, name, 5)
     results = [
-        sampling.sample_latents(
+        sampling.denoise(
             params["unet"],
             sampling.initial_latents(seeds, net.latent_shape),
-            seeds,
-            context,
+            sampling.Guided(seeds, context, jnp.float32(2.0)),
             trajectory,
             networks=net,
-            guidance=2.0,
             calls_per_dispatch=n,
         )
         for n in (1, len(trajectory.calls.index))
@@ -90,12 +89,12 @@ def test_dispatches_give_the_same_latents(tiny_pipeline, name):
 def test_noise_is_a_pictures_own(tiny_pipeline):
     """With Euler ancestral, which adds noise at each step: the same picture in any batch, another for another seed."""
 
-    def paint(seeds, batch_size):
-        config = sampling.SamplerConfig(4, 2.0, batch_size, "euler_ancestral")
-        pictures = list(sampling.paint(tiny_pipeline, ["a teapot"] * len(seeds), seeds, config))
-        return np.stack(pictures).astype(int)
+    def sample(seeds, batch_size):
+        config = SamplerConfig(4, 2.0, batch_size, "euler_ancestral")
+        request = sampling.SampleRequest.every(["a teapot"], seeds, config)
+        return np.stack(list(sampling.sample_images(tiny_pipeline, request))).astype(int)
 
-    together, alone = paint([5, 6, 7], 3), paint([5, 6, 7], 1)
+    together, alone = sample([5, 6, 7], 3), sample([5, 6, 7], 1)
     assert max_error(together, alone) <= 1  # of 255: sums in another order may round to the next
     assert (together[0] != together[1]).any()
 
@@ -111,7 +110,7 @@ def test_each_calls_noise_is_new():
 @pytest.mark.parametrize(
     ("config", "name", "steps", "message"),
     [
-        ({}, "heun", 5, "--scheduler=heun: no such scheduler; expected one of ddim, pndm, euler, euler_ancestral,"),
+        ({}, "heun", 5, "scheduler=heun: no such scheduler; expected one of ddim, pndm, euler, euler_ancestral,"),
         ({"_class_name": "LMSDiscreteScheduler"}, "", 5, "LMSDiscreteScheduler: not supported; choose one of ddim,"),
         ({}, "", 5, "scheduler_config.json: None: not supported"),
         ({"clip_sample": True}, "ddim", 5, "DDIMScheduler: not supported: clip_sample=True (only False)"),

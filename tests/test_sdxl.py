@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from catversion_jax import artifact, pipeline, sampling
+from catversion_jax import artifact, sampling
 from catversion_jax.pipeline import MINI
 from tests import tiny
 from tests.commands import catversion, error_of
@@ -44,7 +44,7 @@ def learned(model, tmp_path_factory):
 
 
 def test_the_networks(model):
-    networks = pipeline.load(model, variant="fp16").networks
+    networks = tiny.load(model, variant="fp16").networks
     assert [text.config.depth for text in networks.text] == [3, 3]
     assert networks.heads == ((2, 16), (3, 16))
     assert networks.unet.config.time_ids == (16, 16, 0, 0, 16, 16)
@@ -54,8 +54,10 @@ def test_both_prefixes_are_learned_and_stored(model, learned):
     concept = artifact.load(learned)
     assert tuple(prefix.shape for prefix in concept.learned.values()) == ((4, 3, 2, 2, 16), (4, 3, 2, 3, 16))
     assert concept.method.layers == ((0, 1, 2), (0, 1, 2))
-    pipe = pipeline.load(model, variant="fp16")
-    base, moved = (sampling.condition(pipe, ["a teapot"], [concept], strength) for strength in (0.0, 1.0))
+    pipe = tiny.load(model, variant="fp16")
+    base, moved = (
+        sampling.condition(pipe, ["a teapot"], tiny.personal(concept, strength=strength)) for strength in (0.0, 1.0)
+    )
     untouched = sampling.condition(pipe, ["a teapot"])
     np.testing.assert_allclose(base.states, untouched.states, atol=1e-5)
     np.testing.assert_allclose(base.pooled, untouched.pooled, atol=1e-5)

@@ -8,6 +8,7 @@ from catversion_jax import pipeline, tree
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
+from tests import tiny
 
 SD15_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
 SD21_UNET = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
@@ -36,7 +37,7 @@ def test_mini_unet(mini):
 
 
 def test_dtype_is_that_of_the_computation(tiny_model):
-    pipe = pipeline.load(tiny_model, "bfloat16")
+    pipe = tiny.load(tiny_model, dtype="bfloat16")
     params = {"params": pipe.params["unet"]}
     x = jnp.zeros((1, *pipe.networks.latent_shape))
     out = jax.eval_shape(pipe.networks.unet.apply, params, x, jnp.zeros(1, jnp.int32), jnp.zeros((1, 77, 32)))

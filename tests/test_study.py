@@ -11,19 +11,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catversion_jax import concept_folders, scores
-from catversion_jax import config as config_lib
+from catversion_jax import scores
+from catversion_jax.cli import study as command
+from catversion_jax.concept_sets import ConceptFolder
+from catversion_jax.config import from_config_dict
+from catversion_jax.data.prompts import fill
 from catversion_jax.errors import UserError
 from catversion_jax.methods import METHODS
 from catversion_jax.pipeline import MINI
-from catversion_jax.study import command, scoring, settings, table, together
+from catversion_jax.study import scoring, settings, study, table, tables, together
+from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.settings import Setting
+from catversion_jax.utils.files import expand
 from configs.mini import get_config
 from tests import tiny
 from tests.commands import error_of
 
 SHIPPED = MINI.parent / "concepts"
-RIVALS = (
+BASELINES = (
     Setting("catversion", "rate 0.01", {"method": "catversion", "train.learning_rate": 0.01}),
     Setting("catversion", "rate 1", {"method": "catversion", "train.learning_rate": 1.0}),
     Setting("dreambooth", "rate 0.001", {"method": "dreambooth", "train.learning_rate": 1e-3}),
@@ -54,9 +59,9 @@ def small():
         quick = replace(settings.QUICK, steps=2, prompts=2, seeds=2, unrelated=1)
         three = replace(quick, concepts=("teapot", "dog", "backpack"), unrelated=0)
         scales = {"rivals": quick, "ablation": quick, "together": three}
-        patch.setattr(command, "TABLES", {k: kind._replace(quick=scales[k]) for k, kind in command.TABLES.items()})
-        patch.setattr(command, "RIVALS", RIVALS)
-        patch.setattr(command, "ABLATION", ABLATION)
+        patch.setattr(tables, "TABLES", {k: kind._replace(quick=scales[k]) for k, kind in tables.TABLES.items()})
+        patch.setattr(tables, "BASELINES", BASELINES)
+        patch.setattr(tables, "ABLATION", ABLATION)
         yield
 
 
@@ -66,7 +71,7 @@ def cells(text: str) -> list[list[str]]:
 
 def test_rivals(arguments, small, monkeypatch, capsys):
     assert command.main(arguments, "rivals") == 0
-    out = config_lib.expand(arguments.out) / "rivals-quick"
+    out = expand(arguments.out) / "rivals-quick"
     text = (out / "table.md").read_text()
     assert text in capsys.readouterr().out
     assert "Concepts: teapot, dog; 2 steps of 2, seed 0." in re.sub(r"\s+", " ", text)
@@ -91,37 +96,39 @@ def test_rivals(arguments, small, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("done already")
 
-    monkeypatch.setattr(command, "learn", refuse)
-    monkeypatch.setattr(command.scoring, "judge", refuse)
+    monkeypatch.setattr(study, "train", refuse)
+    monkeypatch.setattr(Scorer, "score", refuse)
     assert command.main(arguments, "rivals") == 0
     assert cells((out / "table.md").read_text()) == cells(text)
     other = copy.copy(arguments)
     other.config = get_config()
-    with pytest.raises(UserError, match=r"study\.json: of another config or other concepts; give the same ones"):
+    with pytest.raises(
+        UserError, match=r"rivals-quick: belongs to another config .*; give the same one, or another folder"
+    ):
         command.main(other, "rivals")
 
 
 def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch):
     """Interrupted after a setting was learned and before it was judged: it is judged, and not learned again."""
-    out = config_lib.expand(arguments.out) / "ablation-quick"
-    judge, judged = command.scoring.judge, []
+    out = expand(arguments.out) / "ablation-quick"
+    score, scored = Scorer.score, []
 
-    def interrupted(concepts, *rest):
-        judged.append(concepts["dog"].method)
-        if len(judged) == 4:
+    def interrupted(scorer, concepts, folders):
+        scored.append(concepts["dog"].method)
+        if len(scored) == 4:
             raise KeyboardInterrupt
-        return judge(concepts, *rest)
+        return score(scorer, concepts, folders)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command.scoring, "judge", interrupted)
+        patch.setattr(Scorer, "score", interrupted)
         with pytest.raises(KeyboardInterrupt):
             command.main(arguments, "ablation")
     assert not (out / "table.md").exists()
     last = out / "parts-keys-only" / "dog" / "concept.safetensors"
     before = last.stat().st_mtime_ns
-    monkeypatch.setattr(command.scoring, "judge", lambda *rest: judged.append("again") or judge(*rest))
+    monkeypatch.setattr(Scorer, "score", lambda *rest: scored.append("again") or score(*rest))
     assert command.main(arguments, "ablation") == 0
-    assert judged[4:] == ["again"]
+    assert scored[4:] == ["again"]
     assert last.stat().st_mtime_ns == before
     rows = cells((out / "table.md").read_text())
     labels = [["base model", ""], ["config", "configs/mini.py"], ["class word", "none"], ["parts", "keys only"]]
@@ -129,36 +136,36 @@ def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch
 
 
 def test_prompts_of_several_concepts():
-    folders = [SHIPPED / name for name in ("teapot", "owl", "rocket")]
+    folders = [ConceptFolder(SHIPPED / name) for name in ("teapot", "owl", "rocket")]
     asked = together.prompts(folders, ("a photo of {concept} at night", "a photo of a blue {class_word}"))
     assert asked == (
         "a photo of a teapot, an owl and a rocket at night",
         "a photo of a blue teapot, an owl and a rocket",
     )
     for template in get_config().sample.prompts:
-        config_lib.fill(template, "teapot and a dog", "a")
+        fill(template, "teapot and a dog", "a")
 
 
 def test_the_best_rate_has_a_score(monkeypatch):
     """Not that of which the score has no value, whichever came first."""
     rates = [Setting("dreambooth", name, {}) for name in ("broken", "good", "worse")]
     found = dict(zip(rates, ({"fitness": None}, {"fitness": 0.5}, {"fitness": 0.4}), strict=True))
-    monkeypatch.setattr(command, "RIVALS", rates)
-    monkeypatch.setattr(command, "of_settings", lambda study, settings, more: settings)
-    monkeypatch.setattr(command.table, "of_candidates", lambda rows: "")
-    assert command.rivals(SimpleNamespace(candidate=found.get)) == [rates[1]]
+    monkeypatch.setattr(tables, "BASELINES", rates)
+    monkeypatch.setattr(tables, "of_settings", lambda study, settings, more: settings)
+    monkeypatch.setattr(table, "of_candidates", lambda rows: "")
+    assert tables.baselines(SimpleNamespace(candidate=found.get)) == [rates[1]]
 
 
 def test_a_concepts_description_is_read_with_care(tmp_path):
     for text in ('{"class_word": "teapot"}', '{"class_word": "teapot", "article": 1}', "[]"):
         (tmp_path / "concept.json").write_text(text)
         with pytest.raises(UserError, match=r"concept\.json: .*; expected the texts class_word and article"):
-            concept_folders.described(tmp_path)
+            print(ConceptFolder(tmp_path).description)
 
 
 def test_together(arguments, small):
     assert command.main(arguments, "together") == 0
-    out = config_lib.expand(arguments.out) / "together-quick"
+    out = expand(arguments.out) / "together-quick"
     rows = cells((out / "table.md").read_text())[2:]
     names = ["teapot and dog", "teapot and backpack", "dog and backpack", "teapot and dog and backpack"]
     assert list(dict.fromkeys(row[0] for row in rows)) == names
@@ -174,11 +181,10 @@ def test_together(arguments, small):
 def test_the_tables_settings_can_be_had(mini):
     """Every row is a config that the mini model can learn."""
     groups = {}
-    for setting in (*settings.RIVALS, *settings.ABLATION):
+    for setting in (*settings.BASELINES, *settings.ABLATION):
         config = get_config()
         config.update_from_flattened_dict(setting.changes)
-        config_lib.check(config, without=("run_dir", "data.dir", "concept.class_word"))
-        config_lib.method(config, mini.networks)
+        from_config_dict(config, unset=command.UNSET).make_method(mini.networks)
         groups.setdefault(setting.group, []).append(setting.name)
     assert groups.keys() >= METHODS.keys()
     for method, rates in settings.RATES.items():
@@ -204,13 +210,15 @@ def test_copied():
         flat = np.stack(pictures).reshape(len(pictures), -1).astype(np.float64)
         return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
-    judges = SimpleNamespace(clip=SimpleNamespace(image=embed))
-    drawn, learned_from = (scores.Pictures(list(images[part]), list(masks[part])) for part in (slice(2), slice(2, 5)))
+    encoders = SimpleNamespace(clip=SimpleNamespace(image=embed))
+    drawn, learned_from = (
+        scores.MaskedImages(list(images[part]), list(masks[part])) for part in (slice(2), slice(2, 5))
+    )
     without = [
         np.where(mask[..., None], (122, 116, 104), image).ravel() for image, mask in zip(images, masks, strict=True)
     ]
     cosines = [a @ b / np.sqrt((a @ a) * (b @ b)) for a in without[:2] for b in without[2:]]
-    assert scoring.copied(drawn, learned_from, judges) == pytest.approx(np.mean(cosines))
+    assert scoring.copied(drawn, learned_from, encoders) == pytest.approx(np.mean(cosines))
 
 
 def test_mistakes(tmp_path):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from catversion_jax import pipeline, text
+from catversion_jax import text
 from catversion_jax.errors import UserError
+from tests import tiny
 
 
 def place(tokenizer, prompt, word) -> int:
@@ -55,6 +56,6 @@ def test_no_tokenizer(tmp_path):
 
 def test_model_without_parts(tmp_path):
     with pytest.raises(UserError, match="nowhere: not found; expected a folder"):
-        pipeline.load(tmp_path / "nowhere")
+        tiny.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no text_encoder/config\.json"):
-        pipeline.load(tmp_path)
+        tiny.load(tmp_path)

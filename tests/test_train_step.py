@@ -84,8 +84,8 @@ def assert_close(a, b, atol=1e-5):
 
 def test_one_trace_for_all_folders_of_a_bucket(tiny_pipeline, frozen, monkeypatch):
     traces = []
-    draw = ts.draw
-    monkeypatch.setattr(ts, "draw", lambda *args: traces.append(1) or draw(*args))
+    draw = ts.draw_minibatch
+    monkeypatch.setattr(ts, "draw_minibatch", lambda *args: traces.append(1) or draw(*args))
     config = step_config(tiny_pipeline, jax.devices()[:1], weight_decay=0.02)  # no other test's
     for photos in (1, 5, 8):
         run(config, frozen, concept(photos), steps=2)
@@ -159,7 +159,7 @@ def test_draws_differ_by_step_and_seed_and_stay_within_the_photos(config):
     data = jax.tree.map(jnp.asarray, data)
 
     states = start(config, [0, 1])
-    draw_one = jax.jit(lambda state: ts.draw(state, data, config))
+    draw_one = jax.jit(lambda state: ts.draw_minibatch(state, data, config))
 
     def draw(seed, step):
         return draw_one(jax.tree.map(lambda x: x[seed], states).replace(step=jnp.int32(step)))

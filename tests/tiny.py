@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from catversion_jax import artifact, pipeline, source
 from catversion_jax.catversion import CatVersion
+from catversion_jax.composition import Personalization
 from catversion_jax.convert import rules
 from catversion_jax.convert.rules import LEAVES, Rule
 from catversion_jax.convert.torch import shapes_of
@@ -71,6 +72,15 @@ INVERSE = {
     "cls_token": lambda w: w,
     "position_embeddings": lambda w: w,
 }
+
+
+def load(folder: Path | str, **how) -> pipeline.Pipeline:
+    """A model's pipeline on the default device; `how` are fields of ModelConfig."""
+    return pipeline.load(pipeline.ModelConfig(str(folder), **how))
+
+
+def personal(*concepts: artifact.Concept, strength: float = 1.0) -> Personalization:
+    return Personalization(concepts, strength)
 
 
 def concept(prefix: np.ndarray, fingerprint: str, model: Path | str = "", **method) -> artifact.Concept:

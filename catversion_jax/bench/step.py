@@ -7,12 +7,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from catversion_jax import text, train
+from catversion_jax import text
 from catversion_jax.bench.machine import check_free, on_cpu
 from catversion_jax.bench.row import Row, with_flops
 from catversion_jax.bench.timing import empty_cache, timed_compile
+from catversion_jax.config import Config
 from catversion_jax.data.posteriors import bucket
 from catversion_jax.models.clip import CLIPTextModel
 from catversion_jax.pipeline import DTYPES, Networks, Pipeline, abstract
@@ -27,14 +27,14 @@ PHOTOS = 5  # of each concept
 
 
 def ours(
-    config: ConfigDict, pipeline: Pipeline, length: int, peak: float | None, row: Row
+    config: Config, pipeline: Pipeline, length: int, peak: float | None, row: Row
 ) -> tuple[Row, Callable[[], object]]:
     """The step, compiled twice and warmed up: the row with all but its times, and a dispatch of `length` steps."""
-    step_config = train.make_step_config(config, pipeline.networks, row.concepts)
+    step_config = StepConfig.of(config, pipeline.networks, row.concepts)
     mesh = step_config.mesh
-    frozen = train.freeze(pipeline, mesh, config.mesh.rules)
+    frozen = Frozen.of(pipeline, mesh, config.mesh.rules)
     data = random_data(config, step_config, frozen.text, row.concepts)
-    state = train.fresh_state(step_config, range(row.concepts))
+    state = step_config.init_state(range(row.concepts))
     data, state = jax.device_put((data, state), sharding(mesh, "concept"))
 
     with empty_cache():
@@ -71,10 +71,8 @@ def ours(
     return with_flops(row, cost["flops"] * mesh.size if on_cpu() else None), dispatch
 
 
-def random_data(
-    config: ConfigDict, step_config: StepConfig, text_params: tuple[Params, ...], concepts: int
-) -> ConceptData:
-    """What `preparation.prepare` gives for PHOTOS photos, of random numbers. `text_params` may be shapes."""
+def random_data(config: Config, step_config: StepConfig, text_params: tuple[Params, ...], concepts: int) -> ConceptData:
+    """What `concept_data.prepare` gives for PHOTOS photos, of random numbers. `text_params` may be shapes."""
     rng, networks = np.random.default_rng(0), step_config.networks
     templates = len(config.concept.templates)
 
@@ -89,7 +87,7 @@ def random_data(
         lower = partial(text.lower, encoder, stop=stop)
         return jax.tree.map(draw, jax.eval_shape(lower, params, ids, visible))
 
-    firsts, weighs = step_config.method.starts(networks), bool(step_config.method.prior_weight)
+    firsts, weighs = step_config.method.first_layers(networks), bool(step_config.method.prior_weight)
 
     def pictures(count: int, views: int) -> ConceptData:
         shape = jax.ShapeDtypeStruct((bucket(count), views, *networks.latent_shape), jnp.float32)
@@ -107,17 +105,17 @@ def random_data(
     return pictures(PHOTOS, 1 + config.data.flip).replace(prior=prior)
 
 
-def count_flops(config: ConfigDict, networks: Networks, concepts: int) -> float:
+def count_flops(config: Config, networks: Networks, concepts: int) -> float:
     """Of one step lowered for one CPU, where nothing is a library's; nothing is loaded or compiled. To be called in a
     process that has used no device yet."""
     jax.config.update("jax_platforms", "cpu")
-    config.mesh.fsdp = config.mesh.tensor = 1
+    config = config.replaced({"mesh.fsdp": 1, "mesh.tensor": 1})
     dtype = DTYPES[config.model.dtype]
-    step_config = train.make_step_config(config, networks, concepts)
+    step_config = StepConfig.of(config, networks, concepts)
     of_text = tuple(abstract("text", encoder, dtype, step_config.mesh) for encoder in networks.text)
     unet = abstract("unet", networks.unet, dtype, step_config.mesh)
     frozen = Frozen(unet, of_text, networks.schedule.alphas_cumprod)
     data = random_data(config, step_config, of_text, concepts)
-    state = train.fresh_state(step_config, range(concepts))
+    state = step_config.init_state(range(concepts))
     lowered = compile_chunk(step_config, 1).lower(state, frozen, data)
     return lowered.cost_analysis()["flops"]

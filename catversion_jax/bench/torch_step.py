@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from catversion_jax.adapter import resolve_layers
+from catversion_jax.config import Config
 from catversion_jax.errors import UserError
 from catversion_jax.source import FOLDERS
 
@@ -38,23 +37,22 @@ RECIPES = {
 }
 
 
-def check_installed() -> None:
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(f"--vs=torch: no {', no '.join(missing)} here; pip install {' '.join(missing)}")
+def missing() -> list[str]:
+    """The packages that are not installed."""
+    return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
 
 
 def builders(
-    config: ConfigDict, configs: dict[str, dict], folder: Path | None, platform: str, threads: int
+    config: Config, configs: dict[str, dict], folder: Path | None, platform: str, threads: int
 ) -> tuple[str, dict[str, Callable]]:
     """PyTorch's version, and for each recipe what makes of a row of the table the row and a dispatch.
 
     `configs` are the components' config.json. `folder` is the model in diffusers layout; None: random weights.
     """
     if platform not in PLATFORMS:
-        raise UserError(f"--vs=torch: this is a {platform}; expected one of {', '.join(PLATFORMS)}")
+        raise UserError(f"PyTorch: this is a {platform}; expected one of {', '.join(PLATFORMS)}")
     if "text_2" in configs:
-        raise UserError("--vs=torch: Stable Diffusion XL has two text encoders; expected a 1.x or 2.x model")
+        raise UserError("PyTorch: Stable Diffusion XL has two text encoders; expected a 1.x or 2.x model")
     import diffusers
     import torch
     import transformers
@@ -116,7 +114,7 @@ def attach(text_encoder, prefix, layers: tuple[int, ...], logit_bias: float) -> 
         attention.forward = forward_of(attention, place)
 
 
-def build(recipe: Recipe, config: ConfigDict, configs: dict[str, dict], folder: Path | None, device: str, row):
+def build(recipe: Recipe, config: Config, configs: dict[str, dict], folder: Path | None, device: str, row):
     """The row with what is known before it is timed, and a dispatch of its `steps_per_dispatch` steps, warmed up."""
     import torch
 
@@ -141,7 +139,7 @@ def build(recipe: Recipe, config: ConfigDict, configs: dict[str, dict], folder: 
 
 
 def make_step(
-    recipe: Recipe, config: ConfigDict, configs: dict[str, dict], folder: Path | None, device: str, batch: int
+    recipe: Recipe, config: Config, configs: dict[str, dict], folder: Path | None, device: str, batch: int
 ) -> Callable[[], Any]:
     """A function that takes one training step and returns the loss: text encoder with the prefix, UNet, backward to the
     prefix, AdamW. Pictures and token ids are random."""

@@ -14,7 +14,7 @@ from catversion_jax.artifact import Concept
 from catversion_jax.catversion import CatVersion
 from catversion_jax.convert import torch_zip
 from catversion_jax.errors import UserError
-from catversion_jax.files import write_atomically
+from catversion_jax.utils.files import write_atomically
 
 FIXED = CatVersion(layers=((9, 10, 11),), logit_bias=1.0, scope="all")
 SHAPE = (len(FIXED.layers[0]), 2, 12, 64)

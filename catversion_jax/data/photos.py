@@ -9,12 +9,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from catversion_jax.errors import UserError
 from catversion_jax.types import Bool, UInt8
+from catversion_jax.utils.settings import ANY_TEXT, YES_OR_NO, setting, text
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PHOTOS = 100
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 100 * 10**6
 IGNORED = ("thumbs.db", "desktop.ini")  # what file managers leave in a folder of pictures; dot files too
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The photos to train on."""
+
+    dir: str = setting("", f"a folder of 1 to {MAX_PHOTOS} photos; required", text("a folder of photos"))
+    masks_dir: str = setting("", 'the subject\'s masks, matched by file stem; "": <dir>/masks if it exists', ANY_TEXT)
+    flip: bool = setting(True, "half of the photos are seen as their mirror image", YES_OR_NO)
 
 
 @dataclass(frozen=True)

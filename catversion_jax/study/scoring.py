@@ -1,93 +1,92 @@
-"""A setting's concepts, judged as `catversion evaluate` does: by held-out photos, masks and unrelated prompts."""
+"""Scores a setting's concepts as `catversion evaluate` does: by held-out photos, masks and unrelated prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from catversion_jax import answers, config, metrics, scores
-from catversion_jax.answers import Drawing, Job
+from catversion_jax import metrics, scores
 from catversion_jax.artifact import Concept
-from catversion_jax.concept_folders import described
+from catversion_jax.concept_sets import ConceptFolder
 from catversion_jax.data.photos import read_photos
 from catversion_jax.pipeline import Pipeline
-from catversion_jax.scores import Judges, Pictures, Values
+from catversion_jax.samples import EvaluationConfig, EvaluationTask, masked_images, sample, sample_task
+from catversion_jax.scores import Encoders, MaskedImages, Values
 from catversion_jax.tree import count
 from catversion_jax.types import UInt8
 
 SELECTING_SEED = 1000
-"""The first seed of the pictures that a rate is chosen by; those of the table begin at 0."""
+"""The first seed of the images that a rate is chosen by; those of the table begin at 0."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A row's numbers, and pictures for people: of each concept, the first of each prompt."""
+class Scored:
+    """A row's numbers, and images for people: of each concept, the first of each prompt."""
 
-    scores: dict
-    pictures: dict[str, list[UInt8[np.ndarray, "h w 3"]]]
-
-
-def prompts(folder: Path, templates: Sequence[str]) -> tuple[str, ...]:
-    concept = described(folder)
-    return tuple(config.fill(template, concept["class_word"], concept["article"]) for template in templates)
+    row: dict
+    images: dict[str, list[UInt8[np.ndarray, "h w 3"]]]
 
 
-def judge(
-    concepts: dict[str, Concept], folders: Sequence[Path], templates: Sequence[str], drawing: Drawing, judges: Judges
-) -> Judged:
-    """The scores of all concepts, with intervals over their prompts, and each concept's."""
-    units: list[Values] = []
-    rows, pictures = [], {}
-    for folder in folders:
-        concept = concepts[folder.name]
-        asked = prompts(folder, templates)
-        job = Job(folder.name, asked, folder / "heldout", folder / "heldout_masks", concept, folder, None)
-        references = photos(folder, "heldout")
-        answer = answers.draw(job, drawing, judges)
-        related = scores.of_prompts(answer.prompts, answer.pictures, references, judges)
-        rows.append({"concept": folder.name} | scores.concept_row(related, answer.unrelated))
-        rows[-1]["copied"] = copied(answer.pictures, photos(folder, "train"), judges)
-        units += scores.concept_units(related, answer.unrelated)
-        pictures[folder.name] = list(answer.pictures.images[:: len(drawing.seeds)])
-    of_row = {"numbers": size(concepts), "copied": float(np.mean([row["copied"] for row in rows])), "concepts": rows}
-    return Judged(scores.summarize(units) | of_row, pictures)
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """How the concepts of every row are sampled and scored."""
+
+    pipeline: Pipeline
+    encoders: Encoders
+    config: EvaluationConfig
+    templates: tuple[str, ...]
+
+    def at_strength(self, strength: float) -> "Scorer":
+        return replace(self, config=replace(self.config, strength=strength))
+
+    def score(self, concepts: Mapping[str, Concept], folders: Sequence[ConceptFolder]) -> Scored:
+        """The scores of all concepts, with intervals over their prompts, and each concept's."""
+        units: list[Values] = []
+        rows, images = [], {}
+        for folder in folders:
+            prompts, source = folder.prompts(self.templates), concepts[folder.name]
+            task = EvaluationTask(folder.name, prompts, folder.heldout, folder.heldout_masks, source, folder.path)
+            samples = sample_task(self.pipeline, task, self.config, self.encoders)
+            related = scores.of_prompts(samples.prompts, samples.images, heldout(folder), self.encoders)
+            rows.append({"concept": folder.name} | scores.concept_row(related, samples.unrelated))
+            rows[-1]["copied"] = copied(samples.images, photos_trained_on(folder), self.encoders)
+            units += scores.concept_units(related, samples.unrelated)
+            images[folder.name] = list(samples.images.images[:: len(self.config.seeds)])
+        mean_copied = float(np.mean([row["copied"] for row in rows]))
+        return Scored(
+            scores.summarize(units) | {"numbers": size(concepts), "copied": mean_copied, "concepts": rows}, images
+        )
+
+    def fitness(self, concepts: Mapping[str, Concept], folders: Sequence[ConceptFolder]) -> float | None:
+        """The overall score against the photos that were trained on, by images that no table shows: what a rate is
+        chosen by. None if it has no value."""
+        config = replace(self.config, seeds=tuple(SELECTING_SEED + seed for seed in self.config.seeds))
+        values = []
+        for folder in folders:
+            prompts, personalization = folder.prompts(self.templates), config.personalization(concepts[folder.name])
+            seen = self.encoders.clip.image(sample(self.pipeline, prompts, config, personalization, folder.name))
+            references = self.encoders.clip.image(photos_trained_on(folder).images)
+            captions = np.repeat(self.encoders.clip.text(prompts), len(config.seeds), axis=0)
+            clip_t = metrics.clip_t(seen, captions).mean()
+            values.append(metrics.overall(clip_t, metrics.clip_i(seen, references).mean()))
+        mean = float(np.mean(values))
+        return None if np.isnan(mean) else mean
 
 
-def photos(folder: Path, part: str) -> Pictures:
-    """A concept's `train` or `heldout` photos, with their masks."""
-    return answers.pictures_of(read_photos(folder / part, None, folder / f"{part}_masks"))
+def heldout(folder: ConceptFolder) -> MaskedImages:
+    return masked_images(read_photos(folder.heldout, None, folder.heldout_masks))
 
 
-def copied(drawn: Pictures, learned_from: Pictures, judges: Judges) -> float:
-    """How near the pictures' backgrounds, without the subject, are to those of the photos learned from: the mean
-    cosine over all pairs."""
-    return float(metrics.clip_i(*(judges.clip.image(x.backgrounds()) for x in (drawn, learned_from))).mean())
+def photos_trained_on(folder: ConceptFolder) -> MaskedImages:
+    return masked_images(read_photos(folder.train, None, folder.train_masks))
 
 
-def fitness(
-    concepts: dict[str, Concept],
-    folders: Sequence[Path],
-    templates: Sequence[str],
-    drawing: Drawing,
-    judges: Judges,
-    pipeline: Pipeline,
-) -> float | None:
-    """The overall score against the photos that were learned from, by pictures that no table shows: what a rate is
-    chosen by. None where it has no value."""
-    drawing = replace(drawing, seeds=tuple(SELECTING_SEED + seed for seed in drawing.seeds))
-    values = []
-    for folder in folders:
-        asked = prompts(folder, templates)
-        seen = judges.clip.image(answers.paint(pipeline, asked, drawing, [concepts[folder.name]], folder.name))
-        references = judges.clip.image(photos(folder, "train").images)
-        captions = np.repeat(judges.clip.text(asked), len(drawing.seeds), axis=0)
-        clip_t = metrics.clip_t(seen, captions).mean()
-        values.append(metrics.overall(clip_t, metrics.clip_i(seen, references).mean()))
-    mean = float(np.mean(values))
-    return None if np.isnan(mean) else mean
+def copied(sampled: MaskedImages, trained_on: MaskedImages, encoders: Encoders) -> float:
+    """How near the images' backgrounds, without the subject, are to those of the photos trained on: the mean cosine
+    over all pairs."""
+    return float(metrics.clip_i(*(encoders.clip.image(x.backgrounds()) for x in (sampled, trained_on))).mean())
 
 
-def size(concepts: dict[str, Concept]) -> int:
+def size(concepts: Mapping[str, Concept]) -> int:
     """How many numbers are learned of a concept."""
     return max(count(concept.learned) for concept in concepts.values())

@@ -1,5 +1,6 @@
 """What is compared: the rows of each table, and how much of it."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -9,9 +10,9 @@ class Scale:
 
     concepts: tuple[str, ...]  # folders; where there are none of these: all
     steps: int | None  # of training; None: as the config has it
-    seeds: int  # pictures of each prompt
+    seeds: int  # images of each prompt
     prompts: int  # of config.sample.prompts
-    unrelated: int  # of evaluate.UNRELATED
+    unrelated: int  # of evaluation.UNRELATED
 
 
 QUICK = Scale(("teapot", "dog"), 150, 2, 4, 3)
@@ -21,16 +22,26 @@ TOGETHER = Scale((), None, 2, 8, 0)
 QUICK_TOGETHER = Scale(("teapot", "backpack", "rocket"), None, 2, 4, 0)
 
 TRIED_ON = QUICK.concepts
-"""The concepts that a method's rate is chosen by: the others are learned at the best one alone."""
+"""The concepts that a method's rate is chosen by: on the others, only the best rate is trained."""
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """A way to learn: what it changes in the config."""
+    """A way to train: what it changes in the config."""
 
     group: str
     name: str
     changes: dict[str, object]
+
+    @property
+    def folder(self) -> str:
+        """What its folder in a study's is called."""
+        return "-".join(re.sub(r"[^\w.]+", "-", part) for part in (self.group, self.name))
+
+    @property
+    def title(self) -> str:
+        """What it is called under an image."""
+        return f"{self.group} {self.name}".replace("_", " ")
 
 
 RATES = {
@@ -43,12 +54,13 @@ RATES = {
 steps. Found by a few runs on the teapot, which at rates three times lower learn little, and at higher ones forget the
 prompt."""
 
-RIVALS = tuple(
+BASELINES = tuple(
     Setting(method, f"rate {rate:g}", {"method": method, "train.learning_rate": rate})
     for method, rates in RATES.items()
     for rate in rates
 )
 
+BASE = Setting("base model", "", {})
 CONFIG = Setting("config", "configs/mini.py", {})
 ABLATION = (
     CONFIG,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from catversion_jax import config as config_lib
 from catversion_jax import text
 from catversion_jax.bench import torch_step
+from catversion_jax.config import Config
 from catversion_jax.errors import UserError
 from catversion_jax.source import open_source
 from tests.commands import catversion
@@ -38,10 +38,9 @@ def configs_of(model) -> dict[str, dict]:
 
 @pytest.mark.parametrize("bias", [0.0, 1.0])
 def test_the_text_states_with_a_prefix_are_ours(bias, tiny_model, tiny_pipeline):
-    config = config_lib.default()
-    config.adapter.length, config.adapter.logit_bias = 2, bias
+    config = Config().replaced({"adapter.length": 2, "adapter.logit_bias": bias})
     networks, params = tiny_pipeline.networks, tiny_pipeline.params
-    method = config_lib.method(config, networks)
+    method = config.make_method(networks)
     (layers,), (encoder,) = method.layers, networks.text
     rng = np.random.default_rng(0)
     prefix = rng.normal(size=(2, len(layers), 2, *encoder.config.heads)).astype(np.float32)
@@ -65,7 +64,7 @@ def test_a_step_moves_the_prefix(recipe, weights, tiny_model, monkeypatch):
     attach = torch_step.attach
     monkeypatch.setattr(torch_step, "attach", lambda *args: prefixes.append(args[1]) or attach(*args))
     folder = tiny_model if weights == "own" else None
-    config = config_lib.default()
+    config = Config()
     step = torch_step.make_step(torch_step.RECIPES[recipe], config, configs_of(tiny_model), folder, "cpu", 2)
     (prefix,) = prefixes
     before = prefix.detach().clone()
@@ -76,7 +75,7 @@ def test_a_step_moves_the_prefix(recipe, weights, tiny_model, monkeypatch):
 
 
 def test_what_cannot_be_compared_is_refused():
-    config = config_lib.default()
+    config = Config()
     with pytest.raises(UserError, match="this is a tpu"):
         torch_step.builders(config, {}, None, "tpu", 1)
     with pytest.raises(UserError, match="two text encoders"):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from catversion_jax import artifact, conditioning, export
+from catversion_jax.composition import Personalization
 from tests import tiny
 from tests.commands import catversion
 from tests.conftest import max_error
@@ -28,7 +29,7 @@ TOLERANCE = 1e-4
 
 
 def ours(pipeline, prompts, concept=None, strength=1.0) -> np.ndarray:
-    return conditioning.context(pipeline, prompts, [concept] if concept else [], strength).states
+    return conditioning.context(pipeline, prompts, Personalization((concept,) if concept else (), strength)).states
 
 
 def load_module(name: str, path: Path):

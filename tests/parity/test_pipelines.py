@@ -16,6 +16,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from catversion_jax import pipeline, sampling
+from tests import tiny
 
 PROMPTS = ["a photo of a teapot on the beach", ""]
 TEXT = {"vocab_size": 1584, "eos_token_id": 1583, "bos_token_id": 1582, "num_attention_heads": 4}
@@ -101,7 +102,7 @@ def both(request, tmp_path_factory):
             torch.nn.init.normal_(weights, mean=float(weights.ndim == 1), std=0.05)
     folder = tmp_path_factory.mktemp("pipeline")
     theirs.save_pretrained(folder)
-    return theirs, pipeline.load(folder)
+    return theirs, tiny.load(folder)
 
 
 def close(actual, expected, tolerance=1e-4):

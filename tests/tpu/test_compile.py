@@ -10,17 +10,16 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from catversion_jax import config as config_lib
-from catversion_jax import train
 from catversion_jax.bench.random_model import RANDOM
 from catversion_jax.bench.step import random_data
+from catversion_jax.config import Config, from_config_dict, stable_diffusion
 from catversion_jax.convert import ldm
 from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.models import attention
 from catversion_jax.pipeline import COMPONENTS, Networks, abstract
 from catversion_jax.sharding import make_mesh, sharding
 from catversion_jax.state import Frozen
-from catversion_jax.train_step import compile_chunk
+from catversion_jax.train_step import StepConfig, compile_chunk
 from tests.eight_devices import COLLECTIVE
 
 NARROW = {
@@ -45,13 +44,13 @@ def chips() -> list[jax.Device]:
 
 def program(chips, monkeypatch, concepts: int, length: int, **mesh: int) -> str:
     """The compiled step of `concepts` concepts of batch 2."""
-    config = config_lib.stable_diffusion("none")
-    config.mesh.update(mesh)
+    config = from_config_dict(stable_diffusion("none"), unset=("run_dir", "data.dir", "concept.class_word"))
+    config = config.replaced({f"mesh.{key}": value for key, value in mesh.items()})
     dtype = jnp.bfloat16
     of_text, unet, vae = (COMPONENTS[name].make(RANDOM[name] | NARROW[name], dtype) for name in NARROW)
     networks = Networks((of_text,), unet, vae, NoiseSchedule.from_json(ldm.FAMILIES[0].scheduler))
-    monkeypatch.setattr(config_lib, "mesh", lambda *_: make_mesh(concepts, 2, **mesh, devices=chips))
-    step_config = train.make_step_config(config, networks, concepts)
+    monkeypatch.setattr(Config, "make_mesh", lambda *_: make_mesh(concepts, 2, **mesh, devices=chips))
+    step_config = StepConfig.of(config, networks, concepts)
 
     def on_concepts(tree):
         place = sharding(step_config.mesh, "concept")
@@ -62,7 +61,7 @@ def program(chips, monkeypatch, concepts: int, length: int, **mesh: int) -> str:
 
     text_params = (spread("text", of_text),)
     frozen = Frozen(spread("unet", unet), text_params, jax.ShapeDtypeStruct((1000,), jnp.float32))
-    state = jax.eval_shape(lambda: train.fresh_state(step_config, range(concepts)))
+    state = jax.eval_shape(lambda: step_config.init_state(range(concepts)))
     data = random_data(config, step_config, text_params, concepts)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # the attention that a TPU takes
     lowered = compile_chunk(step_config, length).lower(on_concepts(state), frozen, on_concepts(data))

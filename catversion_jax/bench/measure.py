@@ -1,0 +1,147 @@
+"""Measures one size of the training step, ours and PyTorch's.
+
+Each size has a process of its own: its memory peak is its own, its first compilation is a cold one, and one that runs
+out of memory does not end the others.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import jax
+
+from catversion_jax import cache
+from catversion_jax.bench import torch_step
+from catversion_jax.bench.machine import cores, device_name, matrix_peak, on_cpu
+from catversion_jax.bench.random_model import RANDOM, RANDOM_FOR, SD15, random_model
+from catversion_jax.bench.row import OURS, Row, with_flops, with_ratios, with_times
+from catversion_jax.bench.step import count_flops, ours
+from catversion_jax.bench.timing import take_turns
+from catversion_jax.config import Config, default, from_config_dict, stable_diffusion
+from catversion_jax.errors import UserError, short
+from catversion_jax.pipeline import MINI, Networks, open_model
+from catversion_jax.source import Source
+from catversion_jax.train_step import steps_per_dispatch
+from catversion_jax.training import load_model
+
+REPETITIONS = 10  # timed dispatches for each size, unless `steps` says how many
+UNSET = ("run_dir", "data.dir", "concept.class_word")
+
+MEMORY_RAN_OUT = re.compile(r"RESOURCE_EXHAUSTED|out of memory|can't allocate memory", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured."""
+
+    config: Config | None  # None: one is taken for the machine's devices
+    concepts: int
+    batch: int
+    steps: int | None  # None: REPETITIONS dispatches
+    vs_torch: bool
+
+    def measured_config(self) -> Config:
+        """The config of this size; what a run needs besides a model and its setting is of no account here."""
+        config = self.config
+        if config is None:
+            config = from_config_dict(default() if on_cpu() else stable_diffusion(SD15), UNSET)
+        # Any text will do: no photo is read, and prompts are random numbers.
+        given = {
+            "run_dir": config.run_dir,
+            "data.dir": config.data.dir,
+            "concept.class_word": config.concept.class_word,
+        }
+        return config.replaced(
+            {key: value or "none" for key, value in given.items()} | {"train.batch_size": self.batch}
+        )
+
+
+class Measured(NamedTuple):
+    """What a size's process hands back."""
+
+    facts: dict[str, Any]  # of the machine and the model
+    rows: list[Row]
+    networks: Networks
+    config: Config
+
+
+def measure_size(size: Size) -> tuple[dict[str, Any], list[Row]]:
+    """Measures a size in fresh processes; touches no device itself, since a TPU can be held by one process only."""
+    try:
+        measured = fresh(measure, size)
+    except (RuntimeError, MemoryError) as error:
+        return {}, [Row(OURS, size.concepts, size.batch, of_memory(error))]
+    facts, rows = measured.facts, measured.rows
+    if facts["platform"] != "cpu":
+        flops = fresh(count_flops, measured.config, measured.networks, size.concepts)
+        rows = [with_flops(row, flops) if row.what == OURS else row for row in rows]
+    return facts, rows
+
+
+def fresh(function: Callable, *arguments):
+    """Calls `function` in a process that is started for it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def of_memory(error: RuntimeError | MemoryError) -> str:
+    """What a row says if memory ran out; any other error is raised again."""
+    if isinstance(error, BrokenProcessPool):
+        return "its process died, as it does where memory runs out"
+    if isinstance(error, MemoryError) or MEMORY_RAN_OUT.search(str(error)):
+        return f"does not fit in memory: {short(error)}"
+    raise error
+
+
+def measure(size: Size) -> Measured:
+    """The rows of one size: ours and, if asked for, PyTorch's."""
+    cache.enable()
+    config = size.measured_config()
+    source = find_source(config)
+    pipeline = random_model(config.model.dtype) if source is None else load_model(config, size.concepts)
+    length = steps_per_dispatch(config.train)
+    repetitions = REPETITIONS if size.steps is None else math.ceil(size.steps / length)
+    peak, peak_from = matrix_peak(config.model.dtype)
+    facts = {
+        "platform": jax.default_backend(),
+        "device": device_name(),
+        "devices": jax.local_device_count(),
+        "cores": cores(),
+        "model": config.model.path or MINI.name,
+        "weights": "random" if source is None else "its own",
+        "dtype": config.model.dtype,
+        "peak": peak_from,
+        "config": config.identity(),
+    }
+    builders = {OURS: partial(ours, config, pipeline, length, peak)}
+    if size.vs_torch:
+        configs = RANDOM if source is None else {name: source.config(name) for name in source.components}
+        folder = config.model.folder if config.model.folder.is_dir() else None
+        facts["torch"], theirs = torch_step.builders(config, configs, folder, jax.default_backend(), cores())
+        builders |= theirs
+    rows, dispatches = {}, {}
+    for what, build in builders.items():
+        row = Row(what, size.concepts, size.batch, steps_per_dispatch=length, repetitions=repetitions)
+        try:
+            rows[what], dispatches[what] = build(row)
+        except (RuntimeError, MemoryError) as error:
+            rows[what] = replace(row, error=of_memory(error))
+    for what, seconds in take_turns(dispatches, repetitions).items():
+        rows[what] = with_times(rows[what], seconds, config.train.steps)
+    return Measured(facts, with_ratios(list(rows.values())), pipeline.networks, config)
+
+
+def find_source(config: Config) -> Source | None:
+    """The model that the config names, if it is on the disk; None if random weights stand in for it."""
+    try:
+        return open_model(config.model)
+    except UserError:
+        if config.model.path in RANDOM_FOR:
+            return None
+        raise

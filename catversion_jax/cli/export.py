@@ -1,0 +1,55 @@
+"""`catversion export`: a learned concept for PyTorch pipelines and ComfyUI."""
+
+from absl import flags
+
+from catversion_jax.cli.flags import (
+    define_embedding,
+    define_model,
+    define_prompts,
+    define_strength,
+    given_concepts,
+    given_prompts,
+    make_folder,
+)
+from catversion_jax.composition import Personalization
+from catversion_jax.concept_model import model_of, open_model, warnings
+from catversion_jax.errors import UserError
+from catversion_jax.export import COMFYUI, EMBEDS, check_exportable, write_concept, write_embeds
+from catversion_jax.sampling import SampleRequest
+from catversion_jax.utils.files import expand
+from catversion_jax.utils.log import warn
+
+
+def define_flags() -> None:
+    define_embedding()
+    flags.DEFINE_string("out", None, "The folder to write; files of an earlier export are replaced.")
+    define_prompts(f"Write its text states to {EMBEDS}; may be given several times.")
+    flags.DEFINE_string("negative_prompt", "", "Of the prompts' text states; never sees the concept.")
+    define_strength()
+    define_model()
+
+
+def main(arguments: flags.FlagValues) -> int:
+    """Writes the concept, the files that use it elsewhere and, for prompts, their text states."""
+    concepts = given_concepts(arguments)
+    if not arguments.out:
+        raise UserError("--out: missing; expected the folder to write")
+    ((source, concept),) = concepts.items()
+    check_exportable(concept, source)
+    wanted = arguments.prompt or arguments.prompts_file
+    prompts = given_prompts(arguments) if wanted else []
+    out = make_folder(expand(arguments.out))
+    written = []
+    if prompts:
+        personalization = Personalization((concept,), arguments.strength)
+        model = model_of(concepts, arguments.model or "")
+        pipeline, unsure = open_model(concepts, model)
+        for warning in unsure + warnings(pipeline, prompts, personalization):
+            warn(warning)
+        request = SampleRequest(tuple(prompts), (), negative_prompt=arguments.negative_prompt)
+        write_embeds(out / EMBEDS, pipeline, request, personalization, model.path)
+        written.append(EMBEDS)
+    make_folder(out / COMFYUI)
+    written += write_concept(out, concept)
+    print(f"{', '.join(written)} in {out}")
+    return 0

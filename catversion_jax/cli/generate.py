@@ -1,0 +1,83 @@
+"""`catversion generate`: sample images with a learned concept."""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from PIL import Image
+from tqdm import tqdm
+
+from catversion_jax.cli.flags import (
+    define_embedding,
+    define_prompts,
+    define_sampling,
+    given_concepts,
+    given_prompts,
+    given_sampler,
+    given_seeds,
+    make_folder,
+)
+from catversion_jax.composition import Personalization, compose
+from catversion_jax.concept_model import model_of, open_model, warnings
+from catversion_jax.conditioning import movement
+from catversion_jax.grid import grid
+from catversion_jax.image_names import free_grid_name, unique_slugs
+from catversion_jax.sampling import SampleRequest, sample_images
+from catversion_jax.utils.files import expand, write_atomically
+from catversion_jax.utils.log import warn
+
+GRID_COLUMNS = 8
+
+
+def define_flags() -> None:
+    define_embedding(several=True)
+    define_prompts("A prompt with the class word; may be given several times.")
+    flags.DEFINE_string("out", "pictures", "The folder for the images; a second call adds to it.")
+    flags.DEFINE_string("negative_prompt", "", "What to steer away from; never sees the concept.")
+    flags.DEFINE_bool("check", False, "Sample nothing; print how far the concept moves each prompt's text states.")
+    define_sampling()
+
+
+def main(arguments: flags.FlagValues) -> int:
+    """Writes `<prompt-slug>_<seed>.png` for every prompt and seed, and a grid of them."""
+    concepts = given_concepts(arguments)
+    personalization = Personalization(tuple(concepts.values()), arguments.strength)
+    compose(personalization.concepts)  # refuses concepts that cannot share a prompt, at any strength
+    sampler = given_sampler(arguments, concepts)
+    prompts = given_prompts(arguments)
+    out = expand(arguments.out)
+    if not arguments.check:
+        make_folder(out)
+    pipeline, unsure = open_model(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
+    for warning in unsure + warnings(pipeline, prompts, personalization):
+        warn(warning)
+    if arguments.check:
+        print(*movement(pipeline, prompts, personalization), sep="\n")
+        return 0
+    request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt)
+    rows = write_images(out, request, sample_images(pipeline, request, personalization))
+    path = free_grid_name(out)
+    write_atomically(path, wrapped_grid(rows).save)
+    print(f"{len(request.prompts)} pictures in {out}, together in {path}")
+    return 0
+
+
+def write_images(out: Path, request: SampleRequest, images) -> dict[str, list[np.ndarray]]:
+    """Writes each image as it comes; returns them by prompt."""
+    rows: dict[str, list[np.ndarray]] = {prompt: [] for prompt in request.prompts}
+    slugs = dict(zip(rows, unique_slugs(list(rows)), strict=True))
+    named = zip(request.prompts, request.seeds, images, strict=True)
+    for prompt, seed, image in tqdm(named, total=len(request.prompts), unit=" images"):
+        write_atomically(out / f"{slugs[prompt]}_{seed}.png", Image.fromarray(image).save)
+        rows[prompt].append(image)
+    return rows
+
+
+def wrapped_grid(rows: dict[str, list[np.ndarray]]) -> Image.Image:
+    """A row a prompt, wrapped at GRID_COLUMNS images."""
+    labelled = [
+        (prompt if i == 0 else "", images[i : i + GRID_COLUMNS])
+        for prompt, images in rows.items()
+        for i in range(0, len(images), GRID_COLUMNS)
+    ]
+    return grid([images for _, images in labelled], [label for label, _ in labelled])

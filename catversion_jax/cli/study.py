@@ -1,0 +1,90 @@
+"""`catversion study rivals`, `ablation` and `together`: the tables of docs/results.md, from training to the numbers.
+
+What is trained and scored stays in --out, a row at a time: the same command goes on where it was interrupted.
+"""
+
+import datetime
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from catversion_jax import concept_sets, encoders
+from catversion_jax.cli.flags import checked_config, define_config
+from catversion_jax.errors import UserError
+from catversion_jax.evaluation import UNRELATED, versions
+from catversion_jax.samples import EvaluationConfig
+from catversion_jax.scores import Encoders
+from catversion_jax.study import tables
+from catversion_jax.study.scoring import Scorer
+from catversion_jax.study.study import Study, named
+from catversion_jax.study.training import SLOTS
+from catversion_jax.training import load_model
+from catversion_jax.utils.files import expand, write_atomically
+
+POSITIONALS = ("TABLE",)
+UNSET = ("run_dir", "data.dir", "concept.class_word")
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def define_flags() -> None:
+    define_config(str(CONFIGS / "mini.py"), "What every setting starts from; --config.KEY=VALUE changes a key.")
+    flags.DEFINE_string(
+        "concepts", str(concept_sets.SHIPPED), "A folder of concepts with train/, heldout/ and their masks."
+    )
+    flags.DEFINE_string("out", "runs/study", "Where everything is kept; what is there is not done again.")
+    flags.DEFINE_bool("quick", False, "A small part of it: fewer concepts, steps and prompts.")
+
+
+def main(arguments: flags.FlagValues, name: str) -> int:
+    """Writes table.md and grids of images."""
+    if name not in tables.TABLES:
+        raise UserError(f"{name}: no such table; expected one of {', '.join(tables.TABLES)}")
+    start = time.monotonic()
+    study = open_study(arguments, name)
+    study.claim()
+    made = tables.TABLES[name].make(study)
+    text = f"{header(name, study, (time.monotonic() - start) / 60)}\n{made.text}"
+    write_atomically(study.out / "table.md", lambda path: path.write_text(text))
+    for grid, image in made.grids.items():
+        write_atomically(study.out / f"{grid}.png", image.save)
+    print(f"{text}\n{study.out / 'table.md'}; pictures: {', '.join(str(study.out / f'{n}.png') for n in made.grids)}")
+    return 0
+
+
+def open_study(arguments: flags.FlagValues, name: str) -> Study:
+    config = checked_config(arguments, UNSET)
+    kind = tables.TABLES[name]
+    scale = kind.quick if arguments.quick else kind.full
+    folders = named(concept_sets.find(arguments.concepts), scale.concepts)
+    evaluation = EvaluationConfig(
+        config.sample.sampler, tuple(range(scale.seeds)), 1.0, UNRELATED[: scale.unrelated], "", config.model.dtype
+    )
+    scorer = Scorer(
+        load_model(config, SLOTS),
+        Encoders(encoders.of_model(config.model.folder), None),
+        evaluation,
+        config.sample.prompts[: scale.prompts],
+    )
+    out = expand(arguments.out) / (f"{name}-quick" if arguments.quick else name)
+    return Study(config, folders, scale, out, scorer)
+
+
+def header(name: str, study: Study, minutes: float) -> str:
+    """What has to be said with the numbers."""
+    evaluation, train = study.scorer.config, study.config.train
+    sampler, (device, *_) = evaluation.sampler, jax.devices()
+    lines = (
+        f"`catversion study {name}`, {datetime.date.today()}, on {device.device_kind};",
+        f"{minutes:.0f} minutes in its last run.",
+        f"Concepts: {', '.join(folder.name for folder in study.folders)};",
+        f"{study.scale.steps or train.steps} steps of {train.batch_size}, seed {study.config.seed}.",
+        f"Pictures: {len(study.scorer.templates)} prompts x seeds 0 to {study.scale.seeds - 1},",
+        f"{sampler.steps} steps, guidance {sampler.guidance};",
+        f"unrelated: {', '.join(evaluation.unrelated) or 'none'}.",
+        "In brackets, 95 % bootstrap intervals over the prompts of all concepts.",
+        ", ".join(f"{package} {version}" for package, version in versions().items()),
+    )
+    return textwrap.fill(" ".join(lines), 120) + "\n"

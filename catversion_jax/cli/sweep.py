@@ -1,0 +1,62 @@
+"""`catversion sweep`: train and score settings on a folder of concepts with held-out photos; a table of what came out.
+
+A concept is a folder with `concept.json` (class_word, article), `train/` and `heldout/`, as in catversion_jax/concepts.
+"""
+
+import json
+from dataclasses import replace
+
+from absl import flags
+
+from catversion_jax import concept_sets, encoders
+from catversion_jax.cli.flags import checked_config, define_config
+from catversion_jax.identity import claim
+from catversion_jax.samples import EvaluationConfig
+from catversion_jax.scores import Encoders
+from catversion_jax.study.scoring import Scorer
+from catversion_jax.study.sweep import Score, override, score, to_table
+from catversion_jax.training import load_model
+from catversion_jax.utils.files import expand, json_lines, write_atomically
+
+UNSET = ("run_dir", "data.dir", "concept.class_word")
+
+
+def define_flags() -> None:
+    define_config(help="The setting that every row starts from: a file of configs/; --config.KEY=VALUE changes a key.")
+    flags.DEFINE_multi_string(
+        "try", [], "One row: KEY=VALUE pairs, separated by semicolons; may be given several times."
+    )
+    flags.DEFINE_string("concepts", str(concept_sets.SHIPPED), "A folder of concepts.")
+    flags.DEFINE_string("out", "runs/sweep", "Runs, scores.jsonl, table.md and grids; what is there is not done again.")
+    flags.DEFINE_integer("seeds", 2, "Images per prompt.", lower_bound=1)
+    flags.DEFINE_integer("prompts", 4, "How many of config.sample.prompts.", lower_bound=1)
+
+
+def main(arguments: flags.FlagValues) -> int:
+    """Writes scores.jsonl, a line a concept as it is scored, and table.md."""
+    config = checked_config(arguments, UNSET)
+    out = expand(arguments.out)
+    folders = concept_sets.find(arguments.concepts)
+    configs = {setting: override(config, setting) for setting in arguments["try"].value or [""]}
+    identity = {"config": config.identity(), "seeds": arguments.seeds, "prompts": arguments.prompts}
+    claim(out / "sweep.json", identity)
+    found = [Score(**line) for line in json_lines(out / "scores.jsonl")]
+    known = {(score.setting, score.concept) for score in found}
+    model = config.model
+    evaluation = EvaluationConfig(config.sample.sampler, tuple(range(arguments.seeds)), 1.0, (), "", model.dtype)
+    shared = Encoders(encoders.of_model(model.folder), None)
+    pipeline = load_model(config)
+    for setting, changed in configs.items():
+        templates = changed.sample.prompts[: arguments.prompts]
+        scorer = Scorer(pipeline, shared, replace(evaluation, sampler=changed.sample.sampler), templates)
+        for folder in folders:
+            if (setting, folder.name) not in known:
+                found.append(score(changed, setting, folder, out, scorer))
+                line = json.dumps(vars(found[-1]))
+                with (out / "scores.jsonl").open("a") as file:
+                    file.write(line + "\n")
+                print(line)
+    table = to_table([score for score in found if score.setting in configs])
+    write_atomically(out / "table.md", lambda path: path.write_text(table))
+    print(table)
+    return 0

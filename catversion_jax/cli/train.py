@@ -1,0 +1,40 @@
+"""`catversion train`: learn a concept from a folder of photos."""
+
+from absl import flags
+
+from catversion_jax.cli.flags import checked_config, define_config
+from catversion_jax.config import Config
+from catversion_jax.previews import sample_grid
+from catversion_jax.run_dir import RunDir
+from catversion_jax.training import load_model, train
+from catversion_jax.utils.files import write_atomically
+
+
+def define_flags() -> None:
+    define_config()
+    flags.DEFINE_bool("resume", False, "Continue the run in config.run_dir from its last checkpoint.")
+
+
+def main(arguments: flags.FlagValues) -> int:
+    return run(checked_config(arguments), arguments.resume)
+
+
+def run(config: Config, resume: bool = False) -> int:
+    """Trains, or continues, and writes the sample grid. Returns 0, or 128 + the number of the signal that interrupted
+    it."""
+    run = RunDir.of(config)
+    run.check(config, resume)
+    if run.finished:
+        print(f"{run.path}: finished already; nothing to do")
+        return 0
+    pipeline = load_model(config)
+    outcome = train(config, run, pipeline)
+    concept = outcome.concept
+    if outcome.interrupted_by:
+        print(f"{run.path}: stopped at step {concept.steps} of {config.train.steps}; continue with --resume")
+        return 128 + outcome.interrupted_by
+    image = sample_grid(config, pipeline, concept, outcome.photos)
+    write_atomically(run.samples, image.save)
+    print(f"concept:  {run.artifact}\npictures: {run.samples}")
+    print(f"curves:   tensorboard --logdir {run.events}")
+    return 0

@@ -1,0 +1,114 @@
+"""Every setting: the sections put together, and their way from and to the ConfigDict that flags and files change."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_dict
+
+from catversion_jax.config.sections import BatchConfig, CheckpointConfig, SampleConfig, StopConfig, TrainConfig
+from catversion_jax.data.photos import DataConfig
+from catversion_jax.data.prompts import ConceptConfig, fill
+from catversion_jax.errors import UserError
+from catversion_jax.hyperparameters import AdapterConfig, Hyperparameters, PriorConfig
+from catversion_jax.method import Method
+from catversion_jax.methods import METHODS
+from catversion_jax.pipeline import ModelConfig, Networks
+from catversion_jax.sharding import MeshConfig, make_mesh
+from catversion_jax.utils.settings import between, check, flatten, one_of, replaced, setting, text
+
+
+@dataclass(frozen=True)
+class Config:
+    """The paper's setting, on the embedded mini model."""
+
+    run_dir: str = setting("", "where everything is written; required", text("a folder to write to"))
+    seed: int = setting(0, "of everything random", between(0, 2**32 - 1, "0 to 2^32 - 1"))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    concept: ConceptConfig = field(default_factory=ConceptConfig)
+    method: str = setting("catversion", f"one of {', '.join(METHODS)}", one_of(METHODS))
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def replaced(self, changes: dict[str, Any]) -> "Config":
+        """The config with the values of some dotted keys changed."""
+        return replaced(self, changes)
+
+    def make_method(self, networks: Networks) -> Method:
+        """The method as the config has it, on a base model's networks."""
+        hyperparameters = Hyperparameters(self.adapter, self.prior, self.concept.identifier)
+        return METHODS[self.method].from_hyperparameters(hyperparameters, networks)
+
+    def make_mesh(self, concepts: int = 1) -> Mesh:
+        """The devices of a training step of so many concepts."""
+        return make_mesh(concepts, self.train.batch_size, self.mesh.fsdp, self.mesh.tensor)
+
+    def sample_prompts(self, count: int | None = None) -> list[str]:
+        """The prompts of the sample grid, or the first `count` of them."""
+        return self.concept.prompts(self.sample.prompts[:count])
+
+    def identity(self) -> dict[str, Any]:
+        """Dotted keys and values, without the folder's own name, which may change: what a run's folder records."""
+        values = {key: value for key, _, value in flatten(self) if key != "run_dir"}
+        return json.loads(json.dumps(values, sort_keys=True))
+
+
+def to_config_dict(settings: Any) -> ConfigDict:
+    """A ConfigDict of a settings dataclass: what configs/*.py change and --config.KEY=VALUE overrides."""
+    types = typing.get_type_hints(type(settings))
+    values = {}
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if dataclasses.is_dataclass(value):
+            value = to_config_dict(value)
+        elif value is None:  # a placeholder keeps the type that a later value must have
+            (kind,) = set(typing.get_args(types[entry.name])) - {type(None)}
+            value = config_dict.placeholder(kind)
+        values[entry.name] = value
+    return ConfigDict(values)
+
+
+def from_config_dict(values: ConfigDict, unset: Collection[str] = ()) -> Config:
+    """The checked config. Dotted keys in `unset` may have no value yet.
+
+    Raises UserError for the first value that cannot work, before anything is read or compiled."""
+    config = typed(Config, values)
+    check(config, unset)
+    for template in (*config.concept.templates, *config.sample.prompts):
+        fill(template, config.concept.class_word, "a")
+    return config
+
+
+def typed(kind: type, values: ConfigDict, prefix: str = "config.") -> Any:
+    """A settings dataclass of a ConfigDict. Raises UserError for a key that it does not have."""
+    fields = {entry.name for entry in dataclasses.fields(kind)}
+    types = typing.get_type_hints(kind)
+    if unknown := sorted(set(values.keys()) - fields):
+        raise UserError(f"{prefix}{unknown[0]}: no such key; expected one of {', '.join(sorted(fields))}")
+    return kind(
+        **{
+            name: typed(types[name], value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else hashable(value)
+            for name, value in values.items()
+        }
+    )
+
+
+def hashable(value: Any) -> Any:
+    """Lists, which a config file may hold, as tuples."""
+    return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
+
+
+def default() -> ConfigDict:
+    """Every key at its default: where a file in configs/ begins."""
+    return to_config_dict(Config())

@@ -1,0 +1,33 @@
+"""The methods' published settings on published models: what the files in configs/ begin with."""
+
+from ml_collections import ConfigDict
+
+from catversion_jax.config.config import default
+from catversion_jax.errors import UserError
+from catversion_jax.methods import METHODS
+
+JUDGED = (
+    "a photo of {concept} on the beach",
+    "a photo of {concept} in the snow",
+    "a photo of {concept} in the jungle",
+    "a photo of {concept} on a wooden floor",
+    "a photo of {concept} at night",
+    "a photo of {concept} with a city in the background",
+    "a photo of a blue {class_word}",
+    "a photo of {concept} wearing a hat",
+)
+"""The prompts that concepts are evaluated with: places, a colour and an accessory."""
+
+
+def stable_diffusion(path: str, variant: str = "fp16", method: str = "catversion") -> ConfigDict:
+    """A method's published setting on a published model: bfloat16, and prompts to evaluate with."""
+    if method not in METHODS:
+        raise UserError(f"{method}: no such method; expected one of {', '.join(METHODS)}")
+    config = default()
+    config.method = method
+    config.update_from_flattened_dict(METHODS[method].published)
+    config.model.path = path
+    config.model.variant = variant
+    config.model.dtype = "bfloat16"
+    config.sample.prompts = JUDGED
+    return config

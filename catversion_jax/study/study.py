@@ -1,0 +1,101 @@
+"""A study: what all rows of a table share, and each row once, kept in the study's folder."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from catversion_jax.artifact import Concept
+from catversion_jax.concept_sets import ConceptFolder
+from catversion_jax.config import Config
+from catversion_jax.identity import claim
+from catversion_jax.study.scoring import Scorer, size
+from catversion_jax.study.settings import BASE, TRIED_ON, Scale, Setting
+from catversion_jax.study.training import train
+from catversion_jax.types import UInt8
+from catversion_jax.utils.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all settings of a table share."""
+
+    config: Config
+    folders: tuple[ConceptFolder, ...]
+    scale: Scale
+    out: Path
+    scorer: Scorer
+
+    def config_of(self, setting: Setting) -> Config:
+        config = self.config.replaced(setting.changes)
+        steps = self.scale.steps or config.train.steps
+        changes = {"train.steps": steps, "sample.every": 0, "checkpoint.every": steps, "checkpoint.keep": 1}
+        return config.replaced(changes)
+
+    @property
+    def tried_on(self) -> tuple[ConceptFolder, ...]:
+        """The concepts that a rate is chosen by."""
+        return named(self.folders, TRIED_ON)
+
+    def trained(self, setting: Setting, folders: tuple[ConceptFolder, ...]) -> tuple[dict[str, Concept], float | None]:
+        return train(self.config_of(setting), folders, self.out / setting.folder, self.scorer.pipeline)
+
+    def claim(self) -> None:
+        """Makes the folder this study's. Raises UserError if it is another's."""
+        concepts = [folder.name for folder in self.folders]
+        identity = {"config": self.config.identity(), "scale": asdict(self.scale), "concepts": concepts}
+        claim(self.out / "study.json", identity)
+
+    def scored(self, setting: Setting, trained_by: Setting) -> dict:
+        """A row of the table, with the images beside it; once."""
+        place = self.out / setting.folder
+
+        def make() -> dict:
+            concepts, seconds = self.trained(trained_by, self.folders)
+            scorer = self.scorer.at_strength(0.0) if setting is BASE else self.scorer
+            scored = scorer.score(concepts, self.folders)
+            place.mkdir(parents=True, exist_ok=True)
+            for name, images in scored.images.items():
+                write_atomically(place / f"{name}.png", strip(images).save)
+            row = {"group": setting.group, "name": setting.name, "seconds": seconds, **scored.row}
+            return row | {"seconds": None, "numbers": 0} if setting is BASE else row
+
+        return once(place / "row.json", make)
+
+    def candidate(self, setting: Setting) -> dict:
+        """How well a setting does on the photos it was trained on; once."""
+
+        def make() -> dict:
+            concepts, seconds = self.trained(setting, self.tried_on)
+            fitness = self.scorer.fitness(concepts, self.tried_on)
+            row = {"group": setting.group, "name": setting.name, "fitness": fitness, "seconds": seconds}
+            return row | {"numbers": size(concepts)}
+
+        return once(self.out / setting.folder / "candidate.json", make)
+
+    def images(self, path: Path) -> list[UInt8[np.ndarray, "h w 3"]]:
+        """The images of a `strip`."""
+        image = np.asarray(Image.open(path))
+        return np.split(image, image.shape[1] // self.scorer.pipeline.networks.resolution, axis=1)
+
+
+def once(path: Path, make: Callable[[], dict]) -> dict:
+    """What `make` gave the first time, which the file keeps."""
+    if not path.is_file():
+        text = json.dumps(make(), indent=1)
+        write_atomically(path, lambda file: file.write_text(text))
+    return json.loads(path.read_text())
+
+
+def named(folders: Sequence[ConceptFolder], names: tuple[str, ...]) -> tuple[ConceptFolder, ...]:
+    """The folders of these names, in their order; all if there is none of them."""
+    found = {folder.name: folder for folder in folders}
+    return tuple(found[name] for name in names if name in found) or tuple(folders)
+
+
+def strip(images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> Image.Image:
+    """Images of one size in a row."""
+    return Image.fromarray(np.concatenate(images, axis=1))

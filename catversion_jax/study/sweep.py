@@ -1,0 +1,151 @@
+"""A sweep: a study whose rows are a user's own settings, scored one concept at a time as each is trained."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from catversion_jax import markdown, metrics, sampling, scores
+from catversion_jax.artifact import Concept
+from catversion_jax.composition import Personalization
+from catversion_jax.concept_sets import ConceptFolder
+from catversion_jax.config import Config, from_config_dict, to_config_dict
+from catversion_jax.data.photos import read_photos
+from catversion_jax.data.posteriors import posteriors
+from catversion_jax.errors import UserError
+from catversion_jax.grid import grid
+from catversion_jax.heldout_loss import heldout_loss
+from catversion_jax.samples import sample, sample_base
+from catversion_jax.scores import MaskedImages
+from catversion_jax.study.scoring import Scorer
+from catversion_jax.study.training import train_alone
+from catversion_jax.types import Float
+from catversion_jax.utils.files import read_json, write_atomically
+
+PLACE = re.compile(r"a photo of \{concept\} (.+)")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One concept under one setting; base is the untouched model on the same prompts and seeds."""
+
+    setting: str
+    concept: str
+    clip_i: float
+    clip_i_base: float
+    place_accuracy: float
+    place_accuracy_base: float
+    heldout_loss: float
+    heldout_loss_base: float
+    steps: int  # of the training, fewer if it stopped early
+
+
+def override(config: Config, setting: str) -> Config:
+    """The config with a row's `KEY=VALUE;KEY=VALUE`; values are JSON, or else text. Raises UserError for others."""
+    values = to_config_dict(config)
+    for pair in filter(None, setting.split(";")):
+        key, _, value = pair.partition("=")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        try:
+            values.update_from_flattened_dict({key.strip(): tuple(parsed) if isinstance(parsed, list) else parsed})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{setting}: {key} cannot be {value} ({error})") from None
+    return from_config_dict(values, unset=("run_dir", "data.dir", "concept.class_word"))
+
+
+def folder_of(setting: str) -> str:
+    """What a setting's folder is called."""
+    return re.sub(r"[^\w.=]+", "_", setting) or "config"
+
+
+def score(config: Config, setting: str, folder: ConceptFolder, out: Path, scorer: Scorer) -> Score:
+    """Trains a concept on its photos, unless that is done, and scores it against its held-out ones. Of the scorer's
+    config the sampler is replaced by the setting's."""
+    pipeline, clip = scorer.pipeline, scorer.encoders.clip
+    run_folder = out / folder_of(setting)
+    concept = train_alone(config, folder, run_folder, pipeline)
+    photos = read_photos(folder.heldout, pipeline.networks.resolution)
+    references = MaskedImages([photo.image for photo in photos], None)
+    latents, _ = posteriors(pipeline.networks.vae, pipeline.params["vae"], np.stack(references.images), flip=False)
+    prompts = folder.prompts(scorer.templates)
+    (training_prompt, *_) = folder.prompts(config.concept.templates)
+    places = place_captions(config, folder, scorer)
+    base = sample_base(pipeline, prompts, scorer.config)
+    personalized = sample(pipeline, prompts, scorer.config, scorer.config.personalization(concept))
+    each = [prompt for prompt in prompts for _ in scorer.config.seeds]
+    values, rows = {}, []
+    for name, strength, images in (("_base", 0.0, base), ("", 1.0, personalized)):
+        related = scores.of_prompts(each, MaskedImages(images, None), references, scorer.encoders)
+        values["clip_i" + name] = float(np.concatenate([unit["clip_i"] for unit in related.values()]).mean())
+        values["place_accuracy" + name] = place_accuracy(clip.image(images), scorer, places)
+        values["heldout_loss" + name] = loss_at(scorer, concept, strength, training_prompt, latents[:, 0])
+        rows.append(images[:: len(scorer.config.seeds)])
+    labels = ["held out", "base model", "personalized"]
+    image = grid([list(references.images[: len(prompts)]), *rows], labels, prompts, captions_above=1)
+    write_atomically(run_folder / folder.name / "scored.png", image.save)
+    return Score(setting, folder.name, **values, steps=concept.steps)
+
+
+def loss_at(
+    scorer: Scorer, concept: Concept, strength: float, prompt: str, latents: Float[np.ndarray, "N h w c"]
+) -> float:
+    """The noise-prediction loss on held-out latents with the concept at a strength."""
+    personalization = Personalization((concept,), strength)
+    context = sampling.condition(scorer.pipeline, [prompt], personalization)
+    return heldout_loss(sampling.with_unet(scorer.pipeline, personalization), latents, context)
+
+
+def place_captions(config: Config, folder: ConceptFolder, scorer: Scorer) -> dict[str, Float[np.ndarray, "e"]]:
+    """Place -> its caption's embedding, for the places that the base model knows."""
+    known = read_json(config.model.folder / "world.json")["phrases"]
+    captions = folder.prompts([f"a photo of {{concept}} {place}" for place in known])
+    return dict(zip(known, scorer.encoders.clip.text(captions), strict=True))
+
+
+def place_accuracy(
+    embeddings: Float[np.ndarray, "G e"], scorer: Scorer, places: Mapping[str, Float[np.ndarray, "e"]]
+) -> float:
+    """Of the images whose prompt asks for one of `places`, the share whose nearest caption is the one asked for; not a
+    number if no prompt does."""
+    found = metrics.nearest(embeddings, np.stack(list(places.values())))
+    asked = [match and match[1] for match in map(PLACE.fullmatch, scorer.templates) for _ in scorer.config.seeds]
+    hits = [list(places)[i] == place for i, place in zip(found, asked, strict=True) if place in places]
+    return float(np.mean(hits)) if hits else float("nan")
+
+
+COLUMNS = (
+    ("CLIP-I", lambda mean: f"{mean['clip_i']:.3f}"),
+    ("base", lambda mean: f"{mean['clip_i_base']:.3f}"),
+    ("change", lambda mean: f"{mean['clip_i'] - mean['clip_i_base']:+.3f}"),
+    ("place accuracy", lambda mean: f"{mean['place_accuracy']:.2f}"),
+    ("base", lambda mean: f"{mean['place_accuracy_base']:.2f}"),
+    ("held-out loss", lambda mean: f"{mean['heldout_loss']:.4f}"),
+    ("base", lambda mean: f"{mean['heldout_loss_base']:.4f}"),
+    ("steps", lambda mean: f"{mean['steps']:.0f}"),
+)
+"""Of the table: header, and what stands there of the means of some scores."""
+
+
+def to_table(found: list[Score]) -> str:
+    """Markdown: a line for each concept and setting, then a line a setting with the means."""
+    rows = []
+    for setting in dict.fromkeys(score.setting for score in found):
+        of_setting = [score for score in found if score.setting == setting]
+        rows += [line(setting, score.concept, [score]) for score in of_setting]
+        rows.append(line(setting, f"mean of {len(of_setting)}", of_setting))
+    return markdown.table(["setting", "concept", *(header for header, _ in COLUMNS)], rows) + "\n"
+
+
+def line(setting: str, concept: str, found: list[Score]) -> list[str]:
+    mean = {
+        name: np.mean([getattr(score, name) for score in found])
+        for name in vars(found[0])
+        if name not in ("setting", "concept")
+    }
+    return [setting or "the config", concept, *(cell(mean) for _, cell in COLUMNS)]

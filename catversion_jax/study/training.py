@@ -1,0 +1,63 @@
+"""A setting's concepts, trained: side by side in one compiled step if the method lets them share it."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from catversion_jax import artifact
+from catversion_jax.artifact import Concept
+from catversion_jax.concept_sets import ConceptFolder
+from catversion_jax.config import Config
+from catversion_jax.errors import UserError
+from catversion_jax.many_concepts import Share, train_many
+from catversion_jax.methods import METHODS
+from catversion_jax.pipeline import Pipeline
+from catversion_jax.study.settings import TRIED_ON
+from catversion_jax.training import train_once
+from catversion_jax.utils.files import write_atomically
+
+SECONDS = "seconds.json"
+SLOTS = len(TRIED_ON)
+"""Concepts side by side."""
+
+
+def train(
+    config: Config, folders: Sequence[ConceptFolder], out: Path, pipeline: Pipeline
+) -> tuple[dict[str, Concept], float | None]:
+    """The concept of each folder, by its name, and the seconds a concept took, compilation included, the first time
+    that any were trained in `out`; None if that was interrupted. What is there already is not trained again."""
+    whole = not out.exists()
+    start = time.monotonic()
+    (separately if METHODS[config.method].changes_unet else side_by_side)(config, folders, out, pipeline)
+    if whole:
+        seconds = (time.monotonic() - start) / len(folders)
+        write_atomically(out / SECONDS, lambda path: path.write_text(json.dumps(seconds)))
+    taken = json.loads((out / SECONDS).read_text()) if (out / SECONDS).is_file() else None
+    return {folder.name: artifact.load(out / folder.name) for folder in folders}, taken
+
+
+def side_by_side(config: Config, folders: Sequence[ConceptFolder], out: Path, pipeline: Pipeline) -> None:
+    lines = [
+        {"id": folder.name, "dir": str(folder.train), "masks": str(folder.train_masks), **folder.description}
+        for folder in folders
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = out / "manifest.jsonl"
+    write_atomically(manifest, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+    config = config.replaced({"run_dir": str(out), "batch.slots": SLOTS})
+    outcome = train_many(Share.of(config, manifest), pipeline)
+    if outcome.interrupted_by:
+        raise KeyboardInterrupt
+    if outcome.failed:
+        raise UserError(f"{out}: a concept was not learned; its report.jsonl says why")
+
+
+def separately(config: Config, folders: Sequence[ConceptFolder], out: Path, pipeline: Pipeline) -> None:
+    for folder in folders:
+        train_alone(config, folder, out, pipeline)
+
+
+def train_alone(config: Config, folder: ConceptFolder, out: Path, pipeline: Pipeline) -> Concept:
+    """A concept in a run of its own, in `out`; once."""
+    return train_once(config.replaced(folder.changes() | {"run_dir": str(out / folder.name)}), pipeline)

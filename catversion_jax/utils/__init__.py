@@ -1,0 +1,1 @@
+"""What every room uses and nothing of which knows of models, photos or commands."""

@@ -1,0 +1,123 @@
+"""Settings: frozen dataclasses whose fields carry a default, a sentence of help and a rule for their values.
+
+A setting has one home, the dataclass of the module that uses it. The config, its flags, its help and its checks are all
+made from these fields.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from catversion_jax.errors import UserError
+
+SettingsT = TypeVar("SettingsT")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which values a setting takes, as a predicate and in words that follow "expected"."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def setting(default: Any, help: str, rule: Rule) -> Any:
+    """Declares a field of a settings dataclass."""
+    return dataclasses.field(default=default, metadata={"help": help, "rule": rule})
+
+
+def at_least(least: float, meaning: str = "") -> Rule:
+    """A finite number of at least `least`; `meaning` says what `least` itself stands for."""
+    words = f"{least} ({meaning}) or more" if meaning else f"at least {least}"
+    return Rule(lambda value: least <= value < math.inf, words)
+
+
+def more_than(bound: float) -> Rule:
+    """A finite number above `bound`."""
+    return Rule(lambda value: bound < value < math.inf, f"more than {bound}")
+
+
+def between(least: float, most: float, words: str = "") -> Rule:
+    """A number from `least` to `most`, both included."""
+    return Rule(lambda value: least <= value <= most, words or f"{least} to {most}")
+
+
+def share(meaning: str = "0 to less than 1") -> Rule:
+    """A number from 0 to less than 1."""
+    return Rule(lambda value: 0 <= value < 1, meaning)
+
+
+def one_of(choices: Collection[str], unset: bool = False) -> Rule:
+    """One of some names; with `unset`, the empty text too."""
+    return Rule(lambda value: value in choices or (unset and value == ""), f"one of {', '.join(choices)}")
+
+
+def some_of(choices: Collection[str]) -> Rule:
+    """At least one of some names."""
+    return Rule(lambda values: bool(values) and set(values) <= set(choices), f"some of {', '.join(choices)}")
+
+
+def optional(rule: Rule) -> Rule:
+    """None, or what the rule takes."""
+    return Rule(lambda value: value is None or rule.holds(value), rule.expected)
+
+
+def text(what: str) -> Rule:
+    """A text that is not blank."""
+    return Rule(lambda value: bool(value.strip()), what)
+
+
+def several(what: str) -> Rule:
+    """A tuple that is not empty, of texts that are not blank."""
+    return Rule(
+        lambda values: not isinstance(values, str) and bool(values) and all(value.strip() for value in values),
+        f"at least one {what}",
+    )
+
+
+ANY_TEXT = Rule(lambda value: isinstance(value, str), "a text")
+YES_OR_NO = Rule(lambda value: isinstance(value, bool), "True or False")
+
+
+def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """The dotted key, the field and the value of every setting of a dataclass and of the dataclasses inside it."""
+    for field in dataclasses.fields(settings):
+        key, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{key}.")
+        else:
+            yield key, field, value
+
+
+def check(settings: Any, without: Collection[str] = ()) -> None:
+    """Raises UserError for the first setting whose value breaks its rule. Keys in `without` are not looked at."""
+    for key, field, value in flatten(settings):
+        rule = field.metadata["rule"]
+        if key not in without and not follows(rule, value):
+            raise UserError(f"config.{key}={value!r}: expected {rule.expected}")
+
+
+def follows(rule: Rule, value: Any) -> bool:
+    """Whether the rule holds for a value of any type."""
+    try:
+        return bool(rule.holds(value))
+    except (TypeError, AttributeError):  # a value of another type
+        return False
+
+
+def replaced(settings: SettingsT, changes: dict[str, Any]) -> SettingsT:
+    """The settings with the values of some dotted keys changed. Raises KeyError for a key that is none."""
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        name, dot, rest = key.partition(".")
+        if name not in {field.name for field in dataclasses.fields(settings)}:
+            raise KeyError(key)
+        if dot:
+            inner.setdefault(name, {})[rest] = value
+        else:
+            own[name] = value
+    own |= {name: replaced(getattr(settings, name), part) for name, part in inner.items()}
+    return dataclasses.replace(settings, **own)
