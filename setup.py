@@ -47,7 +47,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     packages=find_packages(include=["catversion_jax*"]),
-    package_data={"catversion_jax": ["mini/**/*", "mini/*", "concepts/**/*", "exported/*", "page.html"]},
+    package_data={
+        "catversion_jax": ["mini/**/*", "mini/*", "concepts/**/*", "exported/*", "py.typed"],
+        "catversion_jax.evaluation": ["page.html"],
+    },
     python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

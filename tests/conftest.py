@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from catversion_jax import cache, pipeline
+from catversion_jax.base import pipeline
+from catversion_jax.utils import cache
 from tests import tiny
 
 GOLDEN = Path(__file__).parent / "golden" / "mini_torch.npz"

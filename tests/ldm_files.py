@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.convert import rules
-from catversion_jax.convert.torch import shapes_of
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from catversion_jax.models.config import from_json
 from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
+from catversion_jax.utils.json_config import from_json
+from catversion_jax.weights import rules
+from catversion_jax.weights.conversion import shapes_of
 from tests import tiny
 
 TEXT = {

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catversion_jax import pipeline, sampling, schedulers, text
-from catversion_jax import train_step as ts
-from catversion_jax.adapter import Prefix
-from catversion_jax.catversion import CatVersion
-from catversion_jax.method import BaseModel
-from catversion_jax.sharding import make_mesh, sharding
-from catversion_jax.source import open_source
-from catversion_jax.state import Frozen, init_state
+from catversion_jax.base import pipeline, schedulers, text
+from catversion_jax.methods.base import BaseModel
+from catversion_jax.methods.catversion import CatVersion
+from catversion_jax.models.prefix_attention import Prefix
+from catversion_jax.models.sharding import make_mesh, sharding
+from catversion_jax.sampling import sampler
+from catversion_jax.training import step as ts
+from catversion_jax.training.state import Frozen, init_state
+from catversion_jax.weights.source import open_source
 from tests.conftest import max_error
 
 LAYERS = (9, 10, 11)
@@ -40,7 +41,7 @@ def test_text_encoder_with_prefix(mini, golden, name, bias):
     visible = jnp.ones((*token_ids.shape, 1), bool)
     prefix = Prefix(jnp.asarray(golden[f"prefix.{name}"]), jnp.float32(bias), visible, LAYERS)
     learned, method = {"prefix": golden[f"prefix.{name}"]}, CatVersion((LAYERS,), bias)
-    encode = partial(sampling.encode, mini.params["text"], (token_ids,), (visible,), networks=mini.networks)
+    encode = partial(sampler.encode, mini.params["text"], (token_ids,), (visible,), networks=mini.networks)
     whole = encode(learned, 1.0, method=method)
     assert whole.pooled is None
     assert max_error(whole.states, golden[f"text_with_prefix.{name}"]) < TOLERANCE
@@ -80,15 +81,15 @@ def test_noise_schedule(mini, golden):
 def test_guided_ddim(mini, golden):
     token_ids = golden["token_ids"]
     visible, base = jnp.ones((1, 77, 1), bool), jnp.zeros((1, 77, 1), bool)
-    encode = partial(sampling.encode, mini.params["text"], networks=mini.networks)
+    encode = partial(sampler.encode, mini.params["text"], networks=mini.networks)
     learned = {"prefix": golden["prefix.p1_bias0"]}
-    positive = encode((sampling.Tokens(token_ids[:1], visible),), learned, 1.0, method=CatVersion((LAYERS,)))
-    negative = encode((sampling.Tokens(token_ids[1:2], base),), {}, 0.0, method=BaseModel())
+    positive = encode((sampler.Tokens(token_ids[:1], visible),), learned, 1.0, method=CatVersion((LAYERS,)))
+    negative = encode((sampler.Tokens(token_ids[1:2], base),), {}, 0.0, method=BaseModel())
     both = jax.tree.map(lambda *x: jnp.stack(x), negative, positive)
-    latents = sampling.denoise(
+    latents = sampler.denoise(
         mini.params["unet"],
         jnp.asarray(golden["ddim.x_T"]),
-        sampling.Guided(jnp.zeros(1, jnp.uint32), both, jnp.float32(5.0)),
+        sampler.Guided(jnp.zeros(1, jnp.uint32), both, jnp.float32(5.0)),
         schedulers.plan(mini.networks.schedule, "", 30),
         networks=mini.networks,
         calls_per_dispatch=1,

@@ -11,15 +11,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from catversion_jax import artifact, pipeline, source
-from catversion_jax.catversion import CatVersion
-from catversion_jax.composition import Personalization
-from catversion_jax.convert import rules
-from catversion_jax.convert.rules import LEAVES, Rule
-from catversion_jax.convert.torch import shapes_of
+from catversion_jax.base import pipeline
+from catversion_jax.methods import concept_file
+from catversion_jax.methods.catversion import CatVersion
+from catversion_jax.methods.composition import Personalization
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
-from catversion_jax.models.config import from_json
 from catversion_jax.models.vit import ViTConfig, ViTModel
+from catversion_jax.utils.json_config import from_json
+from catversion_jax.weights import rules, source
+from catversion_jax.weights.conversion import shapes_of
+from catversion_jax.weights.rules import LEAVES, Rule
 
 CHANGES = {
     "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 4},
@@ -79,14 +80,14 @@ def load(folder: Path | str, **how) -> pipeline.Pipeline:
     return pipeline.load(pipeline.ModelConfig(str(folder), **how))
 
 
-def personal(*concepts: artifact.Concept, strength: float = 1.0) -> Personalization:
+def personal(*concepts: concept_file.Concept, strength: float = 1.0) -> Personalization:
     return Personalization(concepts, strength)
 
 
-def concept(prefix: np.ndarray, fingerprint: str, model: Path | str = "", **method) -> artifact.Concept:
+def concept(prefix: np.ndarray, fingerprint: str, model: Path | str = "", **method) -> concept_file.Concept:
     """A concept of a random prefix in the tiny model's upper layers."""
     of_method = CatVersion(**{"layers": ((1, 2, 3),)} | method)
-    return artifact.Concept({"prefix": prefix}, of_method, "teapot", (), fingerprint, str(model), 1, 0.01, 0)
+    return concept_file.Concept({"prefix": prefix}, of_method, "teapot", (), fingerprint, str(model), 1, 0.01, 0)
 
 
 def to_torch(params: dict, table: list[Rule]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from catversion_jax import cache
+from catversion_jax.base.pipeline import MINI, Networks, open_model
 from catversion_jax.bench import torch_step
 from catversion_jax.bench.machine import cores, device_name, matrix_peak, on_cpu
 from catversion_jax.bench.random_model import RANDOM, RANDOM_FOR, SD15, random_model
@@ -24,11 +24,11 @@ from catversion_jax.bench.row import OURS, Row, with_flops, with_ratios, with_ti
 from catversion_jax.bench.step import count_flops, ours
 from catversion_jax.bench.timing import take_turns
 from catversion_jax.config import Config, default, from_config_dict, stable_diffusion
-from catversion_jax.errors import UserError, short
-from catversion_jax.pipeline import MINI, Networks, open_model
-from catversion_jax.source import Source
-from catversion_jax.train_step import steps_per_dispatch
-from catversion_jax.training import load_model
+from catversion_jax.training.run import load_model
+from catversion_jax.training.step import steps_per_dispatch
+from catversion_jax.utils import cache
+from catversion_jax.utils.errors import UserError, short
+from catversion_jax.weights.source import Source
 
 REPETITIONS = 10  # timed dispatches for each size, unless `steps` says how many
 UNSET = ("run_dir", "data.dir", "concept.class_word")

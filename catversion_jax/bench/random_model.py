@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from catversion_jax.convert import ldm
-from catversion_jax.diffusion import NoiseSchedule
-from catversion_jax.pipeline import COMPONENTS, DTYPES, Networks, Pipeline, abstract
-from catversion_jax.types import Array, Float, Key, Params
+from catversion_jax.base.noise_schedule import NoiseSchedule
+from catversion_jax.base.pipeline import COMPONENTS, DTYPES, Networks, Pipeline, abstract
+from catversion_jax.utils.types import Array, Float, Key, Params
+from catversion_jax.weights import ldm
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

@@ -3,8 +3,8 @@
 import statistics
 from dataclasses import dataclass, replace
 
-from catversion_jax import markdown
 from catversion_jax.bench.torch_step import RECIPES
+from catversion_jax.utils import markdown
 
 OURS = "catversion"
 LABELS = {OURS: OURS} | {what: recipe.label for what, recipe in RECIPES.items()}

@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax import text
+from catversion_jax.base import text
+from catversion_jax.base.pipeline import DTYPES, Networks, Pipeline, abstract
 from catversion_jax.bench.machine import check_free, on_cpu
 from catversion_jax.bench.row import Row, with_flops
 from catversion_jax.bench.timing import empty_cache, timed_compile
 from catversion_jax.config import Config
-from catversion_jax.data.posteriors import bucket
+from catversion_jax.data.latents import bucket
 from catversion_jax.models.clip import CLIPTextModel
-from catversion_jax.pipeline import DTYPES, Networks, Pipeline, abstract
-from catversion_jax.sharding import sharding
-from catversion_jax.state import ConceptData, Frozen
-from catversion_jax.train_step import StepConfig, compile_chunk
-from catversion_jax.types import Params
+from catversion_jax.models.sharding import sharding
+from catversion_jax.training.state import ConceptData, Frozen
+from catversion_jax.training.step import StepConfig, compile_chunk
+from catversion_jax.utils.types import Params
 
 WARM_UP = 2  # dispatches before these
 

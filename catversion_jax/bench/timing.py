@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from catversion_jax import cache
-from catversion_jax.train_step import StepConfig, compile_chunk
+from catversion_jax.training.step import StepConfig, compile_chunk
+from catversion_jax.utils import cache
 
 
 def take_turns(dispatches: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.adapter import resolve_layers
 from catversion_jax.config import Config
-from catversion_jax.errors import UserError
-from catversion_jax.source import FOLDERS
+from catversion_jax.models.prefix_attention import resolve_layers
+from catversion_jax.utils.errors import UserError
+from catversion_jax.weights.source import FOLDERS
 
 PACKAGES = ("torch", "diffusers", "transformers")
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}

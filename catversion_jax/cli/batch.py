@@ -3,9 +3,9 @@
 from absl import flags
 
 from catversion_jax.cli.flags import checked_config, define_config
-from catversion_jax.distributed import Process, from_environment, meet
-from catversion_jax.errors import UserError
-from catversion_jax.many_concepts import BatchOutcome, Share, train_many
+from catversion_jax.training.distributed import Process, from_environment, meet
+from catversion_jax.training.many_concepts import BatchOutcome, Share, train_many
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand
 
 FAILED = 2

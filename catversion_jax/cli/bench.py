@@ -15,7 +15,7 @@ from catversion_jax.bench import torch_step
 from catversion_jax.bench.measure import REPETITIONS, UNSET, Size, measure_size
 from catversion_jax.bench.row import Row, to_table
 from catversion_jax.cli.flags import checked_config, define_config
-from catversion_jax.errors import UserError
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand, write_atomically
 
 SIZES = "1x2,4x2,16x2,32x2"

@@ -2,9 +2,8 @@
 
 from absl import flags
 
-from catversion_jax import artifact
-from catversion_jax.convert import official
-from catversion_jax.errors import UserError
+from catversion_jax.methods import concept_file, official
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand
 
 POSITIONALS = ("SOURCE", "TARGET")
@@ -19,17 +18,17 @@ def main(arguments: flags.FlagValues, source: str, target: str) -> int:
     source, target = expand(source), expand(target)
     is_concept = source.is_dir() or source.suffix == ".safetensors"
     if not is_concept and target.suffix != ".safetensors":
-        target = target / artifact.FILE_NAME
+        target = target / concept_file.FILE_NAME
     if target.exists():
         raise UserError(f"{target}: exists already; name another target")
     if is_concept and arguments.class_word:
         raise UserError("--class_word: an authors' adapter cannot hold it; leave it out")
-    concept = artifact.load(source) if is_concept else official.read(source, arguments.class_word)
+    concept = concept_file.load(source) if is_concept else official.read(source, arguments.class_word)
     target.parent.mkdir(parents=True, exist_ok=True)
     if is_concept:
         official.write(target, concept, source)
     else:
-        artifact.save(target, concept)
+        concept_file.save(target, concept)
     length, (layers,) = len(concept.learned["prefix"]), concept.method.layers
     print(f"{target}: a prefix of length {length} in layers {', '.join(map(str, layers))}")
     return 0

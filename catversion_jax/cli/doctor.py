@@ -8,9 +8,10 @@ import jax
 import psutil
 from absl import flags
 
-from catversion_jax import __version__, cache
-from catversion_jax.pipeline import MINI
-from catversion_jax.source import FOLDERS
+from catversion_jax import __version__
+from catversion_jax.base.pipeline import MINI
+from catversion_jax.utils import cache
+from catversion_jax.weights.source import FOLDERS
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "array-record", "ml-collections",

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
-from catversion_jax import artifact, benchmarks, encoders, evaluation, grabcut, page, scores
-from catversion_jax.artifact import Concept
+from catversion_jax.base.pipeline import MINI
 from catversion_jax.cli.flags import (
     define_embedding,
     define_prompts,
@@ -19,10 +18,12 @@ from catversion_jax.cli.flags import (
 )
 from catversion_jax.config import JUDGED
 from catversion_jax.data.prompts import article, fill
-from catversion_jax.errors import UserError
-from catversion_jax.pipeline import MINI
-from catversion_jax.samples import EvaluationConfig, EvaluationTask
-from catversion_jax.scores import Encoders
+from catversion_jax.evaluation import benchmarks, encoders, evaluation, grabcut, page, scores
+from catversion_jax.evaluation.samples import EvaluationConfig, EvaluationTask
+from catversion_jax.evaluation.scores import Encoders
+from catversion_jax.methods import concept_file
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand, write_atomically
 
 
@@ -95,7 +96,7 @@ def find_tasks(arguments: flags.FlagValues) -> list[EvaluationTask]:
     source, references = expand(arguments.embedding or arguments.images), expand(arguments.references)
     masks_dir, image_masks = (path and expand(path) for path in (arguments.masks, arguments.image_masks))
     if not arguments.protocol:
-        concept = artifact.load(source) if arguments.embedding else None
+        concept = concept_file.load(source) if arguments.embedding else None
         prompts, name = prompts_for(arguments, concept), source.resolve().name
         return [EvaluationTask(name, prompts, references, masks_dir, concept, source, image_masks)]
     return [
@@ -104,7 +105,7 @@ def find_tasks(arguments: flags.FlagValues) -> list[EvaluationTask]:
             subject.prompts,
             subject.photos,
             masks_dir and masks_dir / subject.name,
-            artifact.load(source / subject.name) if arguments.embedding else None,
+            concept_file.load(source / subject.name) if arguments.embedding else None,
             source / subject.name,
             image_masks and image_masks / subject.name,
         )

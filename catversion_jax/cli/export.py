@@ -11,11 +11,11 @@ from catversion_jax.cli.flags import (
     given_prompts,
     make_folder,
 )
-from catversion_jax.composition import Personalization
-from catversion_jax.concept_model import model_of, open_model, warnings
-from catversion_jax.errors import UserError
-from catversion_jax.export import COMFYUI, EMBEDS, check_exportable, write_concept, write_embeds
-from catversion_jax.sampling import SampleRequest
+from catversion_jax.methods.composition import Personalization
+from catversion_jax.methods.concept_model import model_of, open_model, warnings
+from catversion_jax.sampling.export import COMFYUI, EMBEDS, check_exportable, write_concept, write_embeds
+from catversion_jax.sampling.sampler import SampleRequest
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand
 from catversion_jax.utils.log import warn
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from catversion_jax import artifact
-from catversion_jax.artifact import Concept
-from catversion_jax.concept_model import recorded_sampler
+from catversion_jax.base.pipeline import DTYPES, ModelConfig
+from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.base.schedulers import SCHEDULERS
 from catversion_jax.config import Config, from_config_dict
-from catversion_jax.errors import UserError
-from catversion_jax.pipeline import DTYPES, ModelConfig
-from catversion_jax.sampler_config import SamplerConfig
-from catversion_jax.schedulers import SCHEDULERS
+from catversion_jax.methods import concept_file
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.concept_model import recorded_sampler
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand
 
 flags.disclaim_key_flags()  # what is defined here is the calling command's
@@ -54,7 +54,7 @@ def given_concepts(arguments: flags.FlagValues) -> dict[str, Concept]:
     given = arguments.embedding
     if not given:
         raise UserError("--embedding: missing; expected a run directory of catversion train")
-    return {str(path): artifact.load(path) for path in map(expand, [given] if isinstance(given, str) else given)}
+    return {str(path): concept_file.load(path) for path in map(expand, [given] if isinstance(given, str) else given)}
 
 
 def define_prompts(help: str) -> None:
@@ -112,7 +112,7 @@ def define_sampling(images_per_prompt: int = 4) -> None:
 
 def given_sampler(arguments: flags.FlagValues, concepts: Mapping[str, Concept]) -> SamplerConfig:
     """The sampler's settings: the flags', and for what they do not say the concepts'."""
-    given = {name: getattr(arguments, name) for name in artifact.SAMPLER}
+    given = {name: getattr(arguments, name) for name in concept_file.SAMPLER}
     changes = {name: value for name, value in given.items() if value is not None}
     recorded = SamplerConfig() if len(changes) == len(given) else recorded_sampler(concepts)
     return dataclasses.replace(recorded, **changes, batch_size=arguments.batch_size)

@@ -17,13 +17,13 @@ from catversion_jax.cli.flags import (
     given_seeds,
     make_folder,
 )
-from catversion_jax.composition import Personalization, compose
-from catversion_jax.concept_model import model_of, open_model, warnings
-from catversion_jax.conditioning import movement
-from catversion_jax.grid import grid
-from catversion_jax.image_names import free_grid_name, unique_slugs
-from catversion_jax.sampling import SampleRequest, sample_images
+from catversion_jax.methods.composition import Personalization, compose
+from catversion_jax.methods.concept_model import model_of, open_model, warnings
+from catversion_jax.sampling.conditioning import movement
+from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
+from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils.files import expand, write_atomically
+from catversion_jax.utils.image_grid import grid
 from catversion_jax.utils.log import warn
 
 GRID_COLUMNS = 8

@@ -16,7 +16,7 @@ from absl import flags
 from tqdm import tqdm
 
 from catversion_jax import __version__
-from catversion_jax.errors import StorageError, UserError, is_storage_error, short
+from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, short
 from catversion_jax.utils.log import LOGGER
 
 # Before anything imports them: JAX's C++ log and transformers' advice are not for our users.
@@ -104,7 +104,7 @@ def entry(name: str, help: str, default: str) -> str:
 
 def config_help() -> list[str]:
     """A line for each key: its name, what it is for, and its default."""
-    from catversion_jax.config import Config  # here: `catversion --help` does not need it
+    from catversion_jax.config import Config
     from catversion_jax.utils.settings import flatten
 
     return [entry(key, field.metadata["help"], f" Default: {value!r}.") for key, field, value in flatten(Config())]
@@ -184,7 +184,7 @@ def run_command(name: str, arguments: list[str]) -> int:
         print(command_help(name, module))
         return 0
     parsed, rest = parse(name, [argument for argument in arguments if argument != "--debug"], positionals(module))
-    from catversion_jax import cache
+    from catversion_jax.utils import cache
 
     cache.enable()
     return module.main(parsed, *rest)

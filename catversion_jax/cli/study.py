@@ -11,17 +11,18 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from catversion_jax import concept_sets, encoders
 from catversion_jax.cli.flags import checked_config, define_config
-from catversion_jax.errors import UserError
-from catversion_jax.evaluation import UNRELATED, versions
-from catversion_jax.samples import EvaluationConfig
-from catversion_jax.scores import Encoders
+from catversion_jax.data import concept_sets
+from catversion_jax.evaluation import encoders
+from catversion_jax.evaluation.evaluation import UNRELATED, versions
+from catversion_jax.evaluation.samples import EvaluationConfig
+from catversion_jax.evaluation.scores import Encoders
 from catversion_jax.study import tables
 from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.study import Study, named
 from catversion_jax.study.training import SLOTS
-from catversion_jax.training import load_model
+from catversion_jax.training.run import load_model
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand, write_atomically
 
 POSITIONALS = ("TABLE",)

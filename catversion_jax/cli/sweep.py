@@ -8,15 +8,16 @@ from dataclasses import replace
 
 from absl import flags
 
-from catversion_jax import concept_sets, encoders
 from catversion_jax.cli.flags import checked_config, define_config
-from catversion_jax.identity import claim
-from catversion_jax.samples import EvaluationConfig
-from catversion_jax.scores import Encoders
+from catversion_jax.data import concept_sets
+from catversion_jax.evaluation import encoders
+from catversion_jax.evaluation.samples import EvaluationConfig
+from catversion_jax.evaluation.scores import Encoders
 from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.sweep import Score, override, score, to_table
-from catversion_jax.training import load_model
+from catversion_jax.training.run import load_model
 from catversion_jax.utils.files import expand, json_lines, write_atomically
+from catversion_jax.utils.identity import claim
 
 UNSET = ("run_dir", "data.dir", "concept.class_word")
 

@@ -4,9 +4,9 @@ from absl import flags
 
 from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.config import Config
-from catversion_jax.previews import sample_grid
-from catversion_jax.run_dir import RunDir
-from catversion_jax.training import load_model, train
+from catversion_jax.training.previews import sample_grid
+from catversion_jax.training.run import load_model, train
+from catversion_jax.training.run_dir import RunDir
 from catversion_jax.utils.files import write_atomically
 
 

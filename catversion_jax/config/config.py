@@ -10,15 +10,15 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
+from catversion_jax.base.pipeline import ModelConfig, Networks
 from catversion_jax.config.sections import BatchConfig, CheckpointConfig, SampleConfig, StopConfig, TrainConfig
 from catversion_jax.data.photos import DataConfig
 from catversion_jax.data.prompts import ConceptConfig, fill
-from catversion_jax.errors import UserError
-from catversion_jax.hyperparameters import AdapterConfig, Hyperparameters, PriorConfig
-from catversion_jax.method import Method
-from catversion_jax.methods import METHODS
-from catversion_jax.pipeline import ModelConfig, Networks
-from catversion_jax.sharding import MeshConfig, make_mesh
+from catversion_jax.methods.base import Method
+from catversion_jax.methods.hyperparameters import AdapterConfig, Hyperparameters, PriorConfig
+from catversion_jax.methods.registry import METHODS
+from catversion_jax.models.sharding import MeshConfig, make_mesh
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.settings import between, check, flatten, one_of, replaced, setting, text
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import optax
 
-from catversion_jax.types import Array, Float, Int
 from catversion_jax.utils.settings import at_least, more_than, one_of, optional, setting, share
+from catversion_jax.utils.types import Array, Float, Int
 
 DECAYS = {
     "constant": lambda progress: jnp.ones_like(progress),

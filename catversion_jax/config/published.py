@@ -3,8 +3,8 @@
 from ml_collections import ConfigDict
 
 from catversion_jax.config.config import default
-from catversion_jax.errors import UserError
-from catversion_jax.methods import METHODS
+from catversion_jax.methods.registry import METHODS
+from catversion_jax.utils.errors import UserError
 
 JUDGED = (
     "a photo of {concept} on the beach",

@@ -3,8 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
+from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.config.optimizer import OptimizerConfig
-from catversion_jax.sampler_config import SamplerConfig
 from catversion_jax.utils.settings import YES_OR_NO, at_least, between, optional, setting, several, share
 
 

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from catversion_jax.data.photos import Photo
-from catversion_jax.errors import UserError
+from catversion_jax.utils.errors import UserError
 
 
 def encode(array: np.ndarray | None) -> bytes:

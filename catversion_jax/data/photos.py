@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from catversion_jax.errors import UserError
-from catversion_jax.types import Bool, UInt8
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.settings import ANY_TEXT, YES_OR_NO, setting, text
+from catversion_jax.utils.types import Bool, UInt8
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PHOTOS = 100

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from catversion_jax.errors import UserError
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.settings import ANY_TEXT, setting, several, text
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from catversion_jax.sharding import on_each_device
-from catversion_jax.types import Array, Float
+from catversion_jax.models.sharding import on_each_device
+from catversion_jax.utils.types import Array, Float
 
 BLOCK = 512
 """Queries, and keys, at a time, of `splash`."""

@@ -11,8 +11,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from catversion_jax.adapter import LayerPrefix, Prefix, attend
-from catversion_jax.types import Array, Bool, Float, Int
+from catversion_jax.models.prefix_attention import LayerPrefix, Prefix, attend
+from catversion_jax.utils.types import Array, Bool, Float, Int
 
 ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP: SD 1.x

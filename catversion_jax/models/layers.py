@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from catversion_jax.models.attention import dot_product_attention, probabilities
-from catversion_jax.types import Array, Float
+from catversion_jax.utils.types import Array, Float
 
 # Both are the PyTorch values. The last Flax classes used 1e-5 and tanh-GELU in the transformer; the published
 # weights were trained with these.

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from catversion_jax.errors import UserError
-from catversion_jax.models.config import from_json
 from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Transformer2D, Upsample2D, conv3x3
-from catversion_jax.types import Array, Float, Int
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.json_config import from_json
+from catversion_jax.utils.types import Array, Float, Int
 
 FIXED = {
     "act_fn": "silu",

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from catversion_jax.models.attention import dot_product_attention
-from catversion_jax.models.config import from_json
 from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
-from catversion_jax.types import Array, Float
+from catversion_jax.utils.json_config import from_json
+from catversion_jax.utils.types import Array, Float
 
 NORM_EPS = 1e-6
 FIXED = {

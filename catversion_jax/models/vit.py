@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from catversion_jax.models.clip import CLIPConfig, CLIPEncoder, layer_norm
-from catversion_jax.types import Array, Float
+from catversion_jax.utils.types import Array, Float
 
 FIXED = {
     "attention_probs_dropout_prob": 0.0,

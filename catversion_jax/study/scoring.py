@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from catversion_jax import metrics, scores
-from catversion_jax.artifact import Concept
-from catversion_jax.concept_sets import ConceptFolder
+from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.photos import read_photos
-from catversion_jax.pipeline import Pipeline
-from catversion_jax.samples import EvaluationConfig, EvaluationTask, masked_images, sample, sample_task
-from catversion_jax.scores import Encoders, MaskedImages, Values
-from catversion_jax.tree import count
-from catversion_jax.types import UInt8
+from catversion_jax.evaluation import metrics, scores
+from catversion_jax.evaluation.samples import EvaluationConfig, EvaluationTask, masked_images, sample, sample_task
+from catversion_jax.evaluation.scores import Encoders, MaskedImages, Values
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.utils.tree import count
+from catversion_jax.utils.types import UInt8
 
 SELECTING_SEED = 1000
 """The first seed of the images that a rate is chosen by; those of the table begin at 0."""

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from catversion_jax.artifact import Concept
-from catversion_jax.concept_sets import ConceptFolder
 from catversion_jax.config import Config
-from catversion_jax.identity import claim
+from catversion_jax.data.concept_sets import ConceptFolder
+from catversion_jax.methods.concept_file import Concept
 from catversion_jax.study.scoring import Scorer, size
 from catversion_jax.study.settings import BASE, TRIED_ON, Scale, Setting
 from catversion_jax.study.training import train
-from catversion_jax.types import UInt8
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.identity import claim
+from catversion_jax.utils.types import UInt8
 
 
 @dataclass(frozen=True)

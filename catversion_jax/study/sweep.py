@@ -8,22 +8,24 @@ from pathlib import Path
 
 import numpy as np
 
-from catversion_jax import markdown, metrics, sampling, scores
-from catversion_jax.artifact import Concept
-from catversion_jax.composition import Personalization
-from catversion_jax.concept_sets import ConceptFolder
 from catversion_jax.config import Config, from_config_dict, to_config_dict
+from catversion_jax.data.concept_sets import ConceptFolder
+from catversion_jax.data.latents import posteriors
 from catversion_jax.data.photos import read_photos
-from catversion_jax.data.posteriors import posteriors
-from catversion_jax.errors import UserError
-from catversion_jax.grid import grid
-from catversion_jax.heldout_loss import heldout_loss
-from catversion_jax.samples import sample, sample_base
-from catversion_jax.scores import MaskedImages
+from catversion_jax.evaluation import metrics, scores
+from catversion_jax.evaluation.heldout_loss import heldout_loss
+from catversion_jax.evaluation.samples import sample, sample_base
+from catversion_jax.evaluation.scores import MaskedImages
+from catversion_jax.methods.composition import Personalization
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.sampling import sampler
 from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.training import train_alone
-from catversion_jax.types import Float
+from catversion_jax.utils import markdown
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import read_json, write_atomically
+from catversion_jax.utils.image_grid import grid
+from catversion_jax.utils.types import Float
 
 PLACE = re.compile(r"a photo of \{concept\} (.+)")
 
@@ -97,8 +99,8 @@ def loss_at(
 ) -> float:
     """The noise-prediction loss on held-out latents with the concept at a strength."""
     personalization = Personalization((concept,), strength)
-    context = sampling.condition(scorer.pipeline, [prompt], personalization)
-    return heldout_loss(sampling.with_unet(scorer.pipeline, personalization), latents, context)
+    context = sampler.condition(scorer.pipeline, [prompt], personalization)
+    return heldout_loss(sampler.with_unet(scorer.pipeline, personalization), latents, context)
 
 
 def place_captions(config: Config, folder: ConceptFolder, scorer: Scorer) -> dict[str, Float[np.ndarray, "e"]]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from catversion_jax import markdown
-from catversion_jax.page import number
+from catversion_jax.evaluation.page import number
+from catversion_jax.utils import markdown
 
 
 def score(name: str) -> Callable[[dict], str]:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from catversion_jax.concept_sets import ConceptFolder
+from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.photos import read_photos
-from catversion_jax.grid import grid
 from catversion_jax.study import table, together
 from catversion_jax.study.settings import (
     ABLATION,
@@ -27,6 +26,7 @@ from catversion_jax.study.settings import (
 )
 from catversion_jax.study.study import Study, once, strip
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.image_grid import grid
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from catversion_jax import masks, metrics
-from catversion_jax.artifact import Concept
-from catversion_jax.composition import Personalization
-from catversion_jax.concept_sets import ConceptFolder
+from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.prompts import fill
-from catversion_jax.samples import sample, sample_base
-from catversion_jax.scores import MaskedImages
+from catversion_jax.evaluation import masks, metrics
+from catversion_jax.evaluation.samples import sample, sample_base
+from catversion_jax.evaluation.scores import MaskedImages
+from catversion_jax.methods.composition import Personalization
+from catversion_jax.methods.concept_file import Concept
 from catversion_jax.study.scoring import Scorer, heldout
-from catversion_jax.types import Float, UInt8
+from catversion_jax.utils.types import Float, UInt8
 
 
 @dataclass(frozen=True)

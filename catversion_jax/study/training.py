@@ -5,16 +5,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from catversion_jax import artifact
-from catversion_jax.artifact import Concept
-from catversion_jax.concept_sets import ConceptFolder
+from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.config import Config
-from catversion_jax.errors import UserError
-from catversion_jax.many_concepts import Share, train_many
-from catversion_jax.methods import METHODS
-from catversion_jax.pipeline import Pipeline
+from catversion_jax.data.concept_sets import ConceptFolder
+from catversion_jax.methods import concept_file
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.registry import METHODS
 from catversion_jax.study.settings import TRIED_ON
-from catversion_jax.training import train_once
+from catversion_jax.training.many_concepts import Share, train_many
+from catversion_jax.training.run import train_once
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 
 SECONDS = "seconds.json"
@@ -34,7 +34,7 @@ def train(
         seconds = (time.monotonic() - start) / len(folders)
         write_atomically(out / SECONDS, lambda path: path.write_text(json.dumps(seconds)))
     taken = json.loads((out / SECONDS).read_text()) if (out / SECONDS).is_file() else None
-    return {folder.name: artifact.load(out / folder.name) for folder in folders}, taken
+    return {folder.name: concept_file.load(out / folder.name) for folder in folders}, taken
 
 
 def side_by_side(config: Config, folders: Sequence[ConceptFolder], out: Path, pipeline: Pipeline) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.errors import UserError
+from catversion_jax.utils.errors import UserError
 
 
 def expand(path: str | Path) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from catversion_jax.errors import UserError
+from catversion_jax.utils.errors import UserError
 
 SettingsT = TypeVar("SettingsT")
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catversion_jax import artifact, pipeline
+from catversion_jax.base import pipeline
+from catversion_jax.methods import concept_file
 from catversion_jax.models.unet import UNet2DConditionModel
-from catversion_jax.source import open_source
+from catversion_jax.weights.source import open_source
 from tests.commands import ROOT, command
 
 MOST_BYTES = 20 * 2**30
@@ -55,6 +56,6 @@ def test_train_and_sample(model, tmp_path):
     subprocess.run(command("train", "--config=configs/sd15.py", *flags), cwd=ROOT, check=True)
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(f"{time.monotonic() - start:.0f} s, at most {most / 2**30:.1f} GiB")
-    assert artifact.load(tmp_path / "run").learned["prefix"].shape == (1, 3, 2, 12, 64)
+    assert concept_file.load(tmp_path / "run").learned["prefix"].shape == (1, 3, 2, 12, 64)
     assert Image.open(tmp_path / "run" / "samples.png").width > 512
     assert most < MOST_BYTES

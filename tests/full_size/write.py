@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from catversion_jax.pipeline import MINI
+from catversion_jax.base.pipeline import MINI
 
 BLOCKS = (128, 256, 512, 512)
 

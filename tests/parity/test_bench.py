@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from catversion_jax import text
+from catversion_jax.base import text
 from catversion_jax.bench import torch_step
 from catversion_jax.config import Config
-from catversion_jax.errors import UserError
-from catversion_jax.source import open_source
+from catversion_jax.utils.errors import UserError
+from catversion_jax.weights.source import open_source
 from tests.commands import catversion
 from tests.conftest import max_error
 

@@ -13,7 +13,8 @@ from transformers import (
     ViTModel,
 )
 
-from catversion_jax import encoders, pipeline
+from catversion_jax.base import pipeline
+from catversion_jax.evaluation import encoders
 
 PROMPTS = ["a photo of a teapot on the beach", "a blue robot"]
 IMAGES = [

@@ -16,8 +16,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from catversion_jax import artifact, conditioning, export
-from catversion_jax.composition import Personalization
+from catversion_jax.methods import concept_file
+from catversion_jax.methods.composition import Personalization
+from catversion_jax.sampling import conditioning, export
 from tests import tiny
 from tests.commands import catversion
 from tests.conftest import max_error
@@ -69,13 +70,13 @@ def make(tiny_model, tiny_pipeline, tmp_path):
         concept = tiny.concept(prefix, fingerprint, tiny_model, logit_bias=logit_bias, scope=scope)
         concept = dataclasses.replace(concept, class_word=word)
         path = tmp_path / f"{scope}-{length}-{logit_bias}-{word}.safetensors"
-        artifact.save(path, concept)
+        concept_file.save(path, concept)
         return concept, path
 
     return write
 
 
-def with_second(concept: artifact.Concept) -> tuple[artifact.Concept, artifact.Concept]:
+def with_second(concept: concept_file.Concept) -> tuple[concept_file.Concept, concept_file.Concept]:
     """Another concept in other layers, and one with both, as SDXL's is."""
     prefix, method = concept.learned["prefix"], concept.method
     prefix_2, layers_2 = prefix[::-1, :2], (0, 3)
@@ -134,7 +135,7 @@ def test_the_second_text_encoder(pipe, tiny_pipeline, make, tmp_path):
     concept, _ = make("all")
     second, two = with_second(concept)
     path = tmp_path / "two.safetensors"
-    artifact.save(path, two)
+    concept_file.save(path, two)
     for encoder, expected in ((1, concept), (2, second)):
         with attached(pipe, path, encoder=encoder):
             states, _ = encode(pipe, PROMPTS)
@@ -211,7 +212,9 @@ def test_refused(pipe, make, tmp_path):
     with pytest.raises(ValueError, match=r"strength 2; expected 0"):
         catversion_torch.attach(pipe.text_encoder, path, pipe.tokenizer, strength=2)
     bad = tmp_path / "bad.safetensors"
-    artifact.save(bad, dataclasses.replace(concept, method=dataclasses.replace(concept.method, layers=((2, 3, 4),))))
+    concept_file.save(
+        bad, dataclasses.replace(concept, method=dataclasses.replace(concept.method, layers=((2, 3, 4),)))
+    )
     with pytest.raises(ValueError, match=r"in layers \(2, 3, 4\), the text encoder 4 layers of width 32"):
         catversion_torch.attach(pipe.text_encoder, bad, pipe.tokenizer)
     data = path.read_bytes()
@@ -243,15 +246,15 @@ def test_comfyui(pipe, tiny_pipeline, make, tmp_path, scope):
     catversion("export", "--embedding", path, "--out", tmp_path / "out")
     package = load_module("comfyui_catversion", tmp_path / "out" / "comfyui_catversion" / "__init__.py")
     node = package.NODE_CLASS_MAPPINGS["ApplyCatVersion"]
-    assert node.INPUT_TYPES()["required"]["concept"] == ([artifact.FILE_NAME],)
-    assert node.IS_CHANGED(clip=None, concept=artifact.FILE_NAME, strength=[1.0]) > 0
+    assert node.INPUT_TYPES()["required"]["concept"] == ([concept_file.FILE_NAME],)
+    assert node.IS_CHANGED(clip=None, concept=concept_file.FILE_NAME, strength=[1.0]) > 0
 
     clip = comfyui.CLIP(pipe.text_encoder, pipe.tokenizer)
     base = {prompt: clip.encode(prompt) for prompt in PROMPTS}
     assert max_error(base[PROMPTS[0]], ours(tiny_pipeline, PROMPTS[:1])) < TOLERANCE
 
     def apply(clip, strength):
-        return getattr(node(), node.FUNCTION)(clip, artifact.FILE_NAME, strength)[0]
+        return getattr(node(), node.FUNCTION)(clip, concept_file.FILE_NAME, strength)[0]
 
     clones = {strength: apply(clip, strength) for strength in (1.0, 0.5, 0.0)}
     for prompt, (strength, clone) in itertools.product(PROMPTS, clones.items()):
@@ -267,7 +270,7 @@ def test_comfyui(pipe, tiny_pipeline, make, tmp_path, scope):
         apply(comfyui.CLIP(pipe.text_encoder, pipe.tokenizer, ("clip_l", "clip_g")), 1.0)
 
     second, two = with_second(concept)
-    artifact.save(tmp_path / "out" / "comfyui_catversion" / artifact.FILE_NAME, two)
+    concept_file.save(tmp_path / "out" / "comfyui_catversion" / concept_file.FILE_NAME, two)
     pair = apply(comfyui.CLIP(pipe.text_encoder, pipe.tokenizer, ("clip_l", "clip_g")), 1.0)
     expected = np.concatenate([ours(tiny_pipeline, PROMPTS[:1], c) for c in (concept, second)], -1)
     assert max_error(pair.encode(PROMPTS[0]), expected) < TOLERANCE

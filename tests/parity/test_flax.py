@@ -14,11 +14,11 @@ from flax.traverse_util import flatten_dict
 from transformers import CLIPTextConfig as ReferenceTextConfig
 from transformers import FlaxCLIPTextModel
 
-from catversion_jax import pipeline
+from catversion_jax.base import pipeline
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from catversion_jax.models.config import from_json
 from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
+from catversion_jax.utils.json_config import from_json
 from tests.tiny import random_params
 
 SD15_UNET = {

@@ -8,16 +8,16 @@ import torch
 from transformers import CLIPTextConfig as ReferenceConfig
 from transformers import CLIPTextModel as Reference
 
-from catversion_jax import artifact, pipeline
-from catversion_jax.adapter import Prefix
-from catversion_jax.convert import official
-from catversion_jax.convert.rules import CLIP_TEXT
-from catversion_jax.convert.torch import from_torch
-from catversion_jax.convert.torch_zip import open_checkpoint, read
+from catversion_jax.base import pipeline
+from catversion_jax.methods import concept_file, official
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from catversion_jax.models.config import from_json
+from catversion_jax.models.prefix_attention import Prefix
+from catversion_jax.utils.json_config import from_json
+from catversion_jax.weights.conversion import from_torch
+from catversion_jax.weights.rules import CLIP_TEXT
+from catversion_jax.weights.torch_zip import open_checkpoint, read
+from tests.cli.test_convert_command import concept
 from tests.conftest import OFFICIAL, max_error
-from tests.test_convert_command import concept
 
 SD15_TEXT = {
     "vocab_size": 1000,
@@ -126,7 +126,7 @@ def forward(model: Reference, token_ids: torch.Tensor, prefixes: dict[int, torch
     return text.final_layer_norm(x)
 
 
-def adapters(folder) -> dict[str, artifact.Concept]:
+def adapters(folder) -> dict[str, concept_file.Concept]:
     """The authors' two where they are there, and one of ours, each through its file."""
     official.write(folder / "ours.bin", concept(), folder)
     paths = [folder / "ours.bin", *sorted(OFFICIAL.glob("*/pytorch_adapter.bin"))]

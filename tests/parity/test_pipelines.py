@@ -15,7 +15,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from catversion_jax import pipeline, sampling
+from catversion_jax.base import pipeline
+from catversion_jax.sampling import sampler
 from tests import tiny
 
 PROMPTS = ["a photo of a teapot on the beach", ""]
@@ -120,7 +121,7 @@ def conditioning(theirs) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def test_conditioning(both):
     theirs, ours = both
-    context = sampling.condition(ours, PROMPTS)
+    context = sampler.condition(ours, PROMPTS)
     states, pooled = conditioning(theirs)
     close(context.states, states)
     assert (context.pooled is None) == (pooled is None)

@@ -20,10 +20,9 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.numpy import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, FlaxCLIPTextModel
 
-from catversion_jax import source
-from catversion_jax.convert import ldm
+from catversion_jax.weights import ldm, source
 from tests import ldm_files, tiny
-from tests.test_source import read
+from tests.weights.test_source import read
 
 FAMILIES = tuple(ldm_files.CONFIGS)
 SAVED = {

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
+from catversion_jax.base.noise_schedule import NoiseSchedule
+from catversion_jax.base.pipeline import COMPONENTS, Networks, abstract
 from catversion_jax.bench.random_model import RANDOM
 from catversion_jax.bench.step import random_data
 from catversion_jax.config import Config, from_config_dict, stable_diffusion
-from catversion_jax.convert import ldm
-from catversion_jax.diffusion import NoiseSchedule
 from catversion_jax.models import attention
-from catversion_jax.pipeline import COMPONENTS, Networks, abstract
-from catversion_jax.sharding import make_mesh, sharding
-from catversion_jax.state import Frozen
-from catversion_jax.train_step import StepConfig, compile_chunk
-from tests.eight_devices import COLLECTIVE
+from catversion_jax.models.sharding import make_mesh, sharding
+from catversion_jax.training.state import Frozen
+from catversion_jax.training.step import StepConfig, compile_chunk
+from catversion_jax.weights import ldm
+from tests.training.eight_devices import COLLECTIVE
 
 NARROW = {
     "text": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4},

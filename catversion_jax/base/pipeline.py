@@ -1,0 +1,240 @@
+"""A base model: its networks (static, hashable) and its parameters (arrays on the device)."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from catversion_jax.base.noise_schedule import TARGETS, NoiseSchedule
+from catversion_jax.base.text import Tokenizer
+from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+from catversion_jax.models.sharding import Rules, places
+from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
+from catversion_jax.models.vae import AutoencoderKL, VAEConfig
+from catversion_jax.utils import tree
+from catversion_jax.utils.files import expand
+from catversion_jax.utils.json_config import from_json
+from catversion_jax.utils.settings import ANY_TEXT, one_of, setting
+from catversion_jax.utils.types import Params
+from catversion_jax.weights import weight_cache
+from catversion_jax.weights.conversion import Part, collect, readers, shapes_of, submit
+from catversion_jax.weights.source import Source, open_source
+
+MINI = Path(__file__).parents[1] / "mini"
+"""The embedded small Stable Diffusion: the default wherever no other model is named."""
+
+BLOCK = 64
+"""Of a transposed tensor's last axis, at a time."""
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which base model is read, and how."""
+
+    path: str = setting(
+        "", 'a folder, a single file, or a model\'s name on Hugging Face; "": the embedded mini model', ANY_TEXT
+    )
+    revision: str = setting("", 'of a model on Hugging Face; "": its main branch', ANY_TEXT)
+    variant: str = setting("", '"fp16" reads the .fp16.safetensors files', ANY_TEXT)
+    prediction_type: str = setting(
+        "",
+        f'{" or ".join(TARGETS)}; "": as the model says; v_prediction for a 2.x file',
+        one_of(TARGETS, unset=True),
+    )
+    dtype: str = setting(
+        "float32", f"of the text encoder's and the UNet's computation: {', '.join(DTYPES)}", one_of(DTYPES)
+    )
+
+    @property
+    def folder(self) -> Path:
+        """Where the model lies, unless `path` is a name on Hugging Face."""
+        return expand(self.path) if self.path else MINI
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What is static under `jax.jit`."""
+
+    text: tuple[CLIPTextModel, ...]  # two in SDXL
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    schedule: NoiseSchedule
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        return size, size, self.unet.config.in_channels
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """Number and size of each text encoder's attention heads: (H, D) of its prefix."""
+        return tuple(text.config.heads for text in self.text)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels along each side of a picture."""
+        return self.unet.config.sample_size * self.vae.config.downscale
+
+
+@dataclass(frozen=True, eq=False)  # each is itself: parameters are not compared
+class Pipeline:
+    """A loaded base model. `params` has the keys text (a tree for each text encoder), unet and vae."""
+
+    networks: Networks
+    params: dict[str, Any]
+    tokenizers: tuple[Tokenizer, ...]  # one for each text encoder
+    fingerprint: str  # of the text encoders' weights
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The first one: in SDXL's second, words are the same tokens and only the padding differs."""
+        return self.tokenizers[0]
+
+
+def text_config(config: dict, dtype) -> CLIPTextConfig:
+    """The field projection_dim is always there; whether the weights are, `architectures` tells."""
+    projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+    changes = {"projection_dim": config["projection_dim"] if projects else None}
+    return from_json(CLIPTextConfig, config | changes, {"attention_dropout": 0.0}, dtype=dtype)
+
+
+class Component(NamedTuple):
+    """A network and how to make it."""
+
+    make: Callable[[dict, Any], Any]  # (config.json, dtype) -> module
+    inputs: Callable[[Any], tuple]  # module -> the inputs its `init` traces
+
+
+TEXT = Component(
+    lambda config, dtype: CLIPTextModel(text_config(config, dtype)),
+    lambda m: (jnp.zeros((1, m.config.max_position_embeddings), jnp.int32),),
+)
+COMPONENTS = {
+    "text": TEXT,
+    "text_2": TEXT,
+    "unet": Component(
+        lambda config, dtype: UNet2DConditionModel(UNetConfig.from_json(config, dtype=dtype)),
+        lambda m: (
+            jnp.zeros((1, m.config.sample_size, m.config.sample_size, m.config.in_channels)),
+            jnp.zeros((1,), jnp.int32),
+            jnp.zeros((1, 77, m.config.cross_attention_dim)),
+            m.config.pooled_dim and jnp.zeros((1, m.config.pooled_dim)),
+        ),
+    ),
+    "vae": Component(
+        lambda config, dtype: AutoencoderKL(VAEConfig.from_json(config, dtype=dtype)),
+        lambda m: (jnp.zeros((1, m.config.downscale * 8, m.config.downscale * 8, m.config.in_channels)),),
+    ),
+    "image": Component(
+        lambda config, dtype: CLIPVisionModel(
+            from_json(CLIPVisionConfig, config, {"attention_dropout": 0.0}, dtype=dtype)
+        ),
+        lambda m: (jnp.zeros((1, m.config.image_size, m.config.image_size, 3)),),
+    ),
+}
+
+
+def abstract(name: str, module, dtype=jnp.float32, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
+    """A component's parameters as shapes in `dtype`, each with its place (sharding.places)."""
+    shapes = shapes_of(module.init, *COMPONENTS[name].inputs(module))
+
+    def shape(leaf, place):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+
+    return jax.tree.map(shape, shapes, places(shapes, mesh, rules))
+
+
+def laid_out(tensor: np.ndarray, op: Callable, dtype: Any) -> np.ndarray:
+    """A tensor of a file in our layout and dtype. In blocks that stay in the processor's cache: a cast that transposes,
+    and a transpose of the whole, are several times slower."""
+    view = op(tensor)
+    with np.errstate(over="ignore"):
+        if view.flags.c_contiguous:
+            return view.astype(dtype)
+        out = np.empty(view.shape, dtype)
+        for start in range(0, view.shape[-1], BLOCK):
+            out[..., start : start + BLOCK] = view[..., start : start + BLOCK].astype(dtype)
+        return out
+
+
+def load_component(source: Source, name: str, dtype=jnp.float32) -> tuple[Any, Params]:
+    """One network of a model and its parameters on the default device in `dtype`."""
+    module = COMPONENTS[name].make(source.config(name), dtype)
+    with readers() as pool:
+        return module, collect(begin(pool, source, name, abstract(name, module, dtype)))
+
+
+def begin(
+    pool: Executor, source: Source, name: str, shapes: Params, digests: dict[str, bytes] | None = None
+) -> list[Future]:
+    """Begin to read a component's parameters, in the dtypes and shardings of `shapes`: each goes from its file to where
+    it belongs.
+
+    Notes the values' digests, as the file has them, in `digests`. Raises UserError where the weights are not what the
+    network needs.
+    """
+    expected = flatten_dict(shapes, sep="/")
+
+    def place(part: Part, tensor: np.ndarray) -> jax.Array:
+        if digests is not None:
+            digests[f"{name}/{part.path}"] = tree.digest(laid_out(tensor, part.op, np.float16))
+        leaf = expected[part.path]
+        return jax.device_put(laid_out(tensor, part.op, leaf.dtype), leaf.sharding)
+
+    return submit(pool, source.tensors(name), source.rules(name), shapes, f"{source.name}: {name}", place)
+
+
+def open_model(model: ModelConfig) -> Source:
+    """The base model that the config names, before its tensors are read."""
+    return open_source(model.path or str(MINI), model.revision, model.variant, model.prediction_type)
+
+
+def load(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Rules = ()) -> Pipeline:
+    """Loads a Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds it.
+
+    `model.dtype` is that of the text encoders' and the UNet's weights and computation; the VAE's is always float32: it
+    runs a few times, and half precision is known to overflow in it. The parameters go to the devices of `mesh`, as
+    `rules` (of the form of sharding.FROZEN) split them; without a mesh, to the default device.
+    """
+    source = open_model(model)
+    texts = [name for name in ("text", "text_2") if name in source.components]
+    tokenizers = tuple(Tokenizer(source.tokenizer(name)) for name in texts)
+    schedule = NoiseSchedule.from_json(source.scheduler())
+    dtypes = {name: jnp.float32 if name == "vae" else DTYPES[model.dtype] for name in (*texts, "unet", "vae")}
+    modules = {name: COMPONENTS[name].make(source.config(name), dtypes[name]) for name in dtypes}
+
+    @cache
+    def shapes(name: str) -> Params:
+        return abstract(name, modules[name], dtypes[name], mesh, rules)
+
+    def convert() -> tuple[dict[str, Params], str]:
+        digests: dict[str, bytes] = {}
+        with readers() as pool:  # the UNet first: while it is read, the others are traced for their shapes
+            reading = {
+                name: begin(pool, source, name, shapes(name), digests if name in texts else None)
+                for name in ("unet", "vae", *texts)
+            }
+            return {name: collect(futures) for name, futures in reading.items()}, tree.fingerprint(digests)
+
+    params, fingerprint = weight_cache.read(source, dtypes, shapes, convert)
+    encoders, unet, vae = tuple(modules[name] for name in texts), modules["unet"], modules["vae"]
+    if len(encoders) > 1:
+        encoders = tuple(CLIPTextModel(replace(encoder.config, skip=1)) for encoder in encoders)
+    resolution = unet.config.sample_size * vae.config.downscale
+    unet = UNet2DConditionModel(replace(unet.config, resolution=resolution))
+    return Pipeline(
+        networks=Networks(encoders, unet, vae, schedule),
+        params={"text": tuple(params[name] for name in texts), "unet": params["unet"], "vae": params["vae"]},
+        tokenizers=tokenizers,
+        fingerprint=fingerprint,
+    )

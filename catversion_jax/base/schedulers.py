@@ -1,0 +1,290 @@
+"""Sampling as data: a scheduler and a number of steps become one small matrix for every call of the UNet.
+
+DDIM, PLMS, Euler and DPM-Solver++ are linear in the latents, the UNet's predictions and the noise; they differ in
+numbers that the host knows beforehand. `step` is one product, the same for all of them; the rows of its matrix come
+from running a scheduler's formulas on unit vectors. Each one is a DDIM step from one noise level to the next with the
+clean latents estimated in its own way, so the formulas here are shorter than those of the papers.
+
+A noise level is sigma, the ratio of noise to signal (Karras et al. 2022). Latents are kept as the UNet takes them, of
+total variance one: signal(sigma) * (clean + sigma * noise). The numbers are those of the classes in diffusers 0.39.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from catversion_jax.base.noise_schedule import NoiseSchedule, check_choices
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.json_config import from_json
+from catversion_jax.utils.types import Array, Float, Int
+
+
+class Calls(NamedTuple):
+    """What the UNet's calls need, one after the other; a pytree to scan over."""
+
+    index: Int[np.ndarray, "calls"]
+    timestep: Float[np.ndarray, "calls"]
+    update: Float[np.ndarray, "calls slots slots+2"]  # `step`'s matrices
+
+
+class Trajectory(NamedTuple):
+    """From noise to a picture. The state is a stack of slots: first the latents, then what the scheduler remembers."""
+
+    scale: float  # of the first latents, whose noise has variance one
+    calls: Calls
+
+    def start(self, noise: Float[Array, "B h w c"]) -> Float[Array, "slots B h w c"]:
+        """The state before the first call."""
+        slots = self.calls.update.shape[1]
+        return jnp.zeros((slots, *noise.shape), noise.dtype).at[0].set(self.scale * noise)
+
+
+def step(
+    state: Float[Array, "slots B h w c"],
+    prediction: Float[Array, "B h w c"],
+    noise: Float[Array, "B h w c"],
+    update: Float[Array, "slots slots+2"],
+) -> Float[Array, "slots B h w c"]:
+    """The state after the UNet's prediction for its first slot."""
+    terms = jnp.concatenate([state, prediction[None], noise[None]])
+    return jnp.einsum("st,tBhwc->sBhwc", update, terms, precision="highest")
+
+
+def signal(sigma):
+    return 1 / np.hypot(1, sigma)
+
+
+CLEAN = {
+    "epsilon": lambda prediction, latents, sigma: latents / signal(sigma) - sigma * prediction,
+    "v_prediction": lambda prediction, latents, sigma: signal(sigma) * (latents - sigma * prediction),
+}
+"""prediction_type -> the clean latents that a prediction stands for."""
+
+
+def move(clean, latents, sigma, to):
+    """The DDIM step between noise levels (Song et al. 2021, eta 0): what is not clean is noise."""
+    return signal(to) * (clean + to / sigma * (latents / signal(sigma) - clean))
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keys of scheduler_config.json that say where a scheduler steps."""
+
+    timestep_spacing: str  # a key of SPACINGS
+    steps_offset: int = 1  # as the pipelines of Stable Diffusion set it
+    set_alpha_to_one: bool = False
+    final_sigmas_type: str = "zero"  # a key of FINAL_SIGMAS
+    use_karras_sigmas: bool = False
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+
+
+SPACINGS = {
+    "leading": lambda total, steps, offset: np.arange(steps)[::-1] * (total // steps) + offset,
+    "linspace": lambda total, steps, offset: np.linspace(0, total - 1, steps)[::-1],
+    # [:steps]: for some numbers of steps rounding makes arange one longer, a timestep -1
+    "trailing": lambda total, steps, offset: np.arange(total, 0, -total / steps)[:steps].round() - 1,
+}
+"""timestep_spacing -> descending timesteps (Lin et al. 2024, table 2)."""
+
+FINAL_SIGMAS = {"zero": lambda trained: 0.0, "sigma_min": lambda trained: trained[0]}
+"""final_sigmas_type -> the noise level that the last step goes to."""
+
+KARRAS_RHO = 7
+FEW_CALLS = 15  # with fewer, lower_order_final holds
+ADAMS_BASHFORTH = (
+    (1,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+def trained_sigmas(schedule: NoiseSchedule) -> Float[np.ndarray, "timesteps"]:
+    alphas = schedule.alphas_cumprod.astype(np.float64)
+    return np.sqrt((1 - alphas) / alphas)
+
+
+def spaced(schedule: NoiseSchedule, options: Options, steps: int) -> Float[np.ndarray, "steps"]:
+    """Descending timesteps. Raises UserError where there are not that many."""
+    total = schedule.num_train_timesteps
+    timesteps = SPACINGS[options.timestep_spacing](total, steps, options.steps_offset)
+    if timesteps[0] >= total or len(np.unique(timesteps.round())) < steps:
+        raise UserError(f"steps: more than {total} timesteps give with spacing {options.timestep_spacing!r}; use fewer")
+    return timesteps
+
+
+def karras(sigmas: Float[np.ndarray, "n"], steps: int) -> Float[np.ndarray, "steps"]:
+    """Noise levels from the largest to the smallest of `sigmas` (Karras et al. 2022, equation 5)."""
+    ends = np.array([sigmas.max(), sigmas.min()]) ** (1 / KARRAS_RHO)
+    return np.linspace(*ends, steps) ** KARRAS_RHO
+
+
+def to_timesteps(sigmas: Float[np.ndarray, "n"], trained: Float[np.ndarray, "timesteps"]) -> Float[np.ndarray, "n"]:
+    return np.interp(np.log(sigmas), np.log(trained), np.arange(len(trained)))
+
+
+def trajectory(timesteps, updates, scale: float = 1.0) -> Trajectory:
+    calls = Calls(np.arange(len(timesteps), dtype=np.int32), np.float32(timesteps), np.float32(updates))
+    return Trajectory(float(scale), calls)
+
+
+def earlier(timesteps: np.ndarray, schedule: NoiseSchedule, options: Options, steps: int) -> np.ndarray:
+    """The noise levels that DDIM's and PLMS's steps go to: a fixed stride on, whatever the spacing."""
+    trained = trained_sigmas(schedule)
+    timesteps = timesteps - schedule.num_train_timesteps // steps
+    return np.where(timesteps >= 0, trained[timesteps], 0.0 if options.set_alpha_to_one else trained[0])
+
+
+def ddim(schedule: NoiseSchedule, options: Options, steps: int) -> Trajectory:
+    """Song et al. 2021."""
+    timesteps = spaced(schedule, options, steps).round().astype(int)
+    levels = zip(trained_sigmas(schedule)[timesteps], earlier(timesteps, schedule, options, steps), strict=True)
+    latents, prediction, _ = np.eye(3)
+    clean = CLEAN[schedule.prediction_type]
+    return trajectory(timesteps, [[move(clean(prediction, latents, s), latents, s, to)] for s, to in levels])
+
+
+def pndm(schedule: NoiseSchedule, options: Options, steps: int) -> Trajectory:
+    """PLMS: Liu et al. 2022 without the Runge-Kutta start. The second timestep is there twice: its first call only
+    betters the first step, which is then made again."""
+    timesteps = spaced(schedule, options, steps).round().astype(int)
+    timesteps = np.concatenate([timesteps[:2], timesteps[1:]])
+    starts = timesteps.copy()
+    starts[1:2] += schedule.num_train_timesteps // steps
+    levels = zip(trained_sigmas(schedule)[starts], earlier(starts, schedule, options, steps), strict=True)
+    latents, first, *past, prediction, _ = np.eye(7)
+    clean = CLEAN[schedule.prediction_type]
+    updates = []
+    for i, (sigma, to) in enumerate(levels):
+        if i == 1:
+            source, mean, remembered = first, (prediction + past[0]) / 2, past
+        else:
+            weights = ADAMS_BASHFORTH[min(max(i, 1), len(ADAMS_BASHFORTH)) - 1]
+            mean = sum(w * x for w, x in zip(weights, [prediction, *past], strict=False))
+            source, remembered = latents, [prediction, *past[:2]]
+        updates.append([move(clean(mean, source, sigma), source, sigma, to), source, *remembered])
+    return trajectory(timesteps, updates)
+
+
+def euler(schedule: NoiseSchedule, options: Options, steps: int, ancestral: bool = False) -> Trajectory:
+    """Karras et al. 2022, algorithm 2 without churn; `ancestral` puts back, as new noise, all that the posterior of
+    the next latents allows."""
+    trained = trained_sigmas(schedule)
+    timesteps = spaced(schedule, options, steps)
+    sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
+    if options.use_karras_sigmas:
+        sigmas = karras(sigmas, steps)
+        timesteps = to_timesteps(sigmas, trained)
+    targets = np.append(sigmas[1:], FINAL_SIGMAS[options.final_sigmas_type](trained))
+    latents, prediction, noise = np.eye(3)
+    clean = CLEAN[schedule.prediction_type]
+    updates = []
+    for sigma, to in zip(sigmas, targets, strict=True):
+        down = to**2 / sigma if ancestral else to
+        moved = move(clean(prediction, latents, sigma), latents, sigma, down) / signal(down)
+        updates.append([signal(to) * (moved + np.sqrt(to**2 - down**2) * noise)])
+    updates[-1][0] /= signal(targets[-1])  # the last latents are left in Euler's own scale, where the signal's is 1
+    scale = 1.0 if options.timestep_spacing == "leading" else sigmas[0] * signal(sigmas[0])
+    return trajectory(timesteps, updates, scale)
+
+
+def dpmpp_2m(schedule: NoiseSchedule, options: Options, steps: int) -> Trajectory:
+    """Lu et al. 2022, DPM-Solver++, algorithm 2."""
+    trained = trained_sigmas(schedule)
+    if options.use_karras_sigmas:
+        sigmas = karras(trained, steps)
+        timesteps = to_timesteps(sigmas, trained).round()
+    else:
+        unused = options.timestep_spacing != "trailing"  # one more is spaced than called
+        timesteps = spaced(schedule, options, steps + unused).round()[:steps]
+        sigmas = trained[timesteps.astype(int)]
+    sigmas = np.append(sigmas, FINAL_SIGMAS[options.final_sigmas_type](trained))
+    lower = options.euler_at_final or (options.lower_order_final and steps < FEW_CALLS)
+    lower_at_end = lower or options.final_sigmas_type == "zero"
+    latents, past, prediction, _ = np.eye(4)
+    updates = []
+    for i, (sigma, to) in enumerate(pairwise(sigmas)):
+        clean = ahead = CLEAN[schedule.prediction_type](prediction, latents, sigma)
+        if i > 0 and not (i == steps - 1 and lower_at_end):
+            ahead = clean + np.log(sigma / to) / np.log(sigmas[i - 1] / sigma) / 2 * (clean - past)
+        updates.append([move(ahead, latents, sigma, to), clean])
+    return trajectory(timesteps, updates)
+
+
+class Scheduler(NamedTuple):
+    diffusers: str  # the class that gives the same numbers
+    plan: Callable[[NoiseSchedule, Options, int], Trajectory]
+    defaults: dict[str, Any]  # what the class takes where scheduler_config.json says nothing
+    fixed: dict[str, Any]  # keys that the class reads, with the one value that is implemented here
+    forced: dict[str, Any] = {}  # whatever scheduler_config.json says
+
+
+EULER_FIXED = {
+    "interpolation_type": "linear",
+    "sigma_max": None,
+    "sigma_min": None,
+    "timestep_type": "discrete",
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+}
+DPM_FIXED = {
+    "algorithm_type": "dpmsolver++",
+    "lambda_min_clipped": -np.inf,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "thresholding": False,
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_flow_sigmas": False,
+    "use_lu_lambdas": False,
+    "variance_type": None,
+}
+LEADING, LINSPACE = {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace"}
+DPM, KARRAS = "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}
+ANCESTRAL = {"final_sigmas_type": "zero", "use_karras_sigmas": False}  # the class knows neither key
+
+SCHEDULERS = {
+    "ddim": Scheduler(
+        "DDIMScheduler", ddim, LEADING | {"set_alpha_to_one": True}, {"clip_sample": False, "thresholding": False}
+    ),
+    "pndm": Scheduler("PNDMScheduler", pndm, LEADING, {"skip_prk_steps": True}),
+    "euler": Scheduler("EulerDiscreteScheduler", euler, LINSPACE, EULER_FIXED),
+    "euler_ancestral": Scheduler(
+        "EulerAncestralDiscreteScheduler", partial(euler, ancestral=True), LINSPACE, {}, ANCESTRAL
+    ),
+    "dpmpp_2m": Scheduler(DPM, dpmpp_2m, LINSPACE, DPM_FIXED),
+    "dpmpp_2m_karras": Scheduler(DPM, dpmpp_2m, LINSPACE, DPM_FIXED, KARRAS),
+}
+"""The names that --scheduler takes."""
+
+
+def plan(schedule: NoiseSchedule, name: str, steps: int) -> Trajectory:
+    """The trajectory of the scheduler `name`, a key of SCHEDULERS, or of the pipeline's own, "".
+
+    Raises UserError for what is none, and for settings of scheduler_config.json that are not implemented.
+    """
+    config = dict(schedule.sampling)
+    scheduler = SCHEDULERS.get(name) if name else own(config.get("_class_name"))
+    if scheduler is None:
+        raise UserError(f"scheduler={name}: no such scheduler; expected one of {', '.join(SCHEDULERS)}")
+    config = scheduler.defaults | config | {"_class_name": scheduler.diffusers}
+    options = from_json(Options, config, scheduler.fixed, **scheduler.forced)
+    check_choices(options, {"timestep_spacing": SPACINGS, "final_sigmas_type": FINAL_SIGMAS})
+    return scheduler.plan(schedule, options, steps)
+
+
+def own(class_name: str | None) -> Scheduler:
+    """The scheduler of a scheduler_config.json."""
+    for scheduler in SCHEDULERS.values():
+        if scheduler.diffusers == class_name:
+            return scheduler
+    raise UserError(
+        f"scheduler_config.json: {class_name}: not supported; choose one of {', '.join(SCHEDULERS)} as "
+        "scheduler (in a config: sample.scheduler)"
+    )

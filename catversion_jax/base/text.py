@@ -1,0 +1,116 @@
+"""Prompts to text states: tokens, the class word's place among them, and the encoder below and above the prefix."""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from catversion_jax.models.clip import CLIPTextModel
+from catversion_jax.models.prefix_attention import Prefix
+from catversion_jax.models.unet import Context
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.types import Array, Bool, Float, Int, Params
+
+
+class Tokenizer:
+    """CLIP's tokenizer, read from a diffusers folder; token ids are padded or cut to the model's length (77)."""
+
+    def __init__(self, folder: Path):
+        from transformers import CLIPTokenizer  # here: a second of import that half of the commands do not need
+
+        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder}: no {' and no '.join(missing)}; expected a CLIP tokenizer of a diffusers folder")
+        config = folder / "tokenizer_config.json"
+        self.length = json.loads(config.read_text())["model_max_length"] if config.is_file() else 77
+        self._tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    def __call__(self, prompts: list[str]) -> Int[np.ndarray, "T Q"]:
+        out = self._tokenizer(prompts, padding="max_length", max_length=self.length, truncation=True)
+        return np.asarray(out["input_ids"], np.int32)
+
+    def word(self, word: str) -> tuple[int, ...]:
+        """The token ids of a word or several, without start and end token."""
+        return tuple(self._tokenizer(word, add_special_tokens=False)["input_ids"])
+
+    def token(self, token_id: int) -> str:
+        """A token as it is written."""
+        return self._tokenizer.convert_ids_to_tokens(int(token_id)).removesuffix("</w>")
+
+    def is_cut(self, prompt: str) -> bool:
+        """Whether the prompt is longer than the text encoder reads."""
+        return len(self.word(prompt)) > self.length - 2
+
+
+def find_word(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Int[np.ndarray, "T"]:
+    """The position of the word's last token at its first occurrence in each prompt; -1 where it does not occur.
+
+    The word is matched as its whole token sequence: tokens are case-folded, and a plural is another token.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(token_ids, len(word), axis=1)
+    hits = (windows == np.asarray(word)).all(-1)
+    return np.where(hits.any(1), hits.argmax(1) + len(word) - 1, -1)
+
+
+def without_word(tokenizer: Tokenizer, class_word: str, prompts: Sequence[str]) -> list[str]:
+    """The prompts that do not hold the class word: all, where it is not known."""
+    if not class_word:
+        return list(prompts)
+    places = find_word(tokenizer(list(prompts)), tokenizer.word(class_word))
+    return [prompt for prompt, place in zip(prompts, places, strict=True) if place < 0]
+
+
+def visibility(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...], scope: str) -> Bool[np.ndarray, "T Q"]:
+    """Which query positions see the prefix in a scope of `adapter.SCOPES`."""
+    if scope == "all":
+        return np.ones(token_ids.shape, bool)
+    place = find_word(token_ids, word)[:, None]
+    return (place >= 0) & (np.arange(token_ids.shape[1]) >= place)
+
+
+def put_before(prompt: str, class_word: str, identifier: str) -> str:
+    """The prompt with an identifier before the class word's first occurrence, if there is one."""
+    word = rf"(?<!\w){re.escape(class_word)}(?!\w)"
+    return re.sub(word, lambda match: f"{identifier} {match[0]}", prompt, count=1, flags=re.IGNORECASE)
+
+
+class Prompts(flax.struct.PyTreeNode):
+    """Prompts as the layers of one text encoder from the prefix on take them."""
+
+    hidden: Float[Array, "*T Q c"]  # states below the prefix
+    visible: Bool[Array, "*T Q 1|P"]  # which positions see what was learned, or its P parts
+    end: Int[Array, "*T"]  # the end token's position
+
+
+@partial(jax.jit, static_argnames=("text", "stop"))
+def lower(
+    text: CLIPTextModel, params: Params, token_ids: Int[Array, "T Q"], visible: Bool[Array, "T Q 1|P"], *, stop: int
+) -> Prompts:
+    """The layers below `stop`, which nothing learned reaches: once per prompt."""
+
+    def run(model: CLIPTextModel):
+        return model.layers(model.embed(token_ids), stop=stop)[-1], model.end(token_ids)
+
+    hidden, end = text.apply({"params": params}, method=run)
+    return Prompts(hidden, visible, end)
+
+
+def upper(
+    texts: Sequence[CLIPTextModel],
+    params: Sequence[Params],
+    prompts: Sequence[Prompts],
+    prefixes: Sequence[Prefix | None],
+    starts: Sequence[int],
+) -> Context:
+    """The layers of every text encoder from its start on, with its prefix: what the UNet is conditioned on."""
+    outputs = [
+        text.apply({"params": p}, prompt.hidden, prompt.end, prefix, start, method=CLIPTextModel.upper)
+        for text, p, prompt, prefix, start in zip(texts, params, prompts, prefixes, starts, strict=True)
+    ]
+    return Context(jnp.concatenate([states for states, _ in outputs], axis=-1), outputs[-1][1])

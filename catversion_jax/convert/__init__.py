@@ -1,1 +1,0 @@
-"""Checkpoints of other layouts into our parameter trees, by tables that must cover everything."""

@@ -1,0 +1,75 @@
+"""Sets of concepts to measure with: a folder each, of `concept.json`, `train/`, `heldout/` and their masks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from catversion_jax.data.prompts import fill
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.files import expand, read_json
+
+SHIPPED = Path(__file__).parents[1] / "concepts"
+KEYS = ("class_word", "article")
+
+
+@dataclass(frozen=True)
+class ConceptFolder:
+    """One concept: photos to train on, others to score by, and what it is called."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def train(self) -> Path:
+        return self.path / "train"
+
+    @property
+    def train_masks(self) -> Path:
+        return self.path / "train_masks"
+
+    @property
+    def heldout(self) -> Path:
+        return self.path / "heldout"
+
+    @property
+    def heldout_masks(self) -> Path:
+        return self.path / "heldout_masks"
+
+    @cached_property
+    def description(self) -> dict[str, str]:
+        """Class word and article. Raises UserError if `concept.json` has not both, or more."""
+        path = self.path / "concept.json"
+        concept = read_json(path)
+        if not isinstance(concept, dict) or {k: type(v) for k, v in concept.items()} != dict.fromkeys(KEYS, str):
+            example = '{"class_word": "teapot", "article": "a"}'
+            raise UserError(f"{path}: {concept}; expected the texts {' and '.join(KEYS)}, as {example}")
+        return concept
+
+    @property
+    def class_word(self) -> str:
+        return self.description["class_word"]
+
+    @property
+    def article(self) -> str:
+        return self.description["article"]
+
+    def prompts(self, templates: Sequence[str]) -> tuple[str, ...]:
+        """The templates with this concept in them."""
+        return tuple(fill(template, self.class_word, self.article) for template in templates)
+
+    def changes(self) -> dict[str, str]:
+        """The config's dotted keys to train on this concept, and their values."""
+        photos = {"data.dir": str(self.train), "data.masks_dir": str(self.train_masks)}
+        return photos | {f"concept.{key}": value for key, value in self.description.items()}
+
+
+def find(root: str | Path) -> list[ConceptFolder]:
+    """The concepts of a set, by name. Raises UserError if there is none."""
+    paths = sorted(path.parent for path in expand(root).glob("*/concept.json"))
+    if not paths:
+        raise UserError(f"{root}: no concepts; expected folders with concept.json, train/, heldout/ and their masks")
+    return list(map(ConceptFolder, paths))

@@ -1,0 +1,42 @@
+"""The VAE's posterior of every photo, computed once: training only draws from it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from catversion_jax.models.vae import AutoencoderKL
+from catversion_jax.utils.types import Array, Float, Params, UInt8
+
+BATCH = 4  # photos per call of the VAE
+
+
+@partial(jax.jit, static_argnames=("vae",))
+def encode(params: Params, images: UInt8[Array, "B H W 3"], *, vae: AutoencoderKL):
+    """Mean and standard deviation of the latents, scaled as the UNet knows them."""
+    mean, logvar = vae.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1, method="encode")
+    scale = vae.config.scaling_factor
+    return mean * scale, jnp.exp(0.5 * logvar) * scale
+
+
+def posteriors(
+    vae: AutoencoderKL, params: Params, images: UInt8[np.ndarray, "N H W 3"], flip: bool
+) -> tuple[Float[np.ndarray, "N F h w c"], Float[np.ndarray, "N F h w c"]]:
+    """Mean and standard deviation of each photo and, with `flip`, of its mirror image (F = 2, else 1)."""
+    views = np.stack([images, images[:, :, ::-1]] if flip else [images], axis=1)
+    flat = views.reshape(-1, *images.shape[1:])
+    padded = np.concatenate([flat, np.repeat(flat[-1:], -len(flat) % BATCH, axis=0)])
+    parts = [encode(params, padded[i : i + BATCH], vae=vae) for i in range(0, len(padded), BATCH)]
+    mean, std = (np.concatenate(part)[: len(flat)] for part in zip(*parts, strict=True))
+    return mean.reshape(*views.shape[:2], *mean.shape[1:]), std.reshape(*views.shape[:2], *std.shape[1:])
+
+
+def bucket(count: int) -> int:
+    """The padded size that `count` things share with their neighbours, so that one compiled step serves them."""
+    return max(8, 1 << (count - 1).bit_length())
+
+
+def pad(array: np.ndarray, size: int) -> np.ndarray:
+    """Zeros up to `size` along the first axis."""
+    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))

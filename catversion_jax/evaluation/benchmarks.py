@@ -1,0 +1,170 @@
+"""Public benchmarks as data: which subjects, which prompts, and where their photos lie."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.files import read_json
+
+IMAGES_PER_PROMPT = 4
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A concept to be learned, and the prompts it is judged by."""
+
+    name: str
+    class_word: str
+    photos: Path
+    prompts: tuple[str, ...]
+
+
+LIVE_CLASSES = {"cat", "dog"}
+"""DreamBench judges these by the prompts for live subjects, and all others by those for objects."""
+
+CLASSES = {
+    "backpack": "backpack",
+    "backpack_dog": "backpack",
+    "bear_plushie": "stuffed animal",
+    "berry_bowl": "bowl",
+    "can": "can",
+    "candle": "candle",
+    "cat": "cat",
+    "cat2": "cat",
+    "clock": "clock",
+    "colorful_sneaker": "sneaker",
+    "dog": "dog",
+    "dog2": "dog",
+    "dog3": "dog",
+    "dog5": "dog",
+    "dog6": "dog",
+    "dog7": "dog",
+    "dog8": "dog",
+    "duck_toy": "toy",
+    "fancy_boot": "boot",
+    "grey_sloth_plushie": "stuffed animal",
+    "monster_toy": "toy",
+    "pink_sunglasses": "glasses",
+    "poop_emoji": "toy",
+    "rc_car": "toy",
+    "red_cartoon": "cartoon",
+    "robot_toy": "toy",
+    "shiny_sneaker": "sneaker",
+    "teapot": "teapot",
+    "vase": "vase",
+    "wolf_plushie": "stuffed animal",
+}
+PLACES = (
+    "a {} in the jungle",
+    "a {} in the snow",
+    "a {} on the beach",
+    "a {} on a cobblestone street",
+    "a {} on top of pink fabric",
+    "a {} on top of a wooden floor",
+    "a {} with a city in the background",
+    "a {} with a mountain in the background",
+    "a {} with a blue house in the background",
+    "a {} on top of a purple rug in a forest",
+)
+PROPERTIES = ("a red {}", "a purple {}", "a shiny {}", "a wet {}", "a cube shaped {}")
+OBJECT_PROMPTS = (
+    *PLACES,
+    "a {} with a wheat field in the background",
+    "a {} with a tree and autumn leaves in the background",
+    "a {} with the Eiffel Tower in the background",
+    "a {} floating on top of water",
+    "a {} floating in an ocean of milk",
+    "a {} on top of green grass with sunflowers around it",
+    "a {} on top of a mirror",
+    "a {} on top of the sidewalk in a crowded street",
+    "a {} on top of a dirt road",
+    "a {} on top of a white rug",
+    *PROPERTIES,
+)
+LIVE_PROMPTS = (
+    *PLACES,
+    "a {} wearing a red hat",
+    "a {} wearing a santa hat",
+    "a {} wearing a rainbow scarf",
+    "a {} wearing a black top hat and a monocle",
+    "a {} in a chef outfit",
+    "a {} in a firefighter outfit",
+    "a {} in a police outfit",
+    "a {} wearing pink glasses",
+    "a {} wearing a yellow shirt",
+    "a {} in a purple wizard outfit",
+    *PROPERTIES,
+)
+"""DreamBench's subjects and prompts (Ruiz et al. 2023, https://github.com/google/dreambooth), the class alone where
+its own have a rare token before it."""
+
+
+def dreambench(folder: Path) -> list[Subject]:
+    """`<subject>/*.jpg`; classes and prompts from prompts_and_classes.txt where the folder has it."""
+    path = folder / "prompts_and_classes.txt"
+    classes, objects, live = read_dreambench(path) if path.is_file() else (CLASSES, OBJECT_PROMPTS, LIVE_PROMPTS)
+    return [
+        Subject(name, word, folder / name, filled(live if word in LIVE_CLASSES else objects, word))
+        for name, word in classes.items()
+    ]
+
+
+def read_dreambench(path: Path) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    """subject -> class, the prompts for objects and those for live subjects, of DreamBench's own file."""
+    content = path.read_text("utf-8")
+    table = re.search(r"subject_name,class\n((?:[^,\n]+,[^,\n]+\n)+)", content)
+    lists = re.findall(r"prompt_list = \[(.*?)\]", content, re.DOTALL)
+    prompts = [tuple(p.replace("{0} {1}", "{}") for p in re.findall(r"'(.*?)'\.format", part)) for part in lists]
+    if not table or len(prompts) != 2 or not all(prompts):
+        raise UserError(f"{path}: expected DreamBench's table of classes and two lists of prompts; download it again")
+    return dict(line.split(",") for line in table[1].splitlines()), *prompts
+
+
+def customconcept101(folder: Path) -> list[Subject]:
+    """`dataset.json`, `prompts/*.txt` and `benchmark_dataset/<subject>/`, as they are published."""
+    path = folder / "dataset.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; expected CustomConcept101's dataset.json beside prompts/ and its photos")
+    subjects = []
+    try:
+        for entry in read_json(path):
+            photos, word = folder / entry["instance_data_dir"], entry["class_prompt"]
+            templates = (folder / entry["prompt_filename"]).read_text("utf-8").splitlines()
+            subjects.append(Subject(photos.name, word, photos, filled(filter(str.strip, templates), word)))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: {error}; expected CustomConcept101's dataset.json; download it again") from None
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; expected the prompts that {path} names") from None
+    return subjects
+
+
+def filled(templates, class_word: str) -> tuple[str, ...]:
+    return tuple(template.strip().replace("{}", class_word) for template in templates)
+
+
+BENCHMARKS: dict[str, Callable[[Path], list[Subject]]] = {
+    "dreambench": dreambench,
+    "customconcept101": customconcept101,
+}
+
+
+def read(benchmark: str, folder: Path, names: list[str]) -> list[Subject]:
+    """The subjects of a benchmark's public folder, or those of `names`. Raises UserError where one is missing."""
+    subjects = BENCHMARKS[benchmark](folder)
+    known = {subject.name: subject for subject in subjects}
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"subject {unknown[0]}: not of {benchmark}; expected one of {', '.join(known)}")
+    chosen = [known[name] for name in names] or subjects
+    if missing := [subject.name for subject in chosen if not subject.photos.is_dir()]:
+        listed = ", ".join(missing)
+        raise UserError(f"{folder}: no photos of {listed}; download them, or choose other subjects")
+    return chosen
+
+
+def manifest(subjects: list[Subject]) -> str:
+    """The subjects as `catversion batch` takes them."""
+    lines = [{"id": s.name, "dir": str(s.photos.absolute()), "class_word": s.class_word} for s in subjects]
+    return "".join(json.dumps(line) + "\n" for line in lines)

@@ -1,0 +1,194 @@
+"""The networks that judge pictures: CLIP (a base model's own, or a CLIPModel folder) and DINO."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from catversion_jax.base.pipeline import MINI, abstract, laid_out, load_component
+from catversion_jax.base.text import Tokenizer
+from catversion_jax.evaluation.metrics import normalize
+from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+from catversion_jax.models.vit import FIXED as VIT_FIXED
+from catversion_jax.models.vit import ViTConfig, ViTModel
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.files import read_json
+from catversion_jax.utils.json_config import from_json
+from catversion_jax.utils.padded_batches import in_batches
+from catversion_jax.utils.types import Float, Params, UInt8
+from catversion_jax.weights import hub, rules
+from catversion_jax.weights.conversion import from_torch, shapes_of
+from catversion_jax.weights.source import TOKENIZER_FILES, open_source
+from catversion_jax.weights.weight_files import FORMATS, file_patterns, find, open_weights
+
+TORCH_FORMATS = [form for form in FORMATS if not form.is_flax]
+
+NESTED_DEFAULTS = {
+    "text_config": {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "eos_token_id": 49407},
+    "vision_config": {},
+}
+"""What a CLIPModel's config.json leaves out where it is so; our own defaults, which hold elsewhere, differ in these."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Bicubic to a shorter edge, the centred square out of it, and a mean and deviation removed."""
+
+    edge: int
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "{self.size} {self.size} 3"]:
+        height, width = image.shape[:2]
+        short = min(height, width)
+        wide, high = (int(self.edge * length / short) for length in (width, height))
+        left, top = (wide - self.size) // 2, (high - self.size) // 2
+        resized = Image.fromarray(image).resize((wide, high), Image.Resampling.BICUBIC)
+        square = np.asarray(resized.crop((left, top, left + self.size, top + self.size)), np.float32)
+        return (square / 255 - np.float32(self.mean)) / np.float32(self.std)
+
+
+def clip_preprocessing(size: int) -> Preprocessing:
+    """OpenAI's, for every size of CLIP."""
+    return Preprocessing(size, size, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+def dino_preprocessing(size: int) -> Preprocessing:
+    """That of DINO's own evaluation: 256 px, of which 224 are seen; ImageNet's mean and deviation."""
+    return Preprocessing(size * 256 // 224, size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@partial(jax.jit, static_argnames=("module",))
+def embed_pixels(params: Params, pixels, *, module):
+    return module.apply({"params": params}, pixels)
+
+
+@partial(jax.jit, static_argnames=("module",))
+def embed_tokens(params: Params, token_ids, *, module):
+    return module.apply({"params": params}, token_ids)["text_embeds"]
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    name: str  # where it was read from
+    module: CLIPVisionModel | ViTModel
+    params: Params
+    preprocessing: Preprocessing
+
+    def __call__(self, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "N e"]:
+        """Unit embeddings of pictures of any size."""
+        pixels = np.stack([self.preprocessing(image) for image in images])
+        return normalize(in_batches(partial(embed_pixels, self.params, module=self.module), pixels))
+
+    def described(self) -> dict:
+        """What has to be said with every number."""
+        config = self.module.config
+        network = {"layers": config.num_hidden_layers, "width": config.hidden_size, "patch": config.patch_size}
+        return {"name": self.name, **network, "resize": "bicubic", **asdict(self.preprocessing)}
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    module: CLIPTextModel
+    params: Params
+    tokenizer: Tokenizer
+
+    def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "N e"]:
+        """Unit embeddings of prompts, in the image encoder's space."""
+        token_ids = self.tokenizer(list(prompts))
+        return normalize(in_batches(partial(embed_tokens, self.params, module=self.module), token_ids))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Both of CLIP's encoders."""
+
+    image: ImageEncoder
+    text: TextEncoder
+
+
+def of_model(path: str | Path) -> Clip:
+    """The encoders of a base model's folder that has an image encoder beside its text encoder, as the mini one."""
+    source = open_source(str(path)) if Path(path).expanduser().is_dir() else None  # a published model has none
+    if source is None or "image" not in source.components:
+        raise UserError(
+            f"{path}: no image_encoder/ to score images by; name a CLIP, such as openai/clip-vit-large-patch14, or a "
+            "folder of one"
+        )
+    image, image_params = load_component(source, "image")
+    text, text_params = load_component(source, "text")
+    if text.config.projection_dim != image.config.projection_dim:
+        raise UserError(f"{path}: its text encoder does not share a space with image_encoder/; name a CLIP")
+    name = "the mini model" if Path(path) == MINI else str(path)
+    encoder = ImageEncoder(name, image, image_params, clip_preprocessing(image.config.image_size))
+    return Clip(encoder, TextEncoder(text, text_params, Tokenizer(source.tokenizer("text"))))
+
+
+def load_clip(name: str) -> Clip:
+    """CLIP as transformers saves a CLIPModel: a folder, or a model's name on Hugging Face."""
+    folder = locate(name, "clip", TOKENIZER_FILES)
+    config = typed_config(folder, "clip", "clip", "a transformers CLIPModel, such as openai/clip-vit-large-patch14")
+    text_json, vision_json = (
+        defaults | config.get(key, {}) | {"projection_dim": config.get("projection_dim", 512)}
+        for key, defaults in NESTED_DEFAULTS.items()
+    )
+    text = CLIPTextModel(from_json(CLIPTextConfig, text_json, {"attention_dropout": 0.0}))
+    image = CLIPVisionModel(from_json(CLIPVisionConfig, vision_json, {"attention_dropout": 0.0}))
+    text_shapes, image_shapes = abstract("text", text), abstract("image", image)
+    params = read(folder, rules.CLIP, text_shapes | image_shapes)
+    encoder = ImageEncoder(
+        name, image, {key: params[key] for key in image_shapes}, clip_preprocessing(image.config.image_size)
+    )
+    return Clip(encoder, TextEncoder(text, {key: params[key] for key in text_shapes}, Tokenizer(folder)))
+
+
+def load_dino(name: str) -> ImageEncoder:
+    """DINO as transformers saves a ViTModel: a folder, or a model's name on Hugging Face."""
+    folder = locate(name, "dino")
+    config = typed_config(folder, "dino", "vit", "a transformers ViTModel, such as facebook/dino-vits16")
+    module = ViTModel(from_json(ViTConfig, config, VIT_FIXED))
+    size = module.config.image_size
+    params = read(folder, rules.VIT, shapes_of(module.init, jnp.zeros((1, size, size, 3))))
+    return ImageEncoder(name, module, params, dino_preprocessing(size))
+
+
+def locate(name: str, what: str, files: Sequence[str] = ()) -> Path:
+    """The folder of a model's config.json, weights and `files`, downloaded where `name` is none."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or folder.exists():
+        raise UserError(f"{what}={name}: no such folder; expected a folder with config.json and model.safetensors")
+    for form in TORCH_FORMATS:  # the first one that the model has
+        folder = hub.fetch(name, "", ["config.json", *files, *file_patterns(form, "")])
+        if find(folder):
+            break
+    return folder
+
+
+def typed_config(folder: Path, what: str, kind: str, expected: str) -> dict:
+    """config.json of a model of that type."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if config.get("model_type") != kind:
+        found = f"model_type {config.get('model_type')!r}" if path.is_file() else "no such file"
+        raise UserError(f"{path}: {found}; {what} expects {expected}, or a folder of one")
+    return config
+
+
+def read(folder: Path, table: list[rules.Rule], expected: Params) -> Params:
+    """A folder's weights in float32 on the default device."""
+    form, tensors = open_weights(folder)
+    if form.is_flax:
+        raise UserError(f"{folder}: only Flax weights; expected model.safetensors or pytorch_model.bin")
+
+    def place(part, tensor):
+        return jnp.asarray(laid_out(tensor, part.op, np.float32))
+
+    return from_torch(tensors, table, expected, str(folder), place)

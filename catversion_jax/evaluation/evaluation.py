@@ -1,0 +1,102 @@
+"""Evaluates concepts: from their images to scores with intervals, and what has to be said with them."""
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from catversion_jax import __version__
+from catversion_jax.evaluation import masks, page, scores
+from catversion_jax.evaluation.samples import (
+    EvaluationConfig,
+    EvaluationTask,
+    base_model,
+    masked_images,
+    read,
+    read_references,
+    sample_task,
+)
+from catversion_jax.evaluation.scores import Encoders, Values
+
+UNRELATED = (
+    "a photo of a car",
+    "a photo of a cat",
+    "a photo of a chair",
+    "a photo of a bicycle",
+    "a photo of a guitar",
+    "a photo of a house",
+)
+"""Prompts for prior_drift. Of these, those that hold the class word are left out."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
+
+
+@dataclass
+class Evaluation:
+    """What came of some tasks."""
+
+    rows: list[dict] = field(default_factory=list)  # a concept each
+    units: list[list[Values]] = field(default_factory=list)  # of each concept
+    grids: dict[str, Image.Image] = field(default_factory=dict)
+
+    def add(self, task: EvaluationTask, config: EvaluationConfig, encoders: Encoders) -> None:
+        """Scores one more concept."""
+        references = masked_images(read_references(task))
+        samples = sample_task(base_model(task, config), task, config, encoders) if task.concept else read(task)
+        related = scores.of_prompts(samples.prompts, samples.images, references, encoders)
+        counts = {"concept": task.name, "references": len(references.images), "pictures": len(samples.prompts)}
+        row = counts | {"attention_mask_iou": samples.attention_mask_iou}
+        self.rows.append(row | scores.concept_row(related, samples.unrelated))
+        self.units.append(scores.concept_units(related, samples.unrelated))
+        self.grids[task.name] = page.image_grid(references, samples.prompts, samples.images)
+
+    def result(self) -> dict:
+        """The scores of all concepts, with each one's."""
+        overlaps = [row["attention_mask_iou"] for row in self.rows if row["attention_mask_iou"] is not None]
+        several = len(self.units) > 1
+        units = [scores.merged(unit) for unit in self.units] if several else self.units[0]
+        return scores.summarize(units) | {
+            "attention_mask_iou": float(np.mean(overlaps)) if overlaps else None,
+            "concepts": self.rows,
+            "definitions": scores.DEFINITIONS,
+        }
+
+
+def evaluate(tasks: Sequence[EvaluationTask], config: EvaluationConfig, encoders: Encoders) -> Evaluation:
+    """Scores each task's concept."""
+    evaluation = Evaluation()
+    for task in tqdm(tasks, unit=" concepts", disable=len(tasks) == 1):
+        evaluation.add(task, config, encoders)
+    return evaluation
+
+
+def describe(
+    tasks: Sequence[EvaluationTask], config: EvaluationConfig, encoders: Encoders, rows: Sequence[dict]
+) -> dict:
+    """What has to be said with the numbers: which encoders, how the images were sampled and masked."""
+    concepts = {task.name: task.concept.metadata() for task in tasks if task.concept}
+    measured = any(row["masked_clip_i"] is not None for row in rows)
+    by_attention = "attention, GrabCut" if config.grabcut else "attention"
+    return {
+        "clip": encoders.clip.image.described(),
+        "dino": encoders.dino and encoders.dino.described(),
+        "background": {
+            "fill_rgb": masks.FILL,
+            "masks_of_references": "files" if measured else None,
+            "masks_of_pictures": (by_attention if concepts else "files") if measured else None,
+            "attention": {"timesteps": masks.TIMESTEPS, "threshold": "Otsu"} if measured and concepts else None,
+        },
+        "drawing": asdict(config) if concepts else None,
+        "concepts": concepts,
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were computed with."""
+    ours = {"catversion-jax": __version__, "python": platform.python_version(), "backend": jax.default_backend()}
+    return ours | {package: importlib.metadata.version(package) for package in PACKAGES}

@@ -1,0 +1,191 @@
+"""Collects the images to evaluate: sampled from a concept or read from disk, with subject masks if available."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from catversion_jax.base.pipeline import Pipeline, load
+from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.base.text import without_word
+from catversion_jax.data.photos import Photo, is_candidate, read_photos
+from catversion_jax.data.prompts import article, fill
+from catversion_jax.evaluation import masks, scores
+from catversion_jax.evaluation.grabcut import grabcut
+from catversion_jax.evaluation.scores import Encoders, MaskedImages, Values
+from catversion_jax.methods.composition import BASE_MODEL, Personalization
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.concept_model import model_of, open_model
+from catversion_jax.sampling.conditioning import context
+from catversion_jax.sampling.image_names import GRID, NAMED, unique_slugs
+from catversion_jax.sampling.sampler import SampleRequest, sample_images
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.log import warn
+from catversion_jax.utils.types import Bool, UInt8
+
+MAX_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """One concept to evaluate: `concept`, or images of it that exist."""
+
+    name: str
+    prompts: tuple[str, ...]
+    references: Path
+    masks: Path | None
+    concept: Concept | None
+    source: Path  # of the concept, or the folder of images
+    image_masks: Path | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A task's images, one for each of `prompts`, and what sampling them told besides."""
+
+    prompts: list[str]
+    images: MaskedImages
+    unrelated: dict[str, Values] = field(default_factory=dict)
+    attention_mask_iou: float | None = None  # of the attention masks and the given ones, of the references
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How images of a concept are sampled for an evaluation."""
+
+    sampler: SamplerConfig
+    seeds: tuple[int, ...]  # an image of each prompt with each
+    strength: float
+    unrelated: tuple[str, ...]  # prompts to see by how far the base model moved
+    model: str  # "": the one the concept was trained on
+    dtype: str
+    grabcut: bool = False  # redraw the attention masks along edges
+
+    def personalization(self, concept: Concept) -> Personalization:
+        return Personalization((concept,), self.strength)
+
+
+def read_references(task: EvaluationTask, resolution: int | None = None) -> list[Photo]:
+    """As they are or, with a resolution, as squares."""
+    return read_photos(task.references, resolution, task.masks or "", ("references", "masks"), MAX_IMAGES)
+
+
+def masked_images(photos: Sequence[Photo]) -> MaskedImages:
+    if photos[0].mask is None:
+        return MaskedImages([photo.image for photo in photos], None)
+    empty = [photo.name for photo in photos if not photo.mask.any()]
+    if empty:
+        raise UserError(f"{empty[0]}: its mask shows no subject; expected it bright on black; correct the mask")
+    return MaskedImages([photo.image for photo in photos], [photo.mask for photo in photos])
+
+
+def is_image(path: Path) -> bool:
+    return is_candidate(path) and not GRID.fullmatch(path.name)
+
+
+def read(task: EvaluationTask) -> Samples:
+    """Images that exist: of one prompt all of them; of several, named as `catversion generate` does."""
+    keys = ("images", "image_masks")
+    photos = read_photos(task.source, None, task.image_masks or "", keys, MAX_IMAGES, is_image)
+    if len(task.prompts) == 1:
+        return Samples([*task.prompts] * len(photos), masked_images(photos))
+    by_slug = dict(zip(unique_slugs(task.prompts), task.prompts, strict=True))
+    found = [(match := NAMED.fullmatch(photo.name)) and by_slug.get(match["slug"]) for photo in photos]
+    named = "of several prompts, images are named <prompt-slug>_<seed>.png, as catversion generate does"
+    if None in found:
+        raise UserError(f"{task.source / photos[found.index(None)].name}.*: of none of the prompts; {named}")
+    if missing := [prompt for prompt in task.prompts if prompt not in found]:
+        raise UserError(f"{task.source}: no image of {len(missing)} prompts, such as {missing[0]!r}; {named}")
+    pairs = sorted(zip(found, photos, strict=True), key=lambda pair: task.prompts.index(pair[0]))
+    return Samples([prompt for prompt, _ in pairs], masked_images([photo for _, photo in pairs]))
+
+
+load_once = functools.cache(load)
+"""Concepts of one base model share it."""
+
+
+def base_model(task: EvaluationTask, config: EvaluationConfig) -> Pipeline:
+    """The model to sample from. Raises UserError if it is not the concept's, or a prompt lacks the class word."""
+    concept = task.concept
+    concepts = {str(task.source): concept}
+    pipeline, warnings = open_model(concepts, model_of(concepts, config.model, config.dtype), load_once)
+    for warning in warnings:
+        warn(warning)
+    without = without_word(pipeline.tokenizer, concept.class_word, task.prompts)
+    if concept.class_word and without:
+        raise UserError(
+            f"prompt {without[0]!r}: no class word {concept.class_word!r}, which the concept was learned with; "
+            "write it into the prompt"
+        )
+    return pipeline
+
+
+def sample(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    config: EvaluationConfig,
+    personalization: Personalization = BASE_MODEL,
+    name: str = "",
+) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """An image of each prompt with each of the config's seeds; `name` is whose progress is shown."""
+    request = SampleRequest.every(prompts, config.seeds, config.sampler)
+    images = sample_images(pipeline, request, personalization)
+    return list(tqdm(images, total=len(request.prompts), unit=" images", desc=name, leave=False))
+
+
+@functools.cache
+def sample_base(
+    pipeline: Pipeline, prompts: tuple[str, ...], config: EvaluationConfig
+) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """The base model's images, which concepts share."""
+    return sample(pipeline, prompts, config)
+
+
+def sample_task(pipeline: Pipeline, task: EvaluationTask, config: EvaluationConfig, encoders: Encoders) -> Samples:
+    """Images of the concept, their masks if the references have some, and how far the base model moved."""
+    concept = task.concept
+    photos = read_references(task, pipeline.networks.resolution)
+    masked = photos[0].mask is not None and bool(concept.class_word)
+    if config.grabcut and not masked:
+        raise UserError("grabcut: nothing to mask without masks of the references and a class word")
+    prompts = [prompt for prompt in task.prompts for _ in config.seeds]
+    images = sample(pipeline, task.prompts, config, config.personalization(concept), task.name)
+    unrelated = measure_drift(pipeline, concept, config, encoders)
+    if not masked:
+        return Samples(prompts, MaskedImages(images, None), unrelated)
+
+    def find_masks(images: UInt8[np.ndarray, "N H W 3"], prompts: Sequence[str]) -> list[Bool[np.ndarray, "H W"]]:
+        rough = masks.attention_masks(pipeline, images, prompts, concept.class_word)
+        return list(map(grabcut, images, rough)) if config.grabcut else list(rough)
+
+    found = find_masks(np.stack([photo.image for photo in photos]), [plain_prompt(concept)] * len(photos))
+    overlaps = [masks.iou(mask, photo.mask) for mask, photo in zip(found, photos, strict=True)]
+    with_masks = MaskedImages(images, find_masks(np.stack(images), prompts))
+    return Samples(prompts, with_masks, unrelated, float(np.mean(overlaps)))
+
+
+def measure_drift(
+    pipeline: Pipeline, concept: Concept, config: EvaluationConfig, encoders: Encoders
+) -> dict[str, Values]:
+    """The drift of each unrelated prompt that does not hold the class word."""
+    prompts = tuple(without_word(pipeline.tokenizer, concept.class_word, config.unrelated))
+    if not prompts:
+        return {}
+    personalization = config.personalization(concept)
+    images = (sample_base(pipeline, prompts, config), sample(pipeline, prompts, config, personalization))
+    of_prompts = (np.split(np.stack(side), len(prompts)) for side in images)
+    states = ((context(pipeline, [p]).states, context(pipeline, [p], personalization).states) for p in prompts)
+    return {
+        prompt: scores.of_unrelated(base, moved, of_prompt, encoders)
+        for prompt, base, moved, of_prompt in zip(prompts, *of_prompts, states, strict=True)
+    }
+
+
+def plain_prompt(concept: Concept) -> str:
+    """The prompt for the references: the first with the class word that the concept was learned with."""
+    templates = (*concept.templates, "a photo of {concept}")
+    template = next(template for template in templates if "{concept}" in template or "{class_word}" in template)
+    return fill(template, concept.class_word, article(concept.class_word))

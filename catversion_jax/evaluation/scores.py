@@ -1,0 +1,149 @@
+"""From pictures to rows of scores: of each prompt, each concept and all of them, each with an interval."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from catversion_jax.evaluation import metrics
+from catversion_jax.evaluation.encoders import Clip, ImageEncoder
+from catversion_jax.evaluation.masks import fill_background
+from catversion_jax.utils.types import Bool, Float, UInt8
+
+
+@dataclass(frozen=True)
+class MaskedImages:
+    """MaskedImages of any sizes, and where each shows the subject."""
+
+    images: Sequence[UInt8[np.ndarray, "h w 3"]]
+    masks: Sequence[Bool[np.ndarray, "h w"]] | None
+
+    def masked(self) -> list[UInt8[np.ndarray, "h w 3"]]:
+        return [fill_background(image, mask) for image, mask in zip(self.images, self.masks, strict=True)]
+
+    def backgrounds(self) -> list[UInt8[np.ndarray, "h w 3"]]:
+        """What is not the subject."""
+        return [fill_background(image, ~mask) for image, mask in zip(self.images, self.masks, strict=True)]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    clip: Clip
+    dino: ImageEncoder | None
+
+
+Values = dict[str, Float[np.ndarray, "N"]]
+"""Score -> its values in pictures of one prompt: one a picture, or one for all of them; none, or no such key, where
+it is not measured."""
+
+OF_PROMPTS = ("clip_t", "clip_i", "masked_clip_i", "overall", "dino", "diversity")
+OF_UNRELATED = ("prior_drift", "prior_drift_text")
+SCORES = (*OF_PROMPTS, *OF_UNRELATED)
+
+DEFINITIONS = {
+    "clip_t": "cosine of a picture and its prompt in CLIP's space",
+    "clip_i": "mean cosine over all pairs of pictures and references in CLIP's space",
+    "masked_clip_i": "clip_i with the background of both sides filled before the encoder",
+    "overall": "sqrt(clip_t x clip_i), of the means of a row; null where one of them is negative",
+    "dino": "mean cosine over all pairs of pictures and references, of DINO's class token",
+    "diversity": "1 - cosine in CLIP's space, mean over all pairs of pictures of one prompt, mean over prompts",
+    "prior_drift": "1 - cosine, in CLIP's space, of the pictures with and without the concept of a prompt without its "
+    "class word, seed by seed",
+    "prior_drift_text": "L2 norm of what the concept changes in such a prompt's text states, over that of the base "
+    "model's states",
+    "attention_mask_iou": "intersection over union of the masks given for the references and those from the UNet's "
+    "attention to the class word in them",
+    "intervals": "95 % bootstrap percentile intervals (9,999 resamples) of a prompt's pictures, of a concept's prompts "
+    "(its pictures where it has one prompt), of the concepts (as the concept's where there is one)",
+}
+"""Raw cosines: neither scaled nor clipped."""
+
+
+def of_prompts(
+    prompts: Sequence[str], drawn: MaskedImages, references: MaskedImages, encoders: Encoders
+) -> dict[str, Values]:
+    """The values of each prompt; `prompts` are those of the pictures drawn, one for each."""
+    unique = list(dict.fromkeys(prompts))
+    index = np.asarray([unique.index(prompt) for prompt in prompts])
+    seen = encoders.clip.image(drawn.images)
+    values = {
+        "clip_t": metrics.clip_t(seen, encoders.clip.text(unique)[index]),
+        "clip_i": metrics.clip_i(seen, encoders.clip.image(references.images)),
+    }
+    if drawn.masks is not None and references.masks is not None:
+        masked = (encoders.clip.image(pictures.masked()) for pictures in (drawn, references))
+        values["masked_clip_i"] = metrics.clip_i(*masked)
+    if encoders.dino:
+        values["dino"] = metrics.clip_i(encoders.dino(drawn.images), encoders.dino(references.images))
+    units = [{name: x[index == i] for name, x in values.items()} for i in range(len(unique))]
+    for i, unit in enumerate(units):
+        spread = metrics.diversity(seen[index == i])
+        unit["diversity"] = np.asarray([] if spread is None else [spread])
+    return dict(zip(unique, units, strict=True))
+
+
+def of_unrelated(
+    base: Sequence[UInt8[np.ndarray, "h w 3"]], moved, states: Sequence[np.ndarray], encoders: Encoders
+) -> Values:
+    """The values of an unrelated prompt: its pictures and text states in the base model and with the concept."""
+    seen = encoders.clip.image([*base, *moved])
+    return {
+        "prior_drift": metrics.drift(*np.split(seen, 2)),
+        "prior_drift_text": np.asarray([metrics.relative_change(*states)]),
+    }
+
+
+def single(unit: Values) -> list[Values]:
+    """A unit for each picture; what is one for all of them is the first one's."""
+    return [{name: x[i : i + 1] for name, x in unit.items()} for i in range(max(map(len, unit.values())))]
+
+
+def sums(units: Sequence[Values], *names: str) -> tuple[Float[np.ndarray, "units"], ...]:
+    """Of the units that have these scores: how many values, and the sum of each score's."""
+    having = [unit for unit in units if all(len(unit.get(name, ())) for name in names)]
+    counts = np.asarray([len(unit[names[0]]) for unit in having], float)
+    return counts, *(np.asarray([unit[name].sum() for unit in having], float) for name in names)
+
+
+def summarize(units: Sequence[Values], scores: Sequence[str] = SCORES) -> dict:
+    """The mean of all values of each score, None where there are none, and its interval from resampling the units."""
+    row, intervals = {}, {}
+    for name in scores:
+        if name == "overall":
+            samples = sums(units, "clip_t", "clip_i")
+            statistic = overall
+        else:
+            samples = sums(units, name)
+            statistic = np.divide
+        mean = statistic(*(sample.mean() for sample in samples[::-1])) if len(samples[0]) else np.nan
+        row[name] = None if np.isnan(mean) else float(mean)
+        intervals[name] = None if row[name] is None else metrics.interval(statistic, *samples[::-1])
+    return row | {"intervals": intervals}
+
+
+def overall(clip_i, clip_t, count):
+    return metrics.overall(clip_t / count, clip_i / count)
+
+
+def concept_row(related: dict[str, Values], unrelated: dict[str, Values]) -> dict:
+    """A concept's scores, with those of each prompt and each unrelated prompt."""
+    return summarize(concept_units(related, unrelated)) | {
+        "prompts": [
+            {"prompt": prompt, "pictures": len(unit["clip_t"])} | summarize(single(unit), OF_PROMPTS)
+            for prompt, unit in related.items()
+        ],
+        "unrelated": [{"prompt": p} | summarize(single(unit), OF_UNRELATED) for p, unit in unrelated.items()],
+    }
+
+
+def concept_units(related: dict[str, Values], unrelated: dict[str, Values]) -> list[Values]:
+    """What a concept's interval resamples: its prompts; of one prompt, its pictures."""
+    (first, *more) = related.values()
+    return [*([first, *more] if more else single(first)), *unrelated.values()]
+
+
+def merged(units: Sequence[Values]) -> Values:
+    """One unit of several."""
+    return {
+        name: np.concatenate([unit.get(name, np.zeros(0)) for unit in units]) for name in SCORES if name != "overall"
+    }

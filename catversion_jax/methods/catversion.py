@@ -1,0 +1,102 @@
+"""CatVersion as the training step takes it: a prefix in each text encoder. What a prefix does is in adapter.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from catversion_jax.base import text
+from catversion_jax.base.pipeline import Networks
+from catversion_jax.methods.base import Method, check_keys, of_encoders
+from catversion_jax.methods.hyperparameters import PARTS, AdapterConfig, Hyperparameters
+from catversion_jax.models.prefix_attention import SCOPES, Prefix, init_prefix, resolve_layers, strength_bias
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
+
+DEFAULTS = AdapterConfig()
+
+
+@dataclass(frozen=True)
+class CatVersion(Method):
+    """Zhao et al. 2023 (arXiv 2311.14631). Learns `prefix` [P, L, 2, H, D] and, for SDXL's second text encoder,
+    `prefix_2`."""
+
+    layers: tuple[tuple[int, ...], ...]  # for each text encoder, ascending indices into its layers
+    logit_bias: float = DEFAULTS.logit_bias  # added to every prefix logit: 0 in the paper, 1 in the authors' files
+    scope: str = DEFAULTS.scope  # one of adapter.SCOPES
+    parts: tuple[str, ...] = PARTS  # which of them are learned; the others stay 0
+    length: int = field(default=DEFAULTS.length, compare=False)  # P at the start
+    init_std: float = field(default=DEFAULTS.init_std, compare=False)  # standard deviation at the start
+
+    @classmethod
+    def from_hyperparameters(cls, hyperparameters: Hyperparameters, networks: Networks) -> "CatVersion":
+        adapter = hyperparameters.adapter
+        try:
+            layers = tuple(resolve_layers(adapter.layers, encoder.config.depth) for encoder in networks.text)
+        except ValueError as error:
+            raise UserError(f"config.adapter.{error}") from None
+        return cls(**(vars(adapter) | {"layers": layers}))
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any], learned: Params) -> "CatVersion":
+        check_keys(metadata, {"layers", "logit_bias", "scope"}, {"layers_2"})
+        expected = ["prefix", "prefix_2"][: 1 + ("layers_2" in metadata)]
+        if sorted(learned) != expected:
+            raise ValueError(f"tensors {sorted(learned)}; expected {expected}")
+        layers = tuple(tuple(metadata[name]) for name in ("layers", "layers_2") if name in metadata)
+        if bad := [of_encoder for of_encoder in layers if not of_encoder or sorted({*of_encoder}) != [*of_encoder]]:
+            raise ValueError(f"layers {[*bad[0]]}; expected indices that ascend")
+        for (name, prefix), of_encoder in zip(sorted(learned.items()), layers, strict=True):
+            if prefix.ndim != 5 or prefix.dtype != np.float32 or prefix.shape[1:3] != (len(of_encoder), 2):
+                wanted = f"[P, {len(of_encoder)}, 2, heads, head_dim]"
+                raise ValueError(f"{name} {prefix.dtype} {list(prefix.shape)}; expected float32 {wanted}")
+        if metadata["scope"] not in SCOPES:
+            raise ValueError(f"scope {metadata['scope']!r}; expected one of {', '.join(SCOPES)}")
+        return cls(layers, float(metadata["logit_bias"]), metadata["scope"])
+
+    def metadata(self) -> dict[str, Any]:
+        return {"logit_bias": self.logit_bias, "scope": self.scope} | dict(
+            zip(("layers", "layers_2"), self.layers, strict=False)
+        )
+
+    def init(self, key: Key[Array, ""], networks: Networks) -> Params:
+        learned = {}
+        for i, name in enumerate(of_encoders("prefix", len(networks.text))):
+            of_encoder = jax.random.fold_in(key, i) if i else key
+            shape = (self.length, len(self.layers[i]), networks.heads[i])
+            learned[name] = self.learned_parts(init_prefix(of_encoder, *shape, self.init_std))
+        return learned
+
+    def misfit(self, learned: Params, networks: Networks) -> str | None:
+        for prefix, layers, encoder in zip(learned.values(), self.layers, networks.text, strict=False):
+            heads, depth = encoder.config.heads, encoder.config.num_hidden_layers
+            if prefix.shape[3:] != heads or not set(layers) <= set(range(depth)):
+                theirs = f"[heads, head_dim] {[*prefix.shape[3:]]} in layers {[*layers]}"
+                return f"{theirs}, but the text encoder has {[*heads]} in layers 0 to {depth - 1}"
+        if len(learned) != len(networks.text):
+            return f"prefixes for {len(learned)} text encoders, but there are {len(networks.text)}"
+        return None
+
+    def first_layers(self, networks: Networks) -> tuple[int, ...]:
+        return tuple(layers[0] for layers in self.layers)
+
+    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
+        return text.visibility(token_ids, word, self.scope)[..., None]
+
+    def apply_to_prompts(
+        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[text.Prompts, ...], Sequence[Prefix]]:
+        bias = strength_bias(self.logit_bias, strength)
+        of_each = zip(of_encoders("prefix", len(prompts)), prompts, self.layers, strict=True)
+        return prompts, [
+            Prefix(self.learned_parts(learned[name]), bias, of_encoder.visible, layers)
+            for name, of_encoder, layers in of_each
+        ]
+
+    def learned_parts(self, prefix: Float[Array, "P L 2 H D"]) -> Float[Array, "P L 2 H D"]:
+        """The prefix with 0 for what is not learned: no gradient reaches it either."""
+        fixed = [i for i, part in enumerate(PARTS) if part not in self.parts]
+        return prefix.at[:, :, jnp.asarray(fixed)].set(0) if fixed else prefix

@@ -1,0 +1,73 @@
+"""The base model that concepts are used with: the one they were trained on, or another that has its text encoder."""
+
+from collections.abc import Mapping, Sequence
+
+from catversion_jax.base.pipeline import MINI, ModelConfig, Pipeline, load
+from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.base.text import without_word
+from catversion_jax.methods import concept_file
+from catversion_jax.methods.composition import Personalization, compose
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.utils.errors import UserError
+
+
+def model_of(concepts: Mapping[str, Concept], path: str = "", dtype: str = ModelConfig.dtype) -> ModelConfig:
+    """The model at `path` or, without one, that the first concept was trained on."""
+    first, *_ = concepts.values()
+    if path:
+        return ModelConfig(path, dtype=dtype)
+    return ModelConfig(first.model_path, first.model_revision, first.model_variant, first.model_prediction_type, dtype)
+
+
+def open_model(concepts: Mapping[str, Concept], model: ModelConfig, load=load) -> tuple[Pipeline, list[str]]:
+    """Loads a base model for the concepts, which are given by their sources; returns warnings too.
+
+    Raises UserError if it is not the one that each of the concepts was trained on.
+    """
+    pipeline = load(model)
+    name = model.path or str(MINI)
+    warnings = [
+        line
+        for source, concept in concepts.items()
+        for line in concept_file.check_model(concept, pipeline.fingerprint, pipeline.networks, source, name)
+    ]
+    return pipeline, warnings
+
+
+def warnings(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization) -> list[str]:
+    """One line for each thing that makes the concepts do less than one would think."""
+    lines = []
+    concepts = personalization.concepts
+    if personalization.strength == 0:
+        lines.append("strength=0 removes the concept: what follows is the base model's")
+    for word in (concept.class_word for concept in concepts):
+        if word and (without := without_word(pipeline.tokenizer, word, prompts)):
+            listed = ", ".join(repr(prompt) for prompt in without)
+            lines.append(f"without the class word {word!r}, which the concept was learned with: {listed}")
+    given = compose(concepts).prompt
+    cut = [prompt for prompt in prompts if pipeline.tokenizer.is_cut(given(prompt))]
+    if cut:
+        lines.append(f"cut to {pipeline.tokenizer.length} tokens: {', '.join(repr(prompt) for prompt in cut)}")
+    return lines
+
+
+def recorded_sampler(concepts: Mapping[str, Concept]) -> SamplerConfig:
+    """The sampler's settings that the concepts were judged with, or the defaults if none of them tells.
+
+    Raises UserError if they differ.
+    """
+    found = {source: concept.sampler for source, concept in concepts.items() if concept.sampler}
+    if not found:
+        return SamplerConfig()
+    (first, sampler), *others = found.items()
+    for source, other in others:
+        if other != sampler:
+            raise UserError(
+                f"{first}, {source}: made to be sampled in different ways ({described(sampler)}; {described(other)}); "
+                "choose scheduler, steps and guidance"
+            )
+    return sampler
+
+
+def described(sampler: SamplerConfig) -> str:
+    return ", ".join(f"{name} {getattr(sampler, name)!r}" for name in concept_file.SAMPLER)

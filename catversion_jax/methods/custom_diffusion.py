@@ -1,0 +1,60 @@
+"""Custom Diffusion (Kumari et al. 2022, arXiv 2212.04488): the projections to keys and values in the UNet's
+cross-attention and the embedding of a new word, with images of the class beside the photos."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from catversion_jax.base import text
+from catversion_jax.base.pipeline import Networks
+from catversion_jax.methods.base import Method
+from catversion_jax.methods.dreambooth import unet_changes
+from catversion_jax.methods.hyperparameters import Hyperparameters
+from catversion_jax.methods.textual_inversion import TextualInversion
+from catversion_jax.utils import tree
+from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
+
+PUBLISHED = {"train.learning_rate": 8e-5, "train.batch_size": 8, "train.steps": 250, "prior.pictures": 200}
+"""As in the paper, section 4, for one concept."""
+
+LAYERS = ("to_k", "to_v")
+"""What is learned of each cross-attention (attn2)."""
+
+WORD = TextualInversion()
+"""How the new word is learned."""
+
+
+@dataclass(frozen=True)
+class CustomDiffusion(Method):
+    """Learns `unet`: what is added to LAYERS; and `word`, as Textual Inversion does, but the identifier's. The paper's
+    images of the class are real ones; here the base model samples them, which the paper looks at too."""
+
+    published = PUBLISHED
+    changes_unet = True
+    identifier: str
+    prior_weight: float
+
+    @classmethod
+    def from_hyperparameters(cls, hyperparameters: Hyperparameters, networks: Networks) -> "CustomDiffusion":
+        return cls(hyperparameters.identifier, hyperparameters.prior.weight)
+
+    def init(self, key: Key[Array, ""], networks: Networks) -> Params:
+        every = flatten_dict({"unet": unet_changes(networks)})
+        projections = {path: x for path, x in every.items() if "attn2" in path and path[-2] in LAYERS}
+        return WORD.init(key, networks) | unflatten_dict(projections)
+
+    def first_layers(self, networks: Networks) -> tuple[int, ...]:
+        return WORD.first_layers(networks)
+
+    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
+        return WORD.token_mask(token_ids, word)
+
+    def apply_to_prompts(
+        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[text.Prompts, ...], Sequence[None]]:
+        return WORD.apply_to_prompts(learned, prompts, strength)
+
+    def unet(self, learned: Params, unet: Params, strength: Float[Array, ""] | float = 1.0) -> Params:
+        return tree.add(unet, learned["unet"], strength)

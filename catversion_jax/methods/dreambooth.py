@@ -1,0 +1,41 @@
+"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): the whole UNet, fine-tuned on prompts with a rare identifier, while
+a second loss on the base model's own pictures of the class preserves what it knew."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from catversion_jax.base.pipeline import Networks, abstract
+from catversion_jax.methods.base import TextUnchanged
+from catversion_jax.methods.hyperparameters import Hyperparameters
+from catversion_jax.utils import tree
+from catversion_jax.utils.types import Array, Float, Key, Params
+
+PUBLISHED = {"train.learning_rate": 5e-6, "train.batch_size": 1, "train.steps": 800, "prior.pictures": 200}
+"""As in the README of diffusers' examples/dreambooth; the rate is the paper's."""
+
+
+@dataclass(frozen=True)
+class DreamBooth(TextUnchanged):
+    """Learns `unet`: what is added to each of the UNet's parameters. The text encoder stays as it is."""
+
+    published = PUBLISHED
+    changes_unet = True
+    identifier: str
+    prior_weight: float
+
+    @classmethod
+    def from_hyperparameters(cls, hyperparameters: Hyperparameters, networks: Networks) -> "DreamBooth":
+        return cls(hyperparameters.identifier, hyperparameters.prior.weight)
+
+    def init(self, key: Key[Array, ""], networks: Networks) -> Params:
+        return {"unet": unet_changes(networks)}
+
+    def unet(self, learned: Params, unet: Params, strength: Float[Array, ""] | float = 1.0) -> Params:
+        return tree.add(unet, learned["unet"], strength)
+
+
+def unet_changes(networks: Networks) -> Params:
+    """What is added to each of the UNet's parameters before the first step: zeros, float32."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract("unet", networks.unet))

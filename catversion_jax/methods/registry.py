@@ -1,0 +1,18 @@
+"""CatVersion and its rivals, by the names that `config.method` and a concept's file call them."""
+
+from catversion_jax.methods.base import Method
+from catversion_jax.methods.catversion import CatVersion
+from catversion_jax.methods.custom_diffusion import CustomDiffusion
+from catversion_jax.methods.dreambooth import DreamBooth
+from catversion_jax.methods.textual_inversion import TextualInversion
+
+METHODS: dict[str, type[Method]] = {
+    "catversion": CatVersion,
+    "textual_inversion": TextualInversion,
+    "dreambooth": DreamBooth,
+    "custom_diffusion": CustomDiffusion,
+}
+
+
+def name_of(method: Method) -> str:
+    return next(name for name, of_name in METHODS.items() if type(method) is of_name)

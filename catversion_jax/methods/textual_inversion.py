@@ -1,0 +1,42 @@
+"""Textual Inversion (Gal et al. 2022, arXiv 2208.01618): a new embedding for one token, in every prompt that has it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from catversion_jax.base import text
+from catversion_jax.base.pipeline import Networks
+from catversion_jax.methods.base import Method, of_encoders
+from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
+
+PUBLISHED = {"train.learning_rate": 2e-3, "train.batch_size": 4, "train.steps": 3000}
+"""As in the README of diffusers' examples/textual_inversion, whose 5e-4 is multiplied by the batch."""
+
+
+@dataclass(frozen=True)
+class TextualInversion(Method):
+    """Learns `word` [c] and, for SDXL's second text encoder, `word_2`: what is added to the embedding of the class
+    word's last token. The paper starts at the class word's embedding: here that is 0."""
+
+    published = PUBLISHED
+
+    def init(self, key: Key[Array, ""], networks: Networks) -> Params:
+        names = of_encoders("word", len(networks.text))
+        return {name: jnp.zeros(text.config.hidden_size) for name, text in zip(names, networks.text, strict=True)}
+
+    def first_layers(self, networks: Networks) -> tuple[int, ...]:
+        return (0,) * len(networks.text)
+
+    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
+        return (np.arange(token_ids.shape[1]) == text.find_word(token_ids, word)[:, None])[..., None]
+
+    def apply_to_prompts(
+        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[text.Prompts, ...], Sequence[None]]:
+        def changed(prompt: text.Prompts, word: Float[Array, "c"]) -> text.Prompts:
+            return prompt.replace(hidden=prompt.hidden + (strength * word * prompt.visible).astype(prompt.hidden.dtype))
+
+        words = (learned[name] for name in of_encoders("word", len(prompts)))
+        return tuple(map(changed, prompts, words)), (None,) * len(prompts)

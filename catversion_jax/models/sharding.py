@@ -1,0 +1,117 @@
+"""The mesh of devices, and which of its axes each array axis is split over: the one file that knows."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.settings import Rule, at_least, setting
+from catversion_jax.utils.types import Params
+
+AXES = ("concept", "data", "fsdp", "tensor")
+"""concept: independent concepts. data: a concept's batch. fsdp: the batch too, and the base model's parameters, which
+are gathered where they are used. tensor: the base model's channels and heads, of one and the same batch."""
+
+RULES = {
+    "concept": "concept",  # the leading axis of state and data
+    "batch": ("concept", "data", "fsdp"),  # concepts x batch, flattened: what the UNet sees
+    "frozen": None,  # what of the base model no rule splits: whole on every device
+}
+"""logical axis -> mesh axes, None = not split."""
+
+COLUMN = r".*/(to_[qkv]|[qkv]_proj|fc1|conv1|time_emb_proj)/(kernel|bias)"
+ROW = r".*/(to_out_0|out_proj|fc2|conv2)/kernel"
+FROZEN = (
+    (COLUMN, -1, "tensor"),
+    (ROW, -2, "tensor"),
+    (COLUMN, -2, "fsdp"),
+    (r".*/(kernel|embedding)", -1, "fsdp"),
+)
+"""How the base model is split: (pattern of parameter paths, array axis, mesh axis); of the rules for one mesh axis, the
+first that matches. Pairs of layers are split by output, then by input channels, so that one sum joins each pair."""
+
+Rules = Sequence[tuple[str, int, str]]
+
+
+def are_rules(value: Rules) -> bool:
+    """Whether a value has the form of FROZEN."""
+    return all(len(rule) == 3 and isinstance(rule[1], int) and rule[2] in AXES for rule in value)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How a process's devices are arranged: over concepts and batches as far as these divide evenly, and besides."""
+
+    fsdp: int = setting(1, "devices that share a copy of the base model, and a batch", at_least(1))
+    tensor: int = setting(1, "devices that share a copy of the base model: its channels and heads", at_least(1))
+    rules: Rules = setting(
+        FROZEN,
+        "which parameters are split how: (pattern of parameter paths, array axis, mesh axis)",
+        Rule(are_rules, f"(pattern, array axis, one of {', '.join(AXES)}) for each rule"),
+    )
+
+
+def make_mesh(
+    concepts: int, batch_size: int, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over as many of this process's devices as divide the work evenly: `fsdp` x `tensor` devices hold one copy
+    of the base model; over the copies, first the concepts are split, then each concept's batch.
+
+    Raises UserError where the devices or the work cannot be divided so.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    copies, rest = divmod(len(devices), fsdp * tensor)
+    if rest or not copies:
+        raise UserError(
+            f"config.mesh: fsdp x tensor = {fsdp} x {tensor}; expected a divisor of the {len(devices)} devices"
+        )
+    concept = math.gcd(concepts, copies)
+    data = math.gcd(batch_size, copies // concept)
+    share = concepts * batch_size // (concept * data)
+    if share % fsdp:
+        raise UserError(
+            f"config.mesh.fsdp={fsdp}: splits the batch too; expected a divisor of {share}, which is what is left of "
+            f"{concepts} x {batch_size}; choose another one, or another train.batch_size"
+        )
+    shape = (concept, data, fsdp, tensor)
+    return Mesh(np.asarray(devices[: math.prod(shape)]).reshape(shape), AXES)
+
+
+def sharding(mesh: Mesh, logical: str) -> NamedSharding:
+    """Split the first array axis as RULES say for the logical axis."""
+    return NamedSharding(mesh, PartitionSpec(RULES[logical]))
+
+
+def on_each_device(attend: Callable, heads: int) -> Callable:
+    """Attention [B, positions, heads, channels] of each device's share, where a step's mesh is in force: its pictures
+    and, where they can be divided, its heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attend
+    share = PartitionSpec(RULES["batch"], None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
+    return jax.shard_map(attend, in_specs=(share, share, share), out_specs=share, check_vma=False)
+
+
+def places(params: Params, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
+    """Where each parameter of a network (arrays or shapes) lies: as `rules` split it over the mesh; without a mesh, on
+    the default device."""
+    if mesh is None:
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), params)
+    specs = {path: spec(path, leaf.shape, mesh, rules) for path, leaf in flatten_dict(params, sep="/").items()}
+    return unflatten_dict({path: NamedSharding(mesh, of_leaf) for path, of_leaf in specs.items()}, sep="/")
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """The mesh axis of each array axis of a parameter; an array axis that cannot be divided evenly stays whole."""
+    split: list[str | None] = [None] * len(shape)
+    for axis in AXES:
+        place = next((n for pattern, n, name in rules if name == axis and re.fullmatch(pattern, path)), None)
+        if place is not None and -place <= len(shape) and split[place] is None and shape[place] % mesh.shape[axis] == 0:
+            split[place] = axis
+    return PartitionSpec(*split)

@@ -1,0 +1,1 @@
+"""From prompts and concepts to images."""

@@ -1,0 +1,70 @@
+"""A concept for other programs: the files that use it in PyTorch and ComfyUI, and text states for any pipeline."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+from safetensors.numpy import save_file
+
+from catversion_jax.base.pipeline import MINI, Pipeline
+from catversion_jax.methods import concept_file
+from catversion_jax.methods.catversion import CatVersion
+from catversion_jax.methods.composition import Personalization
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.sampling.conditioning import context
+from catversion_jax.sampling.sampler import SampleRequest
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.files import write_atomically
+
+FOLDER = Path(__file__).parents[1] / "exported"
+"""Files for other programs: data to us, imported nowhere here."""
+
+COMFYUI = "comfyui_catversion"
+FILES = {
+    "catversion_torch.py": "catversion_torch.py",
+    f"{COMFYUI}/__init__.py": "comfyui_node.py",
+    f"{COMFYUI}/README.md": "comfyui_README.md",
+    f"{COMFYUI}/catversion_torch.py": "catversion_torch.py",
+}
+"""What is written -> the file in FOLDER it is a copy of."""
+
+CONCEPTS = (concept_file.FILE_NAME, f"{COMFYUI}/{concept_file.FILE_NAME}")
+EMBEDS = "prompt_embeds.safetensors"
+
+
+def check_exportable(concept: Concept, source: str) -> None:
+    """Raises UserError for a concept that other programs could not use."""
+    if not isinstance(concept.method, CatVersion):
+        raise UserError(f"{source}: learned by {concept.method_name}; only catversion's can be exported")
+
+
+def write_concept(out: Path, concept: Concept) -> list[str]:
+    """Writes the concept and the files that use it; returns their names in `out`."""
+    for name, source in FILES.items():
+        write_atomically(out / name, partial(shutil.copyfile, FOLDER / source))
+    for name in CONCEPTS:
+        concept_file.save(out / name, concept)
+    return [*FILES, *CONCEPTS]
+
+
+def write_embeds(
+    path: Path, pipeline: Pipeline, request: SampleRequest, personalization: Personalization, model_path: str
+) -> None:
+    """The request's text states, named as the arguments of a diffusers pipeline, which wants positive and negative ones
+    of a shape."""
+    (concept,) = personalization.concepts
+    positive = context(pipeline, request.prompts, personalization)
+    negative = context(pipeline, [request.negative_prompt] * len(request.prompts))
+    tensors = {"prompt_embeds": positive.states, "negative_prompt_embeds": negative.states}
+    if positive.pooled is not None:  # SDXL
+        tensors |= {"pooled_prompt_embeds": positive.pooled, "negative_pooled_prompt_embeds": negative.pooled}
+    metadata = {
+        "prompts": list(request.prompts),
+        "negative_prompt": request.negative_prompt,
+        "strength": personalization.strength,
+        "class_word": concept.class_word,
+        "model_path": model_path or str(MINI),
+    }
+    texts = {name: json.dumps(value) for name, value in metadata.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, texts))

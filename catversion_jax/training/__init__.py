@@ -1,0 +1,1 @@
+"""From photos to concepts: one run, or many concepts at once."""

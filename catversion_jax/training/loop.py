@@ -1,0 +1,140 @@
+"""The training loop of one concept; all of its mathematics is in train_step."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.config import Config
+from catversion_jax.models.sharding import sharding
+from catversion_jax.training.checkpoints import Checkpoints
+from catversion_jax.training.metric_writer import MetricWriter
+from catversion_jax.training.previews import sample_prompts
+from catversion_jax.training.run_dir import RunDir
+from catversion_jax.training.state import ConceptData, Frozen, TrainState
+from catversion_jax.training.step import StepConfig, compile_chunk, compile_evaluate, finished, steps_per_dispatch
+from catversion_jax.training.trained_concept import to_concept
+from catversion_jax.utils.errors import UserError
+
+VALIDATION_PROMPTS = 4  # of config.sample.prompts, sampled every config.sample.every steps
+
+
+def loop(
+    config: Config,
+    step_config: StepConfig,
+    pipeline: Pipeline,
+    data: ConceptData,
+    run: RunDir,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, signal.Signals | None]:
+    """Trains from the last checkpoint, or from the start, to the last step.
+
+    Returns the state and, if a signal ended it early, the signal. Raises UserError at a loss that is not finite, the
+    last good state saved.
+    """
+    on_concepts = sharding(step_config.mesh, "concept")
+    state = jax.device_put(step_config.init_state([config.seed]), on_concepts)
+    if checkpoints.latest is not None:
+        state = checkpoints.restore(state)
+    frozen = Frozen.of(pipeline, step_config.mesh, config.mesh.rules)
+    data = jax.device_put(data, on_concepts)
+
+    stop, step = step_config.stop, int(state.step[0])
+    writer = MetricWriter(run.metrics, run.events, step)
+
+    def done() -> bool:
+        return bool(finished(state, data.steps, stop)[0])
+
+    def save() -> None:
+        checkpoints.save(step, state, config.identity())
+
+    try:
+        with signals() as received, training_bar(config.train.steps, step) as bar:
+            while not done() and not received:
+                length = next_length(config, step)
+                state, metrics = compile_chunk(step_config, length)(state, frozen, data)
+                start, step = step, int(state.step[0])
+                started(bar)
+                record(writer, bar, start, jax.device_get(metrics), step - start)
+                if step < start + length:
+                    save()
+                    raise UserError(not_finite(run, step, config))
+                if is_due(step, stop.every):
+                    state, loss = compile_evaluate(step_config)(state, frozen, data)
+                    writer.scalars(step, {"evaluation_loss": float(loss[0])})
+                if is_due(step, config.checkpoint.every):
+                    save()
+                if is_due(step, config.sample.every):
+                    concept = to_concept(config, step_config.method, pipeline.fingerprint, state)
+                    images = sample_prompts(config, pipeline, concept, count=VALIDATION_PROMPTS)
+                    writer.image(step, "validation", np.concatenate(images, axis=1))
+            save()
+    finally:
+        writer.close()
+    return state, received[0] if received and not done() else None
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def next_length(config: Config, step: int) -> int:
+    """Steps of the next dispatch: none goes over a step after which something is due."""
+    every = (config.train.steps, config.checkpoint.every, config.sample.every, config.stop.every)
+    return min(steps_per_dispatch(config.train), *(n - step % n for n in every if n))
+
+
+def training_bar(total: int, step: int) -> tqdm:
+    """A progress bar of steps, which says that the first of them is being compiled."""
+    return tqdm(total=total, initial=step, unit=" steps", desc="compiling")
+
+
+def started(bar: tqdm) -> None:
+    """Notes that compiling is over: the rate and the time left are those of the steps alone."""
+    if bar.desc.startswith("compiling"):
+        bar.unpause()
+        bar.set_description("training", refresh=False)
+
+
+def record(writer: MetricWriter, bar: tqdm, start: int, metrics: dict[str, np.ndarray], good: int) -> None:
+    """Writes the metrics of the `good` steps after `start`."""
+    for i in range(good):
+        names = ("loss", "learning_rate", "grad_norm")
+        writer.scalars(start + 1 + i, {name: float(metrics[name][i, 0]) for name in names})
+    if good:
+        bar.set_postfix(loss=f"{metrics['loss'][:good, 0].mean():.4f}", refresh=False)
+    bar.update(good)
+
+
+def not_finite(run: RunDir, step: int, config: Config) -> str:
+    return (
+        f"{run.path}: loss or gradient not finite after step {step}; "
+        f"the last good state is in {run.checkpoints / str(step)}; "
+        f"lower train.learning_rate ({config.train.learning_rate}) or set train.clip_norm, in a new run_dir"
+    )
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[signal.Signals]]:
+    """Collects SIGTERM and SIGINT, so that the step under way ends and is saved; a second Ctrl-C acts at once. A second
+    SIGTERM does not: at a machine's shutdown it comes from its parent and from the system."""
+    received: list[signal.Signals] = []
+    previous = {}
+
+    def receive(number, frame):
+        received.append(signal.Signals(number))
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

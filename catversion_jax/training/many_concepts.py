@@ -1,0 +1,273 @@
+"""Many concepts at once: those of a manifest, in one compiled step.
+
+Concepts stream through a fixed number of slots: the step's shapes never change, and a slot whose concept is finished
+takes the next one, which was read and encoded while the devices trained. Concepts share nothing but the base model, so
+each gets the numbers of a run of its own, and processes that share a manifest need not talk to each other.
+"""
+
+import itertools
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.config import Config
+from catversion_jax.data import manifest
+from catversion_jax.data.latents import bucket
+from catversion_jax.data.manifest import Line
+from catversion_jax.data.photos import MAX_PHOTOS, Photo, is_candidate, read_photos
+from catversion_jax.methods import concept_file
+from catversion_jax.training.checkpoints import Checkpoints, explained
+from catversion_jax.training.concept_data import check_masks, prepare
+from catversion_jax.training.distributed import Process
+from catversion_jax.training.loop import signals, started
+from catversion_jax.training.report import Report
+from catversion_jax.training.run import load_model
+from catversion_jax.training.run_dir import RunDir
+from catversion_jax.training.slots import Slots
+from catversion_jax.training.state import ConceptData, Frozen, TrainState
+from catversion_jax.training.step import StepConfig, steps_per_dispatch
+from catversion_jax.training.trained_concept import to_concept
+from catversion_jax.utils.errors import UserError, short
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's share of a manifest."""
+
+    config: Config  # what the lines do not say
+    manifest: Path
+    process: Process = Process()
+
+    @classmethod
+    def of(cls, config: Config, manifest: Path, process: Process = Process()) -> "Share":
+        """The config is what the lines do not say: photos and class word are those of each line."""
+        return cls(config.replaced({"data.dir": "", "concept.class_word": "thing"}), manifest, process)
+
+    def lines(self) -> Iterator[Line]:
+        return itertools.islice(manifest.read(self.manifest), self.process.index, None, self.process.count)
+
+    def config_of(self, line: Line) -> Config:
+        """The config of a line's concept."""
+        return self.config.replaced(line.changes(self.manifest.parent))
+
+    def photo_count(self, line: Line) -> int:
+        """How many photos a line has, as far as its folder can be listed."""
+        try:
+            return min(MAX_PHOTOS, sum(map(is_candidate, Path(self.config_of(line).data.dir).iterdir())))
+        except OSError:
+            return 0
+
+    @property
+    def most_photos(self) -> int:
+        """Of any line of the whole manifest: what a slot has room for, whoever takes the line."""
+        return max(1, *map(self.photo_count, manifest.read(self.manifest)))
+
+
+@dataclass(frozen=True)
+class BatchOutcome:
+    """What a process's share of a manifest came to."""
+
+    concepts: int  # lines of the share
+    trained: int  # of them, in this call; those that were there already are not among them
+    failed: int
+    report: Path
+    interrupted_by: signal.Signals | None
+
+
+def train_many(share: Share, pipeline: Pipeline | None = None) -> BatchOutcome:
+    """Trains a share of a manifest, in the config's base model, which `pipeline` is if it is loaded.
+
+    Raises UserError for a mistake in the config or the manifest, before anything is compiled.
+    """
+    config = share.config
+    run = RunDir.of(config)
+    run.check(config, resume=True)
+    size = bucket(share.most_photos)
+    run.claim(config)
+    done = {line.id: artifact_path(run, line).is_file() for line in share.lines()}
+    report = Report(run.path)
+    report.reconcile(done)
+    left = len(done) - sum(done.values())
+    if not left:
+        return BatchOutcome(len(done), 0, 0, report.path, None)
+    batch = ManyConcepts(share, pipeline or load_model(config, config.batch.slots), report, size)
+    with tqdm(total=len(done), initial=len(done) - left, unit=" concepts", desc="compiling") as bar:
+        interrupted_by = batch.train((line for line in share.lines() if not done[line.id]), bar)
+    return BatchOutcome(len(done), left, batch.failed, report.path, interrupted_by)
+
+
+def artifact_path(run: RunDir, line: Line) -> Path:
+    return run.path / line.id / concept_file.FILE_NAME
+
+
+Prepared = tuple[Line, Future]
+
+
+def ahead(lines: Iterable[Line], prepare: Callable[[Line], ConceptData], count: int) -> Iterator[Prepared]:
+    """Each line with what `prepare` makes of it in a thread, `count` lines ahead of the one that is asked for."""
+    pool = ThreadPoolExecutor(1)
+    waiting: deque[Prepared] = deque()
+    try:
+        for line in lines:
+            waiting.append((line, pool.submit(prepare, line)))
+            if len(waiting) > count:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A concept in its slot."""
+
+    line: Line
+    config: Config
+    since: float  # time.monotonic()
+
+
+class ManyConcepts:
+    """The slots of one process, and the concepts that go through them."""
+
+    def __init__(self, share: Share, pipeline: Pipeline, report: Report, size: int):
+        """`size` is how many photos a slot has room for."""
+        self.share, self.pipeline, self.report, self.size = share, pipeline, report, size
+        config, networks = share.config, pipeline.networks
+        self.config, self.stop, self.run = config, config.stop, RunDir.of(config)
+        count, resolution = config.batch.slots, networks.resolution
+        self.step_config = StepConfig.of(config, networks, count)
+        self.length = math.gcd(steps_per_dispatch(config.train), self.stop.every)
+        blank = Photo("blank", np.zeros((resolution, resolution, 3), np.uint8), np.ones((resolution, resolution), bool))
+        self.slots = Slots(
+            self.step_config,
+            Frozen.of(pipeline, self.step_config.mesh, config.mesh.rules),
+            self.step_config.init_state([0] * count),
+            prepare(config, self.step_config.method, pipeline, [blank], size),
+            self.length,
+        )
+        self.saved = self.read_saved()
+        folder = self.run.checkpoints / f"{share.process.index}-of-{share.process.count}"
+        self.checkpoints = Checkpoints(folder, config.checkpoint.keep)
+        self.clock = self.kept = self.checkpoints.latest or 0  # steps of the slots, whoever was in them
+        self.entered: dict[int, Entered] = {}  # by slot
+        self.failed = 0
+
+    def train(self, lines: Iterable[Line], bar: tqdm) -> signal.Signals | None:
+        """Trains until no line is left. Returns the signal that ended it early, if one did."""
+        queue = ahead(lines, self.prepare, self.config.batch.slots)
+        try:
+            with signals() as received:
+                while not received and self.fill(queue, bar):
+                    self.slots.advance()
+                    self.clock += self.length
+                    self.harvest(bar)
+                    if self.clock - self.kept >= self.config.checkpoint.every:
+                        self.save()
+                if self.entered:
+                    self.save()
+            return received[0] if received and bar.n < bar.total else None
+        finally:
+            queue.close()
+            self.checkpoints.close()
+
+    def prepare(self, line: Line) -> ConceptData:
+        """A line's photos and prompts as the step takes them."""
+        config = self.share.config_of(line)
+        photos = read_photos(config.data.dir, self.pipeline.networks.resolution, config.data.masks_dir)
+        check_masks(photos, config.train.background_weight)
+        return prepare(config, self.step_config.method, self.pipeline, photos, self.size)
+
+    def fill(self, queue: Iterator[Prepared], bar: tqdm) -> bool:
+        """Lets the next concepts into the empty slots; whether there is one in any. With evaluations, only while those
+        in the slots are evaluated, so that one evaluation serves all."""
+        if self.entered and self.stop.every and self.clock % self.stop.every:
+            return True
+        for index in sorted(set(range(self.config.batch.slots)) - self.entered.keys()):
+            found = self.next_good(queue, bar)
+            if found is None:
+                break
+            line, data = found
+            config = self.share.config_of(line)
+            state = self.saved.pop(line.id, None)
+            if state is None or state.seed[0] != config.seed:
+                state = self.step_config.init_state([config.seed])
+            self.slots.put(index, state, data)
+            self.entered[index] = Entered(line, config, time.monotonic())
+        return bool(self.entered)
+
+    def next_good(self, queue: Iterator[Prepared], bar: tqdm) -> tuple[Line, ConceptData] | None:
+        """The next line that could be prepared; those before it failed."""
+        for line, future in queue:
+            try:
+                return line, future.result()
+            except UserError as error:
+                self.fail(line, str(error), bar)
+            except Exception as error:  # whatever is wrong with one concept must not disturb the others
+                self.fail(line, f"{type(error).__name__}: {short(error)}", bar)
+        return None
+
+    def harvest(self, bar: tqdm) -> None:
+        """Empties the slots of the concepts that are finished or broken."""
+        slots = self.slots
+        for index, entered in list(self.entered.items()):
+            if slots.broken[index]:
+                self.fail(entered.line, f"loss or gradient not finite after step {slots.host.step[index]}", bar)
+                slots.clear(index)
+            elif slots.finished[index]:
+                self.finish(entered, slots.one(index), float(slots.losses[index]), bar)
+            else:
+                continue
+            del self.entered[index]
+        started(bar)
+        bar.set_postfix(step=self.clock, loss=f"{slots.losses.mean():.4f}", refresh=False)
+
+    def fail(self, line: Line, error: str, bar: tqdm) -> None:
+        self.failed += 1
+        self.report.add({"id": line.id, "status": "failed", "error": error})
+        bar.update()
+
+    def finish(self, entered: Entered, state: TrainState, loss: float, bar: tqdm) -> None:
+        """Writes what was learned, and reports it."""
+        path = artifact_path(self.run, entered.line)
+        concept = to_concept(entered.config, self.step_config.method, self.pipeline.fingerprint, state)
+        with explained(f"{path}: could not write the concept"):
+            path.parent.mkdir(exist_ok=True)
+            concept_file.save(path, concept)
+        seconds = round(time.monotonic() - entered.since, 1)
+        line = {"id": entered.line.id, "status": "done", "steps": concept.steps, "loss": loss, "seconds": seconds}
+        self.report.add(line)
+        bar.update()
+
+    def save(self) -> None:
+        """Keeps the states of the concepts in the slots."""
+        ids = [self.entered[i].line.id if i in self.entered else None for i in range(self.config.batch.slots)]
+        self.checkpoints.save(self.clock, self.slots.host, {"ids": ids})
+        self.kept = self.clock
+
+    def read_saved(self) -> dict[str, TrainState]:
+        """The states of interrupted concepts by id, [1, ...] each, whichever process kept them."""
+        states: dict[str, TrainState] = {}
+        for folder in sorted(self.run.checkpoints.glob("*-of-*")):
+            checkpoints = Checkpoints(folder, self.config.checkpoint.keep)
+            if checkpoints.latest is not None:
+                ids = checkpoints.note()["ids"]
+                shapes = jax.eval_shape(partial(self.step_config.init_state, [0] * len(ids)))
+                stacked = checkpoints.restore(jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes))
+                for index, id in enumerate(ids):
+                    state = jax.tree.map(lambda x, i=index: x[i : i + 1], stacked)
+                    if id is not None and (id not in states or state.step > states[id].step):
+                        states[id] = state
+            checkpoints.close()
+        return states

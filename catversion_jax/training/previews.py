@@ -1,0 +1,30 @@
+"""What a run shows of itself: images of the config's prompts, and the sample grid at its end."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.config import Config
+from catversion_jax.data.photos import Photo
+from catversion_jax.methods.composition import Personalization
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.sampling.sampler import SampleRequest, sample_images
+from catversion_jax.utils.image_grid import grid
+
+
+def sample_prompts(
+    config: Config, pipeline: Pipeline, concept: Concept, strength: float = 1.0, count: int | None = None
+) -> list[np.ndarray]:
+    """An image of each of the first `count` (None: all) of the config's prompts, with the config's seed."""
+    request = SampleRequest.every(config.sample_prompts(count), [config.seed], config.sample.sampler)
+    return list(sample_images(pipeline, request, Personalization((concept,), strength)))
+
+
+def sample_grid(config: Config, pipeline: Pipeline, concept: Concept, photos: Sequence[Photo]) -> Image.Image:
+    """What was learned at a glance: the photos, the base model's images, the personalized ones."""
+    base, personalized = (sample_prompts(config, pipeline, concept, strength) for strength in (0.0, 1.0))
+    rows = [[photo.image for photo in photos[: len(base)]], base, personalized]
+    labels = ["your photos", "base model", f"your {config.concept.class_word}"]
+    return grid(rows, labels, config.sample_prompts(), captions_above=1)

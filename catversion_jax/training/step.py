@@ -1,0 +1,269 @@
+"""One training step, pure: draw photos, noise and timesteps, predict the noise, move what is learned alone.
+
+`train_step` is what runs, `chunk` is several of them in one dispatch, `compile_chunk` puts it on a mesh.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from catversion_jax.base import noise_schedule, text
+from catversion_jax.base.pipeline import Networks
+from catversion_jax.config import Config
+from catversion_jax.config.optimizer import OptimizerConfig
+from catversion_jax.config.sections import StopConfig, TrainConfig
+from catversion_jax.methods.base import Method
+from catversion_jax.models.sharding import sharding
+from catversion_jax.models.unet import Context, UNet2DConditionModel
+from catversion_jax.training.state import ConceptData, Frozen, TrainState, init_state
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """All that is static in the step."""
+
+    networks: Networks
+    method: Method
+    optimizer: OptimizerConfig
+    batch_size: int
+    mesh: Mesh
+    stop: StopConfig = StopConfig()
+
+    @classmethod
+    def of(cls, config: Config, networks: Networks, concepts: int = 1) -> "StepConfig":
+        """The step of so many concepts. Raises UserError if they cannot share one."""
+        method = config.make_method(networks)
+        if method.changes_unet and concepts > 1:
+            raise UserError(
+                f"config.method={config.method!r}: changes the UNet, which the {concepts} concepts of a step share; "
+                "learn one at a time, with catversion train"
+            )
+        unet = UNet2DConditionModel(replace(networks.unet.config, remat=config.train.remat))
+        return cls(
+            networks=replace(networks, unet=unet),
+            method=method,
+            optimizer=config.train.optimizer,
+            batch_size=config.train.batch_size,
+            mesh=config.make_mesh(concepts),
+            stop=config.stop,
+        )
+
+    def init_state(self, seeds: Sequence[int]) -> TrainState:
+        """The state before the first step of a concept for each seed."""
+        return init_state(seeds, self.method, self.networks, self.optimizer.transformation())
+
+
+ACCELERATOR_STEPS_PER_DISPATCH = 10  # hides the host's work behind the device's
+
+
+def steps_per_dispatch(train: TrainConfig) -> int:
+    """How many steps the host asks the devices for at a time."""
+    on_cpu = jax.default_backend() == "cpu"
+    return train.steps_per_dispatch or (1 if on_cpu else ACCELERATOR_STEPS_PER_DISPATCH)
+
+
+class Minibatch(flax.struct.PyTreeNode):
+    """What one concept's step looks at."""
+
+    latents: Float[Array, "B h w c"]
+    noise: Float[Array, "B h w c"]
+    timesteps: Int[Array, "B"]
+    prompts: tuple[text.Prompts, ...]  # for each text encoder
+    weight: Float[Array, "B h w 1"] | None = None  # of each place in the loss; None: all alike
+
+
+def draw_minibatch(state: TrainState, data: ConceptData, config: StepConfig) -> Minibatch:
+    """One concept's batch (no concept axis): photos, mirror images, prompts and timesteps uniformly, a fresh sample
+    of each posterior. A function of seed and step alone, so a resumed run draws what an unbroken one does.
+
+    The timesteps of a batch are evenly spaced from a random start (Kingma et al. 2021, appendix I.1): each is uniform
+    by itself, and the loss, which depends on the timestep most of all, varies less from batch to batch.
+
+    A method that preserves a prior gets as many of the class's pictures besides.
+    """
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    batch = draw_examples(data, key, config)
+    if data.prior is None:
+        return batch
+    return jax.tree.map(
+        lambda *x: jnp.concatenate(x), batch, draw_examples(data.prior, jax.random.fold_in(key, 1), config)
+    )
+
+
+def draw_examples(data: ConceptData, key: Key[Array, ""], config: StepConfig) -> Minibatch:
+    batch = (config.batch_size,)
+    keys = jax.random.split(key, 6)
+    photo = jax.random.randint(keys[0], batch, 0, data.photos)
+    flip = jax.random.randint(keys[1], batch, 0, data.mean.shape[1])
+    prompt = jax.random.randint(keys[2], batch, 0, data.prompt_count)
+    mean, std = data.mean[photo, flip], data.std[photo, flip]
+    return Minibatch(
+        latents=mean + std * jax.random.normal(keys[3], mean.shape),
+        noise=jax.random.normal(keys[4], mean.shape),
+        timesteps=spaced_timesteps(keys[5], config.batch_size, config.networks.schedule.num_train_timesteps),
+        prompts=jax.tree.map(lambda x: x[prompt], data.prompts),
+        weight=None if data.weight is None else data.weight[photo, flip],
+    )
+
+
+def spaced_timesteps(key: Key[Array, ""], batch_size: int, total: int) -> Int[Array, "B"]:
+    """Uniform timesteps in [0, total), one in each of `batch_size` equal parts of the circle."""
+    places = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+    return jnp.minimum((places * total).astype(jnp.int32), total - 1)
+
+
+def denoising_loss(learned: Params, frozen: Frozen, batch: Minibatch, config: StepConfig) -> Float[Array, "C"]:
+    """Each concept's mean squared error of the UNet's prediction, float32. `learned` and `batch` have the concept axis
+    in front; it is 1 where the method changes the UNet."""
+    net, method = config.networks, config.method
+    context = jax.vmap(lambda learned, prompts: method.condition(learned, prompts, frozen.text, net))(
+        learned, batch.prompts
+    )
+    unet = method.unet(jax.tree.map(lambda x: x[0], learned), frozen.unet)
+    concepts, size = batch.timesteps.shape
+    split = partial(jax.lax.with_sharding_constraint, shardings=sharding(config.mesh, "batch"))
+
+    def flat(x: Float[Array, "C B *rest"]) -> Float[Array, "C*B *rest"]:
+        return split(x.reshape(concepts * size, *x.shape[2:]))
+
+    asked = (batch.latents, batch.noise, batch.timesteps, context, batch.weight)
+    with jax.sharding.use_abstract_mesh(config.mesh.abstract_mesh):  # for attention kernels, which XLA cannot split
+        errors = prediction_error(frozen.replace(unet=unet), *jax.tree.map(flat, asked), networks=net)
+    return errors.reshape(concepts, size).mean(axis=1)
+
+
+def prediction_error(
+    frozen: Frozen,
+    latents: Float[Array, "B h w c"],
+    noise: Float[Array, "B h w c"],
+    timesteps: Int[Array, "B"],
+    context: Context,
+    weight: Float[Array, "B h w 1"] | None = None,
+    *,
+    networks: Networks,
+) -> Float[Array, "B"]:
+    """Mean squared error, of places of a `weight`, of the UNet's prediction for each noisy picture, float32."""
+    alpha = frozen.alphas_cumprod[timesteps]
+    noisy = noise_schedule.add_noise(latents, noise, alpha)
+    prediction = networks.unet.apply({"params": frozen.unet}, noisy, timesteps, *context).astype(jnp.float32)
+    target = noise_schedule.TARGETS[networks.schedule.prediction_type](latents, noise, alpha)
+    errors = jnp.square(prediction - target)
+    return (errors if weight is None else weight * errors).mean(axis=(1, 2, 3))
+
+
+def finished(state: TrainState, steps: Int[Array, "C"], stop: StopConfig) -> Bool[Array, "C"]:
+    """Which concepts have taken their last step. Of arrays of JAX or numpy."""
+    return (state.step >= steps) | ((stop.every > 0) & (state.stale >= stop.patience))
+
+
+def update(
+    state: TrainState, frozen: Frozen, batch: Minibatch, steps: Int[Array, "C"], config: StepConfig
+) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
+    """Move what each concept learns by its own loss's gradient. A concept that is finished stays as it is; so does one
+    whose loss or gradient is not finite: its `step` does not advance."""
+
+    def total(learned):
+        losses = denoising_loss(learned, frozen, batch, config)
+        return losses.sum(), losses  # concepts share nothing, so the sum's gradient is each one's own
+
+    grads, losses = jax.grad(total, has_aux=True)(state.learned)
+    learning_rate = config.optimizer.learning_rate_at(state.step, steps)
+
+    def one(state: TrainState, grad, loss, learning_rate, done) -> tuple[TrainState, Float[Array, ""]]:
+        norm = optax.tree.norm(grad)
+        updates, opt_state = config.optimizer.transformation().update(grad, state.opt_state, state.learned)
+        learned = jax.tree.map(lambda x, update: x + learning_rate * update, state.learned, updates)
+        moved = state.replace(step=state.step + 1, learned=learned, opt_state=opt_state)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~done
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state), norm
+
+    done = finished(state, steps, config.stop)
+    moved, norms = jax.vmap(one)(state, grads, losses, learning_rate, done)
+    return moved, {"loss": losses, "grad_norm": norms, "learning_rate": learning_rate}
+
+
+def train_step(
+    state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig
+) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
+    """One update of every concept. Metrics per concept: loss, grad_norm and learning_rate."""
+    batch = jax.vmap(lambda state, data: draw_minibatch(state, data, config))(state, data)
+    return update(state, frozen, batch, data.steps, config)
+
+
+def chunk(
+    state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig, length: int
+) -> tuple[TrainState, dict[str, Float[Array, "length C"]]]:
+    """`length` steps in one dispatch. A single one is no loop, not even one that is unrolled: XLA's CPU convolutions
+    are 1.3 to 28 times slower in a loop's body (docs/performance.md)."""
+    one = partial(train_step, frozen=frozen, data=data, config=config)
+    if length == 1:
+        state, metrics = one(state)
+        return state, jax.tree.map(lambda x: x[None], metrics)
+    return jax.lax.scan(lambda state, _: one(state), state, length=length)
+
+
+EVALUATED = 8  # noisy photos per concept in an evaluation
+
+
+def fixed_batch(data: ConceptData, config: StepConfig) -> Minibatch:
+    """One concept's batch for evaluations (no concept axis): always the same photos, in turn, without the posterior's
+    spread, the same noise, and timesteps in the middle of equal parts."""
+    index = jnp.arange(EVALUATED)
+    latents = data.mean[index % jnp.maximum(1, data.photos), 0]
+    total = config.networks.schedule.num_train_timesteps
+    return Minibatch(
+        latents=latents,
+        noise=jax.random.normal(jax.random.key(0), latents.shape),
+        timesteps=((index + 0.5) * total / EVALUATED).astype(jnp.int32),
+        prompts=jax.tree.map(lambda x: x[index % jnp.maximum(1, data.prompt_count)], data.prompts),
+        weight=None if data.weight is None else data.weight[index % jnp.maximum(1, data.photos), 0],
+    )
+
+
+def evaluate(
+    state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig
+) -> tuple[TrainState, Float[Array, "C"]]:
+    """The evaluation loss of every concept, noted in the state of those that are due: whose step is a multiple of
+    `stop.every` and who are not finished."""
+    batch = jax.vmap(lambda data: fixed_batch(data, config))(data)
+    losses = denoising_loss(state.learned, frozen, batch, config)
+    stop = config.stop
+    due = (state.step > 0) & (state.step % stop.every == 0) & ~finished(state, data.steps, stop)
+    better = losses < state.best * (1 - stop.margin)
+    stale = jnp.where(better, 0, state.stale + 1)
+    noted = state.replace(
+        best=jnp.where(due, jnp.minimum(state.best, losses), state.best), stale=jnp.where(due, stale, state.stale)
+    )
+    return noted, losses
+
+
+@cache
+def compile_evaluate(config: StepConfig):
+    """`evaluate(state, frozen, data)` jitted over the config's mesh; the state's buffers are donated."""
+    concept = sharding(config.mesh, "concept")
+    return jax.jit(
+        partial(evaluate, config=config),
+        in_shardings=(concept, None, concept),
+        out_shardings=(concept, None),
+        donate_argnums=0,
+    )
+
+
+@cache
+def compile_chunk(config: StepConfig, length: int):
+    """`chunk(state, frozen, data)` jitted over the config's mesh; the state's buffers are donated."""
+    concept = sharding(config.mesh, "concept")
+    return jax.jit(
+        partial(chunk, config=config, length=length),
+        in_shardings=(concept, None, concept),  # None: the base model as it lies
+        out_shardings=(concept, None),
+        donate_argnums=0,
+    )

@@ -1,0 +1,49 @@
+"""Picture grids with captions, for people to look at."""
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from catversion_jax.utils.types import UInt8
+
+CELL = 128  # pixels at least, so that pictures of a small model can be seen
+GAP = 6
+FONT_SIZE = 13
+LABEL_WIDTH = 112
+
+
+def grid(
+    rows: Sequence[Sequence[UInt8[np.ndarray, "h w 3"]]],
+    row_labels: Sequence[str],
+    captions: Sequence[str] = (),
+    captions_above: int = 0,
+) -> Image.Image:
+    """Rows of pictures, each resized to one cell, a label in front of each row, and a line of captions, one a column,
+    above the row `captions_above`."""
+    font = ImageFont.load_default(FONT_SIZE)
+    side = max(CELL, max(image.shape[0] for row in rows for image in row))
+    titles = [wrap(caption, side) for caption in captions]
+    band = max((title.count("\n") + 1 for title in titles), default=0) * (FONT_SIZE + 4) + GAP
+    columns = max(len(row) for row in rows)
+    size = (LABEL_WIDTH + columns * (side + GAP), GAP + band + len(rows) * (side + GAP))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    y = GAP
+    for i, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
+        if i == captions_above:
+            for j, title in enumerate(titles):
+                draw.multiline_text((LABEL_WIDTH + j * (side + GAP), y), title, "black", font)
+            y += band
+        draw.multiline_text((GAP, y), wrap(label, LABEL_WIDTH), "black", font)
+        for j, image in enumerate(row):
+            picture = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+            canvas.paste(picture, (LABEL_WIDTH + j * (side + GAP), y))
+        y += side + GAP
+    return canvas
+
+
+def wrap(text: str, width: int) -> str:
+    """Lines of at most about `width` pixels."""
+    return textwrap.fill(text, max(8, int(width / (FONT_SIZE * 0.55))))

@@ -1,0 +1,33 @@
+"""Files of huggingface.co in its library's local cache: fetched once, found there without a network."""
+
+from pathlib import Path
+
+from catversion_jax.utils.errors import UserError
+
+ENDPOINT = "https://huggingface.co"
+
+
+def fetch(repo: str, revision: str, patterns: list[str]) -> Path:
+    """The folder in the cache where the repo's files that match lie; interrupted downloads go on where they stopped.
+
+    Raises UserError, naming `repo`, for what the user can mend.
+    """
+    from huggingface_hub import errors, snapshot_download  # here: half a second of import that few commands need
+
+    log_in = "log in (`hf auth login`) or set HF_TOKEN"
+    reasons = [
+        (errors.GatedRepoError, f"only for those who agreed to its terms; do so on {ENDPOINT}/{repo}, then {log_in}"),
+        (errors.RevisionNotFoundError, f"has no revision {revision!r}; correct config.model.revision"),
+        (errors.RepositoryNotFoundError, f"no such folder or file, nor model on {ENDPOINT}; if private: {log_in}"),
+        (errors.HFValidationError, f"no such folder or file, and no name of a model on {ENDPOINT}"),
+        (
+            errors.LocalEntryNotFoundError,
+            f"no such folder or file, not in the cache, and {ENDPOINT} is out of reach or HF_HUB_OFFLINE set; "
+            f"run `hf download {repo} --local-dir FOLDER` where there is a network and give that folder",
+        ),
+    ]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns, endpoint=ENDPOINT))
+    except Exception as error:  # of requests, httpx or the disk: it depends on the library's version
+        plain = f"not downloaded ({type(error).__name__}: {str(error).split(chr(10))[0]}); run it again, it goes on"
+        raise UserError(f"{repo}: {next((text for kind, text in reasons if isinstance(error, kind)), plain)}") from None

@@ -1,0 +1,43 @@
+"""Read safetensors files (https://huggingface.co/docs/safetensors): nothing is unpickled."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from catversion_jax.utils.errors import UserError
+from catversion_jax.weights.tensor import FileTensor
+
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(jnp.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+def open_file(path: Path) -> dict[str, FileTensor]:
+    """The tensors by name, unread. The library checks the file; reading by offset opens it once a tensor at no cost,
+    where the library would read its list of tensors each time (8 seconds for Stable Diffusion XL)."""
+    try:
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    other = sorted({entry["dtype"] for entry in tensors.values()} - DTYPES.keys())
+    if other:
+        raise UserError(f"{path}: numbers of type {', '.join(other)}; expected a file of float16, bfloat16 or float32")
+    return {
+        name: FileTensor(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        for name, entry in tensors.items()
+    }

@@ -1,0 +1,191 @@
+"""Where a base model comes from: a folder, a Hugging Face model or a single file, all read through one interface.
+
+`open_source` looks at what is there and reads no numbers: tensors are read one by one, when they are asked for.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.files import read_json
+from catversion_jax.weights import hub, ldm, rules, safetensors, torch_zip
+from catversion_jax.weights.rules import Rule
+from catversion_jax.weights.tensor import Tensor
+from catversion_jax.weights.weight_files import FORMATS, file_patterns, find, open_weights
+
+FOLDERS = {
+    "text": "text_encoder",
+    "text_2": "text_encoder_2",
+    "unet": "unet",
+    "vae": "vae",
+    "image": "image_encoder",
+}
+"""component -> its folder in diffusers layout. text_2 is SDXL's; image is CLIP's image encoder, for scores."""
+
+REQUIRED = ("text", "unet", "vae")
+DOWNLOADED = (*REQUIRED, "text_2")
+
+RULES = {
+    "text": rules.CLIP_TEXT,
+    "text_2": rules.CLIP_TEXT,
+    "unet": rules.UNET,
+    "vae": rules.VAE,
+    "image": rules.CLIP_VISION,
+}
+"""component -> the table for diffusers' and transformers' names."""
+
+TOKENIZERS = {"text": "tokenizer", "text_2": "tokenizer_2"}
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", "")
+OPEN_CLIP_TOKENIZER = ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer_2")  # the same words, padded with "!"
+
+CHECKPOINTS = {".safetensors": safetensors.open_file, ".ckpt": torch_zip.open_checkpoint}
+
+EXPECTED = "expected a Stable Diffusion 1.x, 2.x or XL model in diffusers layout"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component: its config.json, its tensors unread, and the table for their names."""
+
+    config: dict
+    tensors: Mapping[str, Tensor]
+    rules: list[Rule] | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model before it is read."""
+
+    name: str  # for messages
+    parts: dict[str, Part]
+    noise: dict
+    find_tokenizer: Callable[[str], Path]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those keys of FOLDERS that the model has."""
+        return tuple(self.parts)
+
+    def config(self, component: str) -> dict:
+        """What diffusers or transformers write to config.json."""
+        return self.parts[component].config
+
+    def tensors(self, component: str) -> Mapping[str, Tensor]:
+        return self.parts[component].tensors
+
+    def rules(self, component: str) -> list[Rule] | None:
+        """The table for the tensors' names; None where names and layouts are Flax's already."""
+        return self.parts[component].rules
+
+    def scheduler(self) -> dict:
+        """What diffusers writes to scheduler_config.json."""
+        return self.noise
+
+    def tokenizer(self, component: str) -> Path:
+        """The folder of a text encoder's vocab.json and merges.txt; a single file's is downloaded now."""
+        return self.find_tokenizer(component)
+
+
+def open_source(path: str, revision: str = "", variant: str = "", prediction_type: str = "") -> Source:
+    """A local folder (diffusers layout, or saved by its last Flax pipelines), a single file in the original layout, or
+    the Hugging Face model "owner/name".
+
+    `variant` chooses a folder's weights ("fp16": model.fp16.safetensors), `prediction_type` replaces what the
+    scheduler's config says. Raises UserError where it is none of these or lacks a part.
+    """
+    local = Path(path).expanduser()
+    if revision and local.exists():
+        raise UserError(f"config.model.revision={revision!r}: {local} is local; unset it")
+    if variant and local.is_file():
+        raise UserError(f"config.model.variant={variant!r}: {local} is a single file; unset it")
+    if local.is_file():
+        source = open_file(local, prediction_type)
+    elif local.is_dir():
+        source = open_folder(path, local, variant, prediction_type)
+    elif path.count("/") == 1:
+        source = open_folder(path, download(path, revision, variant), variant, prediction_type)
+    else:
+        raise UserError(
+            f"{path}: not found; expected a folder, a file or a model's name (owner/name) on {hub.ENDPOINT}"
+        )
+    channels = source.config("unet").get("in_channels", 4)
+    latents = source.config("vae").get("latent_channels", 4)
+    if channels != latents:
+        raise UserError(
+            f"{path}: the UNet takes {channels} channels, expected the {latents} of latents; it is a model for "
+            f"inpainting or editing; give the base model"
+        )
+    return source
+
+
+def open_folder(name: str, path: Path, variant: str, prediction_type: str) -> Source:
+    """A folder in diffusers layout: a sub-folder for each component, with config.json and weights."""
+    present = [component for component, folder in FOLDERS.items() if (path / folder / "config.json").is_file()]
+    missing = [f"{FOLDERS[component]}/config.json" for component in REQUIRED if component not in present]
+    if missing:
+        raise UserError(f"{name}: no {', no '.join(missing)}; {EXPECTED}")
+
+    def part(component: str) -> Part:
+        folder = path / FOLDERS[component]
+        form, tensors = open_weights(folder, variant)
+        return Part(read_json(folder / "config.json", EXPECTED), tensors, None if form.is_flax else RULES[component])
+
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json", EXPECTED)
+    return Source(
+        name=name,
+        parts={component: part(component) for component in present},
+        noise=scheduler | ({"prediction_type": prediction_type} if prediction_type else {}),
+        find_tokenizer=lambda component: path / TOKENIZERS[component],
+    )
+
+
+def download(repo: str, revision: str, variant: str) -> Path:
+    """The cached folder of a Hugging Face model: configs, tokenizers and weights. PyTorch's pickles and Flax's files
+    are fetched only for components that have no safetensors."""
+    files = ["model_index.json", "scheduler/scheduler_config.json"]
+    files += [f"{FOLDERS[component]}/config.json" for component in DOWNLOADED]
+    files += [f"{folder}/{file}" for folder in TOKENIZERS.values() for file in TOKENIZER_FILES]
+    folders = [FOLDERS[component] for component in DOWNLOADED]
+    for form in FORMATS:
+        files += [f"{folder}/{pattern}" for folder in folders for pattern in file_patterns(form, variant)]
+        path = hub.fetch(repo, revision, files)
+        folders = [f for f in folders if (path / f / "config.json").is_file() and not find(path / f, variant)]
+        if not folders:
+            return path
+    what = f" of config.model.variant={variant!r}" if variant else ""
+    raise UserError(
+        f"{repo}: no weights{what} for {', '.join(folders)}; choose another variant, or go online for the rest"
+    )
+
+
+def open_file(path: Path, prediction_type: str) -> Source:
+    """A single file in the original layout, which has neither configs nor tokenizers."""
+    if path.suffix not in CHECKPOINTS:
+        raise UserError(f"{path}: expected a {' or '.join(CHECKPOINTS)} file, or a folder in diffusers layout")
+    tensors = CHECKPOINTS[path.suffix](path)
+    family = ldm.identify(tensors, str(path))
+    prediction_type = prediction_type or family.prediction_type
+    components = ldm.split(family, tensors)
+    try:
+        configs = ldm.configs(family, components, prediction_type)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{path}: not a whole {family.name} model ({error}); copy or download it again") from None
+    return Source(
+        name=str(path),
+        parts={c: Part(configs[c], components[c], ldm.rules(family, c, configs[c])) for c in components},
+        noise=family.scheduler | {"prediction_type": prediction_type},
+        find_tokenizer=partial(beside, path.parent, family),
+    )
+
+
+def beside(folder: Path, family: ldm.Family, component: str) -> Path:
+    """The tokenizer of a single file in `folder`: the one beside it, or the one its text encoder was trained with."""
+    local = folder / TOKENIZERS[component]
+    if local.is_dir():
+        return local
+    repo, sub_folder = OPEN_CLIP_TOKENIZER if family.texts[component].is_open_clip else CLIP_TOKENIZER
+    return hub.fetch(repo, "", [str(Path(sub_folder, file)) for file in TOKENIZER_FILES]) / sub_folder

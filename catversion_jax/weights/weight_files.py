@@ -1,0 +1,83 @@
+"""The weights in one component's folder, whichever library wrote them: in one file, or in shards with their index."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from catversion_jax.utils.errors import UserError
+from catversion_jax.weights import msgpack, safetensors, torch_zip
+from catversion_jax.weights.tensor import Tensor
+
+
+class Format(NamedTuple):
+    """How weights are stored. `stems` are what transformers and diffusers call the file."""
+
+    stems: tuple[str, str]
+    extension: str
+    open: Callable[[Path], Mapping[str, Tensor]]
+    is_flax: bool = False  # names and layouts are Flax's already
+
+
+FORMATS = (
+    Format(("model", "diffusion_pytorch_model"), "safetensors", safetensors.open_file),
+    Format(("pytorch_model", "diffusion_pytorch_model"), "bin", torch_zip.open_checkpoint),
+    Format(("flax_model", "diffusion_flax_model"), "msgpack", msgpack.open_file, is_flax=True),
+)
+"""The first one that a folder has is read."""
+
+
+def file_patterns(form: Format, variant: str) -> list[str]:
+    """What the files of a format may be called: one file, or an index and its shards (named in two ways)."""
+    dot, shard = dotted(variant), "?????-of-?????"
+    names = (
+        "{stem}{dot}.{end}",
+        "{stem}.{end}.index{dot}.json",
+        "{stem}{dot}-{shard}.{end}",
+        "{stem}-{shard}{dot}.{end}",
+    )
+    return [name.format(stem=stem, dot=dot, shard=shard, end=form.extension) for stem in form.stems for name in names]
+
+
+def dotted(variant: str) -> str:
+    return f".{variant}" if variant else ""
+
+
+def find(folder: Path, variant: str = "") -> tuple[Format, Path] | None:
+    """The file of a folder's weights, or the index of their shards."""
+    for form in FORMATS:
+        for name in file_patterns(form, variant):
+            if (folder / name).is_file():  # a pattern of shards is no file's name
+                return form, folder / name
+    return None
+
+
+def open_weights(folder: Path, variant: str = "") -> tuple[Format, dict[str, Tensor]]:
+    """The tensors of a folder by name, unread. Raises UserError where there are none or a shard is missing."""
+    found = find(folder, variant)
+    if found is None:
+        expected = " or ".join(f"{stem}{dotted(variant)}.safetensors" for stem in FORMATS[0].stems)
+        what = f" of config.model.variant={variant!r}" if variant else ""
+        raise UserError(f"{folder}: no weights{what}; expected {expected}")
+    form, path = found
+    files = shards(path) if path.suffix == ".json" else [path]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        opened = form.open(file)
+        twice = sorted(tensors.keys() & opened.keys())
+        if twice:
+            raise UserError(f"{file}: tensor {twice[0]} is also in another shard; expected each tensor once")
+        tensors |= opened
+    return form, tensors
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index lists."""
+    try:
+        names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index}: not an index of shards; copy or download it again") from None
+    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    if missing:
+        raise UserError(f"{index}: lists shards that are not beside it: {', '.join(missing)}; download them again")
+    return [index.parent / name for name in names]

@@ -1,0 +1,61 @@
+"""The class word among a prompt's tokens."""
+
+import numpy as np
+import pytest
+
+from catversion_jax.base import text
+from catversion_jax.utils.errors import UserError
+from tests import tiny
+
+
+def place(tokenizer, prompt, word) -> int:
+    return int(text.find_word(tokenizer([prompt]), tokenizer.word(word))[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "last_token"),
+    [
+        ("a photo of a teapot", "teapot", "teapot"),
+        ("A Photo Of A TEAPOT on the beach", "teapot", "teapot"),
+        ("a teapot and a teapot", "Teapot", "teapot"),
+        ("a photo of a teddy bear in the snow", "teddy bear", "bear"),
+    ],
+)
+def test_found_at_its_last_token(mini, prompt, word, last_token):
+    tokens = mini.tokenizer([prompt])[0]
+    expected = list(tokens).index(mini.tokenizer.word(last_token)[-1])
+    assert place(mini.tokenizer, prompt, word) == expected
+
+
+@pytest.mark.parametrize("prompt", ["a photo of a car", "two teapots", "tea pot", ""])
+def test_not_found(mini, prompt):
+    assert place(mini.tokenizer, prompt, "teapot") == -1
+
+
+def test_visibility(mini):
+    tokenizer = mini.tokenizer
+    token_ids, word = tokenizer(["a photo of a teapot on the beach", "a car"]), tokenizer.word("teapot")
+    assert text.visibility(token_ids, word, "all").all()
+    visible = text.visibility(token_ids, word, "trigger")
+    at = place(tokenizer, "a photo of a teapot on the beach", "teapot")
+    np.testing.assert_array_equal(visible[0], np.arange(77) >= at)
+    assert not visible[1].any()
+
+
+def test_long_prompts_are_cut(mini):
+    long = "a photo of a teapot " * 30
+    assert mini.tokenizer([long]).shape == (1, 77)
+    assert mini.tokenizer.is_cut(long)
+    assert not mini.tokenizer.is_cut("a photo of a teapot")
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=r"no vocab\.json and no merges\.txt"):
+        text.Tokenizer(tmp_path)
+
+
+def test_model_without_parts(tmp_path):
+    with pytest.raises(UserError, match="nowhere: not found; expected a folder"):
+        tiny.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no text_encoder/config\.json"):
+        tiny.load(tmp_path)

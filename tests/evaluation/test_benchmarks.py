@@ -1,0 +1,123 @@
+"""The public benchmarks' folders, as they are published, and a run over one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from catversion_jax.cli import evaluate
+from catversion_jax.data import manifest
+from catversion_jax.evaluation import benchmarks
+from catversion_jax.sampling.image_names import unique_slugs
+from catversion_jax.utils.errors import UserError
+from tests.conftest import DREAMBOOTH, needs_dreambooth
+from tests.evaluation.test_evaluate import flags
+
+
+def picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def test_dreambench_has_30_subjects_of_25_prompts(tmp_path):
+    subjects = benchmarks.dreambench(tmp_path)
+    assert len(subjects) == 30
+    assert all(len(set(subject.prompts)) == 25 for subject in subjects)
+    live = [s for s in subjects if any("chef outfit" in prompt for prompt in s.prompts)]
+    assert len(live) == 9
+    assert {s.class_word for s in live} == benchmarks.LIVE_CLASSES
+    assert all(s.class_word in prompt for s in subjects for prompt in s.prompts)
+    assert benchmarks.IMAGES_PER_PROMPT == 4
+
+
+@needs_dreambooth
+def test_the_built_in_table_is_the_published_one():
+    public = benchmarks.read("dreambench", DREAMBOOTH, [])
+    path = DREAMBOOTH / "prompts_and_classes.txt"
+    assert path.is_file()
+    assert benchmarks.read_dreambench(path) == (benchmarks.CLASSES, benchmarks.OBJECT_PROMPTS, benchmarks.LIVE_PROMPTS)
+    assert [s.name for s in public] == [*benchmarks.CLASSES]
+
+
+def test_another_table_in_the_folder_is_read(tmp_path):
+    lists = "prompt_list = [\n'a {0} {1} in a box'.format(unique_token, class_token),\n]\n"
+    path = tmp_path / "prompts_and_classes.txt"
+    path.write_text(
+        f"Classes\n\nsubject_name,class\nmine,mug\nrex,dog\n\nPrompts\n{lists}{lists.replace('box', 'hat')}"
+    )
+    mine, rex = benchmarks.dreambench(tmp_path)
+    assert (mine.class_word, mine.prompts) == ("mug", ("a mug in a box",))
+    assert (rex.photos, rex.prompts) == (tmp_path / "rex", ("a dog in a hat",))
+    path.write_text("something else")
+    with pytest.raises(UserError, match="expected DreamBench's table of classes and two lists of prompts"):
+        benchmarks.dreambench(tmp_path)
+
+
+@pytest.fixture
+def customconcept101(tmp_path) -> Path:
+    """Two subjects in the published layout."""
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "cup.txt").write_text("Photo of a {}.\n{} in a pool.\n\n")
+    entries = [
+        {
+            "instance_prompt": "photo of a <new1> cup",
+            "class_prompt": "cup",
+            "instance_data_dir": f"./benchmark_dataset/things_cup{i}",
+            "class_data_dir": "./regularization/things_cup",
+            "prompt_filename": "prompts/cup.txt",
+        }
+        for i in (1, 2)
+    ]
+    (tmp_path / "dataset.json").write_text(json.dumps(entries))
+    for i in (1, 2):
+        picture(tmp_path / "benchmark_dataset" / f"things_cup{i}" / "0.jpeg", i)
+    return tmp_path
+
+
+def test_customconcept101(customconcept101):
+    first, second = benchmarks.read("customconcept101", customconcept101, [])
+    assert (first.name, first.class_word) == ("things_cup1", "cup")
+    assert first.photos.is_dir()
+    assert second.prompts == ("Photo of a cup.", "cup in a pool.")
+    (customconcept101 / "prompts" / "cup.txt").unlink()
+    with pytest.raises(
+        UserError, match=r"cup.txt: No such file or directory; expected the prompts that .*dataset.json"
+    ):
+        benchmarks.read("customconcept101", customconcept101, [])
+    (customconcept101 / "dataset.json").write_text('[{"class_prompt": "cup"}]')
+    with pytest.raises(UserError, match=r"'instance_data_dir'; expected CustomConcept101's dataset\.json"):
+        benchmarks.read("customconcept101", customconcept101, [])
+
+
+def test_a_benchmark_of_pictures_that_exist(customconcept101, tmp_path_factory):
+    """From pictures by subject to one file of scores."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    for i, subject in enumerate(benchmarks.read("customconcept101", customconcept101, [])):
+        for j, slug in enumerate(unique_slugs(list(subject.prompts))):
+            for seed in range(2):
+                picture(folder / "pictures" / subject.name / f"{slug}_{seed}.png", 10 * i + 3 * j + seed)
+    out = folder / "scores.json"
+    given = {"protocol": "customconcept101", "references": str(customconcept101), "images": str(folder / "pictures")}
+    assert evaluate.main(flags(**given, out=str(out))) == 0
+    result = json.loads(out.read_text())
+    first, second = result["concepts"]
+    assert [first["concept"], second["concept"]] == ["things_cup1", "things_cup2"]
+    assert [len(row["prompts"]) for row in (first, second)] == [2, 2]
+    for name in ("clip_t", "clip_i", "diversity"):
+        assert result[name] == pytest.approx((first[name] + second[name]) / 2)
+        ends = sorted((first[name], second[name]))
+        assert result["intervals"][name] == pytest.approx(ends)  # two concepts: from one drawn twice to the other
+    assert result["masked_clip_i"] is None
+    assert result["config"]["protocol"] == "customconcept101"
+    assert out.with_suffix(".html").read_text().count("data:image/jpeg") == 2
+
+
+def test_the_manifest_is_one_for_batch(customconcept101, tmp_path):
+    path = tmp_path / "concepts.jsonl"
+    path.write_text(benchmarks.manifest(benchmarks.read("customconcept101", customconcept101, [])))
+    lines = list(manifest.read(path))
+    assert [line.id for line in lines] == ["things_cup1", "things_cup2"]
+    assert all(line.class_word == "cup" and Path(line.dir).is_dir() for line in lines)

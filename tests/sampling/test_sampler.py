@@ -1,0 +1,66 @@
+"""Pictures: a function of prompt and seed; the base model at strength 0."""
+
+import numpy as np
+import pytest
+
+from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.sampling import sampler
+from tests import tiny
+from tests.conftest import max_error
+
+CONFIG = SamplerConfig(steps=3, guidance=5.0, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def concept(tiny_pipeline) -> Concept:
+    prefix = np.random.default_rng(0).normal(size=(2, 3, 2, 2, 16)).astype(np.float32) * 3
+    return tiny.concept(prefix, tiny_pipeline.fingerprint)
+
+
+def sample(pipeline, prompts, seeds, *concepts, config=CONFIG, negative_prompt=""):
+    request = sampler.SampleRequest(tuple(prompts), tuple(seeds), config, negative_prompt)
+    return list(sampler.sample_images(pipeline, request, tiny.personal(*concepts)))
+
+
+def test_a_picture_depends_on_its_seed_alone(tiny_pipeline, concept):
+    prompts = ["a teapot", "a red teapot", "a teapot"]
+    three = sample(tiny_pipeline, prompts, [5, 6, 7], concept)
+    assert [image.shape for image in three] == [(16, 16, 3)] * 3
+    assert three[0].dtype == np.uint8
+    for i in range(3):
+        (alone,) = sample(tiny_pipeline, prompts[i : i + 1], [5 + i], concept)
+        np.testing.assert_array_equal(alone, three[i])
+    assert (three[0] != three[2]).any()
+
+
+def test_strength(tiny_pipeline, concept):
+    def states(strength):
+        return sampler.condition(tiny_pipeline, ["a teapot"], tiny.personal(concept, strength=strength)).states
+
+    base = sampler.condition(tiny_pipeline, ["a teapot"]).states
+    assert max_error(states(0.0), base) < 1e-5
+    moved = [max_error(states(s), base) for s in (0.05, 0.5, 1.0)]
+    assert 0.01 < moved[0] < moved[1] < moved[2]
+
+
+def test_trigger_leaves_other_prompts_alone(tiny_pipeline, concept):
+    import dataclasses
+
+    trigger = dataclasses.replace(concept, method=dataclasses.replace(concept.method, scope="trigger"))
+    prompts, seeds = ["a car", "a teapot"], [1, 1]
+    base = sample(tiny_pipeline, prompts, seeds)
+    with_concept = sample(tiny_pipeline, prompts, seeds, trigger)
+    np.testing.assert_array_equal(base[0], with_concept[0])
+    assert (base[1] != with_concept[1]).any()
+
+
+def test_the_negative_branch_never_sees_the_prefix(tiny_pipeline, concept):
+    """At guidance 0 only the negative branch is left: the concept changes nothing, the negative prompt does."""
+    config = SamplerConfig(steps=3, guidance=0.0, batch_size=2)
+    asked = (tiny_pipeline, ["a teapot"], [1])
+    (without,) = sample(*asked, config=config)
+    (with_concept,) = sample(*asked, concept, config=config)
+    (negative,) = sample(*asked, concept, config=config, negative_prompt="a car")
+    np.testing.assert_array_equal(without, with_concept)
+    assert (without != negative).any()
