@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catversion_jax.base import pipeline, schedulers, text
+from catversion_jax.base import pipeline, schedulers
+from catversion_jax.base.text_states import lower_layers, upper_layers
 from catversion_jax.methods.base import BaseModel
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.models.prefix_attention import Prefix
 from catversion_jax.models.sharding import make_mesh, sharding
-from catversion_jax.sampling import sampler
+from catversion_jax.sampling import conditioning, denoising
 from catversion_jax.training import step as ts
 from catversion_jax.training.state import Frozen, init_state
 from catversion_jax.weights.source import open_source
@@ -38,16 +39,17 @@ def test_text_encoder(mini, golden):
 @pytest.mark.parametrize(("name", "bias"), [("p1_bias0", 0.0), ("p1_bias1", 1.0), ("p4_bias0", 0.0)])
 def test_text_encoder_with_prefix(mini, golden, name, bias):
     token_ids = golden["token_ids"]
-    visible = jnp.ones((*token_ids.shape, 1), bool)
-    prefix = Prefix(jnp.asarray(golden[f"prefix.{name}"]), jnp.float32(bias), visible, LAYERS)
+    token_mask = jnp.ones((*token_ids.shape, 1), bool)
+    prefix = Prefix(jnp.asarray(golden[f"prefix.{name}"]), jnp.float32(bias), token_mask, LAYERS)
     learned, method = {"prefix": golden[f"prefix.{name}"]}, CatVersion((LAYERS,), bias)
-    encode = partial(sampler.encode, mini.params["text"], (token_ids,), (visible,), networks=mini.networks)
+    tokens = (conditioning.Tokens(token_ids, token_mask),)
+    encode = partial(conditioning.encode, mini.params["text"], tokens, networks=mini.networks)
     whole = encode(learned, 1.0, method=method)
     assert whole.pooled is None
     assert max_error(whole.states, golden[f"text_with_prefix.{name}"]) < TOLERANCE
     (encoder,), (params,) = mini.networks.text, mini.params["text"]
-    prompts = text.lower(encoder, params, token_ids, visible, stop=LAYERS[0])
-    split = jax.jit(text.upper, static_argnums=(0, 4))((encoder,), (params,), (prompts,), (prefix,), LAYERS[:1])
+    prompts = lower_layers(encoder, params, token_ids, token_mask, stop=LAYERS[0])
+    split = jax.jit(upper_layers, static_argnums=(0, 4))((encoder,), (params,), (prompts,), (prefix,), LAYERS[:1])
     assert max_error(split.states, golden[f"text_with_prefix.{name}"]) < TOLERANCE
 
 
@@ -80,16 +82,16 @@ def test_noise_schedule(mini, golden):
 
 def test_guided_ddim(mini, golden):
     token_ids = golden["token_ids"]
-    visible, base = jnp.ones((1, 77, 1), bool), jnp.zeros((1, 77, 1), bool)
-    encode = partial(sampler.encode, mini.params["text"], networks=mini.networks)
+    token_mask, base = jnp.ones((1, 77, 1), bool), jnp.zeros((1, 77, 1), bool)
+    encode = partial(conditioning.encode, mini.params["text"], networks=mini.networks)
     learned = {"prefix": golden["prefix.p1_bias0"]}
-    positive = encode((sampler.Tokens(token_ids[:1], visible),), learned, 1.0, method=CatVersion((LAYERS,)))
-    negative = encode((sampler.Tokens(token_ids[1:2], base),), {}, 0.0, method=BaseModel())
+    positive = encode((conditioning.Tokens(token_ids[:1], token_mask),), learned, 1.0, method=CatVersion((LAYERS,)))
+    negative = encode((conditioning.Tokens(token_ids[1:2], base),), {}, 0.0, method=BaseModel())
     both = jax.tree.map(lambda *x: jnp.stack(x), negative, positive)
-    latents = sampler.denoise(
+    latents = denoising.denoise(
         mini.params["unet"],
         jnp.asarray(golden["ddim.x_T"]),
-        sampler.Guided(jnp.zeros(1, jnp.uint32), both, jnp.float32(5.0)),
+        denoising.Guided(jnp.zeros(1, jnp.uint32), both, jnp.float32(5.0)),
         schedulers.plan(mini.networks.schedule, "", 30),
         networks=mini.networks,
         calls_per_dispatch=1,
@@ -108,7 +110,7 @@ def test_gradient_and_twenty_steps(mini, golden):
     )
     frozen = Frozen(mini.params["unet"], mini.params["text"], jnp.asarray(networks.schedule.alphas_cumprod))
     (encoder,), (params,) = networks.text, mini.params["text"]
-    prompts = text.lower(encoder, params, golden["train.token_ids"], jnp.ones((2, 77, 1), bool), stop=LAYERS[0])
+    prompts = lower_layers(encoder, params, golden["train.token_ids"], jnp.ones((2, 77, 1), bool), stop=LAYERS[0])
     state = init_state([0], config.method, networks, config.optimizer.transformation())
     state = state.replace(learned={"prefix": jnp.asarray(golden["prefix.p1_bias0"])[None]})
     state = jax.device_put(state, sharding(config.mesh, "concept"))

@@ -62,7 +62,7 @@ TARGETS = {"epsilon": lambda latents, noise, alpha: noise, "v_prediction": veloc
 
 
 def check_choices(config: Any, choices: Mapping[str, Collection[str]]) -> None:
-    """Raise UserError for the first field of `config` that is none of its choices."""
+    """Raises UserError for the first field of `config` that is none of its choices."""
     for key, known in choices.items():
         value = getattr(config, key)
         if value not in known:

@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from catversion_jax.base.noise_schedule import TARGETS, NoiseSchedule
-from catversion_jax.base.text import Tokenizer
+from catversion_jax.base.tokenizer import Tokenizer
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
-from catversion_jax.models.sharding import Rules, places
+from catversion_jax.models.sharding import Rules, param_shardings
 from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
 from catversion_jax.utils import tree
@@ -25,7 +25,7 @@ from catversion_jax.utils.json_config import from_json
 from catversion_jax.utils.settings import ANY_TEXT, one_of, setting
 from catversion_jax.utils.types import Params
 from catversion_jax.weights import weight_cache
-from catversion_jax.weights.conversion import Part, collect, readers, shapes_of, submit
+from catversion_jax.weights.conversion import Target, collect, readers, shapes_of, submit
 from catversion_jax.weights.source import Source, open_source
 
 MINI = Path(__file__).parents[1] / "mini"
@@ -82,7 +82,7 @@ class Networks:
 
     @property
     def resolution(self) -> int:
-        """Pixels along each side of a picture."""
+        """Pixels along each side of an image."""
         return self.unet.config.sample_size * self.vae.config.downscale
 
 
@@ -108,21 +108,21 @@ def text_config(config: dict, dtype) -> CLIPTextConfig:
     return from_json(CLIPTextConfig, config | changes, {"attention_dropout": 0.0}, dtype=dtype)
 
 
-class Component(NamedTuple):
+class NetworkSpec(NamedTuple):
     """A network and how to make it."""
 
     make: Callable[[dict, Any], Any]  # (config.json, dtype) -> module
     inputs: Callable[[Any], tuple]  # module -> the inputs its `init` traces
 
 
-TEXT = Component(
+TEXT = NetworkSpec(
     lambda config, dtype: CLIPTextModel(text_config(config, dtype)),
     lambda m: (jnp.zeros((1, m.config.max_position_embeddings), jnp.int32),),
 )
 COMPONENTS = {
     "text": TEXT,
     "text_2": TEXT,
-    "unet": Component(
+    "unet": NetworkSpec(
         lambda config, dtype: UNet2DConditionModel(UNetConfig.from_json(config, dtype=dtype)),
         lambda m: (
             jnp.zeros((1, m.config.sample_size, m.config.sample_size, m.config.in_channels)),
@@ -131,11 +131,11 @@ COMPONENTS = {
             m.config.pooled_dim and jnp.zeros((1, m.config.pooled_dim)),
         ),
     ),
-    "vae": Component(
+    "vae": NetworkSpec(
         lambda config, dtype: AutoencoderKL(VAEConfig.from_json(config, dtype=dtype)),
         lambda m: (jnp.zeros((1, m.config.downscale * 8, m.config.downscale * 8, m.config.in_channels)),),
     ),
-    "image": Component(
+    "image": NetworkSpec(
         lambda config, dtype: CLIPVisionModel(
             from_json(CLIPVisionConfig, config, {"attention_dropout": 0.0}, dtype=dtype)
         ),
@@ -145,13 +145,13 @@ COMPONENTS = {
 
 
 def abstract(name: str, module, dtype=jnp.float32, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
-    """A component's parameters as shapes in `dtype`, each with its place (sharding.places)."""
+    """A component's parameters as shapes in `dtype`, each with its sharding."""
     shapes = shapes_of(module.init, *COMPONENTS[name].inputs(module))
 
-    def shape(leaf, place):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+    def shape(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
-    return jax.tree.map(shape, shapes, places(shapes, mesh, rules))
+    return jax.tree.map(shape, shapes, param_shardings(shapes, mesh, rules))
 
 
 def laid_out(tensor: np.ndarray, op: Callable, dtype: Any) -> np.ndarray:
@@ -180,18 +180,18 @@ def begin(
     """Begin to read a component's parameters, in the dtypes and shardings of `shapes`: each goes from its file to where
     it belongs.
 
-    Notes the values' digests, as the file has them, in `digests`. Raises UserError where the weights are not what the
+    Notes the values' digests, as the file has them, in `digests`. Raises UserError if the weights are not what the
     network needs.
     """
     expected = flatten_dict(shapes, sep="/")
 
-    def place(part: Part, tensor: np.ndarray) -> jax.Array:
+    def put_on_device(part: Target, tensor: np.ndarray) -> jax.Array:
         if digests is not None:
             digests[f"{name}/{part.path}"] = tree.digest(laid_out(tensor, part.op, np.float16))
         leaf = expected[part.path]
         return jax.device_put(laid_out(tensor, part.op, leaf.dtype), leaf.sharding)
 
-    return submit(pool, source.tensors(name), source.rules(name), shapes, f"{source.name}: {name}", place)
+    return submit(pool, source.tensors(name), source.rules(name), shapes, f"{source.name}: {name}", put_on_device)
 
 
 def open_model(model: ModelConfig) -> Source:

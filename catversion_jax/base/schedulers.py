@@ -33,7 +33,7 @@ class Calls(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """From noise to a picture. The state is a stack of slots: first the latents, then what the scheduler remembers."""
+    """From noise to an image. The state is a stack of slots: first the latents, then what the scheduler remembers."""
 
     scale: float  # of the first latents, whose noise has variance one
     calls: Calls
@@ -111,7 +111,7 @@ def trained_sigmas(schedule: NoiseSchedule) -> Float[np.ndarray, "timesteps"]:
 
 
 def spaced(schedule: NoiseSchedule, options: Options, steps: int) -> Float[np.ndarray, "steps"]:
-    """Descending timesteps. Raises UserError where there are not that many."""
+    """Descending timesteps. Raises UserError if there are not that many."""
     total = schedule.num_train_timesteps
     timesteps = SPACINGS[options.timestep_spacing](total, steps, options.steps_offset)
     if timesteps[0] >= total or len(np.unique(timesteps.round())) < steps:

@@ -63,7 +63,7 @@ def measured_peak() -> float:
 
 
 def check_free(more: int) -> None:
-    """Raise MemoryError where the system would end a process that asks for so many bytes more."""
+    """Raises MemoryError if the system would end a process that asks for so many bytes more."""
     free = psutil.virtual_memory().available
     if more > free:
         raise MemoryError(f"{more / 2**30:.1f} GiB more are needed, {free / 2**30:.1f} GiB are free")

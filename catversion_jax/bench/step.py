@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.base import text
 from catversion_jax.base.pipeline import DTYPES, Networks, Pipeline, abstract
+from catversion_jax.base.text_states import PromptStates, lower_layers
 from catversion_jax.bench.machine import check_free, on_cpu
 from catversion_jax.bench.row import Row, with_flops
 from catversion_jax.bench.timing import empty_cache, timed_compile
@@ -76,24 +76,24 @@ def random_data(config: Config, step_config: StepConfig, text_params: tuple[Para
     rng, networks = np.random.default_rng(0), step_config.networks
     templates = len(config.concept.templates)
 
-    def draw(leaf) -> np.ndarray:
+    def random(leaf) -> np.ndarray:
         shape = (concepts, *leaf.shape)
         real = jnp.issubdtype(leaf.dtype, jnp.floating)
         return (rng.standard_normal(shape, np.float32) if real else np.ones(shape)).astype(leaf.dtype)
 
-    def prompts(encoder: CLIPTextModel, params: Params, stop: int) -> text.Prompts:
+    def prompts(encoder: CLIPTextModel, params: Params, stop: int) -> PromptStates:
         ids = jax.ShapeDtypeStruct((bucket(templates), encoder.config.max_position_embeddings), jnp.int32)
-        visible = jax.ShapeDtypeStruct((*ids.shape, 1), bool)
-        lower = partial(text.lower, encoder, stop=stop)
-        return jax.tree.map(draw, jax.eval_shape(lower, params, ids, visible))
+        token_mask = jax.ShapeDtypeStruct((*ids.shape, 1), bool)
+        lower = partial(lower_layers, encoder, stop=stop)
+        return jax.tree.map(random, jax.eval_shape(lower, params, ids, token_mask))
 
     firsts, weighs = step_config.method.first_layers(networks), bool(step_config.method.prior_weight)
 
-    def pictures(count: int, views: int) -> ConceptData:
+    def images(count: int, views: int) -> ConceptData:
         shape = jax.ShapeDtypeStruct((bucket(count), views, *networks.latent_shape), jnp.float32)
         return ConceptData(
-            mean=draw(shape),
-            std=np.abs(draw(shape)) / 10,
+            mean=random(shape),
+            std=np.abs(random(shape)) / 10,
             photos=np.full(concepts, count, np.int32),
             prompts=tuple(prompts(*of_one) for of_one in zip(networks.text, text_params, firsts, strict=True)),
             prompt_count=np.full(concepts, templates, np.int32),
@@ -101,8 +101,8 @@ def random_data(config: Config, step_config: StepConfig, text_params: tuple[Para
             weight=np.ones((concepts, *shape.shape[:-1], 1), np.float32) if weighs else None,
         )
 
-    prior = pictures(config.prior.pictures, 1) if weighs else None
-    return pictures(PHOTOS, 1 + config.data.flip).replace(prior=prior)
+    prior = images(config.prior.pictures, 1) if weighs else None
+    return images(PHOTOS, 1 + config.data.flip).replace(prior=prior)
 
 
 def count_flops(config: Config, networks: Networks, concepts: int) -> float:

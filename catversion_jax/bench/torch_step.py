@@ -1,12 +1,12 @@
 """The training step in PyTorch, of diffusers' and transformers' modules: what `catversion bench --vs=torch` compares
-with. It trains one concept; C concepts with batches of B are to it one batch of C x B pictures.
+with. It trains one concept; C concepts with batches of B are to it one batch of C x B images.
 
 PyTorch is no dependency: nothing here imports it before it is asked for.
 """
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, reindex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Recipe:
     label: str
     dtype: str | None  # of the text encoder and the UNet; None: the config's
     checkpointing: bool  # the UNet's activations are computed again in the backward pass
-    encodes: bool  # the VAE encodes the pictures in every step
+    encodes: bool  # the VAE encodes the images in every step
 
 
 RECIPES = {
@@ -87,7 +87,7 @@ def attach(text_encoder, prefix, layers: tuple[int, ...], logit_bias: float) -> 
 
     length, heads, head_dim = prefix.shape[0], *prefix.shape[3:]
 
-    def forward_of(attention, place: int):
+    def forward_of(attention, index: int):
         def forward(hidden_states, *_, **__):
             batch, queries = hidden_states.shape[:2]
             query, key, value = (
@@ -95,7 +95,7 @@ def attach(text_encoder, prefix, layers: tuple[int, ...], logit_bias: float) -> 
                 for project in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             first_key, first_value = (
-                part.to(query.dtype).transpose(0, 1).expand(batch, -1, -1, -1) for part in prefix[:, place].unbind(1)
+                part.to(query.dtype).transpose(0, 1).expand(batch, -1, -1, -1) for part in prefix[:, index].unbind(1)
             )
             causal = torch.ones(queries, queries, dtype=torch.bool, device=query.device).triu(1)
             mask = torch.cat([query.new_full((queries, length), logit_bias), query.new_zeros(causal.shape)], dim=1)
@@ -109,9 +109,9 @@ def attach(text_encoder, prefix, layers: tuple[int, ...], logit_bias: float) -> 
 
     # transformers 4: model.text_model.encoder.layers; 5: model.encoder.layers
     stack = getattr(text_encoder, "text_model", text_encoder).encoder.layers
-    for place, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         attention = stack[layer].self_attn
-        attention.forward = forward_of(attention, place)
+        attention.forward = forward_of(attention, index)
 
 
 def build(recipe: Recipe, config: Config, configs: dict[str, dict], folder: Path | None, device: str, row):
@@ -134,7 +134,7 @@ def build(recipe: Recipe, config: Config, configs: dict[str, dict], folder: Path
         dispatch()
     if on_gpu:
         most = torch.cuda.max_memory_allocated() - before
-        row = replace(row, peak_memory_bytes=most, peak_memory_from="device")
+        row = reindex(row, peak_memory_bytes=most, peak_memory_from="device")
     return row, dispatch
 
 
@@ -142,7 +142,7 @@ def make_step(
     recipe: Recipe, config: Config, configs: dict[str, dict], folder: Path | None, device: str, batch: int
 ) -> Callable[[], Any]:
     """A function that takes one training step and returns the loss: text encoder with the prefix, UNet, backward to the
-    prefix, AdamW. Pictures and token ids are random."""
+    prefix, AdamW. Images and token ids are random."""
     import torch
     from torch.nn.functional import mse_loss
 
@@ -174,13 +174,13 @@ def make_step(
         with torch.no_grad():
             return vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
 
-    def drawn():
+    def given():
         return mean + 0.1 * torch.randn_like(mean)
 
-    draw = encoded if recipe.encodes else drawn
+    next_latents = encoded if recipe.encodes else given
 
     def step():
-        latents = draw()
+        latents = next_latents()
         noise = torch.randn_like(latents)
         timesteps = torch.randint(1000, (batch,), device=device)
         alpha = alphas[timesteps, None, None, None]

@@ -70,7 +70,7 @@ def main(arguments: flags.FlagValues) -> int:
     write_report(out, result, page.render(result, found.grids))
     for name in scores.SCORES:
         print(f"{name:17}{page.number(result[name], result['intervals'][name])}")
-    print(f"{sum(row['pictures'] for row in found.rows)} pictures: {out}, {out.with_suffix('.html')}")
+    print(f"{sum(row['pictures'] for row in found.rows)} images: {out}, {out.with_suffix('.html')}")
     return 0
 
 

@@ -58,7 +58,7 @@ def main(arguments: flags.FlagValues) -> int:
     rows = write_images(out, request, sample_images(pipeline, request, personalization))
     path = free_grid_name(out)
     write_atomically(path, wrapped_grid(rows).save)
-    print(f"{len(request.prompts)} pictures in {out}, together in {path}")
+    print(f"{len(request.prompts)} images in {out}, together in {path}")
     return 0
 
 

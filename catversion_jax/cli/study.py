@@ -51,7 +51,7 @@ def main(arguments: flags.FlagValues, name: str) -> int:
     write_atomically(study.out / "table.md", lambda path: path.write_text(text))
     for grid, image in made.grids.items():
         write_atomically(study.out / f"{grid}.png", image.save)
-    print(f"{text}\n{study.out / 'table.md'}; pictures: {', '.join(str(study.out / f'{n}.png') for n in made.grids)}")
+    print(f"{text}\n{study.out / 'table.md'}; images: {', '.join(str(study.out / f'{n}.png') for n in made.grids)}")
     return 0
 
 
@@ -82,7 +82,7 @@ def header(name: str, study: Study, minutes: float) -> str:
         f"{minutes:.0f} minutes in its last run.",
         f"Concepts: {', '.join(folder.name for folder in study.folders)};",
         f"{study.scale.steps or train.steps} steps of {train.batch_size}, seed {study.config.seed}.",
-        f"Pictures: {len(study.scorer.templates)} prompts x seeds 0 to {study.scale.seeds - 1},",
+        f"Images: {len(study.scorer.templates)} prompts x seeds 0 to {study.scale.seeds - 1},",
         f"{sampler.steps} steps, guidance {sampler.guidance};",
         f"unrelated: {', '.join(evaluation.unrelated) or 'none'}.",
         "In brackets, 95 % bootstrap intervals over the prompts of all concepts.",

@@ -35,6 +35,6 @@ def run(config: Config, resume: bool = False) -> int:
         return 128 + outcome.interrupted_by
     image = sample_grid(config, pipeline, concept, outcome.photos)
     write_atomically(run.samples, image.save)
-    print(f"concept:  {run.artifact}\npictures: {run.samples}")
+    print(f"concept:  {run.artifact}\nimages:   {run.samples}")
     print(f"curves:   tensorboard --logdir {run.events}")
     return 0

@@ -1,6 +1,6 @@
 """The photos of a run as a TFDS dataset in ArrayRecord: what a resumed run reads, wherever the originals went.
 
-Pictures are stored as encoded PNG bytes in scalar features: TFDS's Image feature would need TensorFlow.
+Images are stored as encoded PNG bytes in scalar features: TFDS's Image feature would need TensorFlow.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from catversion_jax.utils.errors import UserError
 
 
 def encode(array: np.ndarray | None) -> bytes:
-    """PNG bytes; none for no picture."""
+    """PNG bytes; none for no image."""
     if array is None:
         return b""
     buffer = io.BytesIO()
@@ -59,7 +59,7 @@ def write(folder: Path, photos: list[Photo]) -> None:
 
 
 def read(folder: Path) -> list[Photo]:
-    """The photos by name. Raises UserError where there is no complete dataset."""
+    """The photos by name. Raises UserError if there is no complete dataset."""
     try:
         source = Photos(data_dir=folder).as_data_source("train")
         records = sorted((record["name"].decode(), record) for record in source)

@@ -15,7 +15,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PHOTOS = 100
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 100 * 10**6
-IGNORED = ("thumbs.db", "desktop.ini")  # what file managers leave in a folder of pictures; dot files too
+IGNORED = ("thumbs.db", "desktop.ini")  # what file managers leave in a folder of images; dot files too
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Photo:
 
 
 def open_image(path: Path) -> Image.Image:
-    """A decoded, upright picture. Raises UserError naming the file for anything else."""
+    """A decoded, upright image. Raises UserError naming the file for anything else."""
     size = path.stat().st_size
     if size == 0:
-        raise UserError(f"{path}: empty file; expected a {', '.join(FORMATS)} picture; remove or replace it")
+        raise UserError(f"{path}: empty file; expected a {', '.join(FORMATS)} image; remove or replace it")
     if size > MAX_FILE_BYTES:
         raise UserError(f"{path}: {size >> 20} MiB; expected at most {MAX_FILE_BYTES >> 20} MiB; make it smaller")
     try:
@@ -50,9 +50,9 @@ def open_image(path: Path) -> Image.Image:
             image.load()
             return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a {', '.join(FORMATS)} picture; remove or convert it") from None
+        raise UserError(f"{path}: not a {', '.join(FORMATS)} image; remove or convert it") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: damaged or truncated picture ({error}); remove or replace it") from None
+        raise UserError(f"{path}: damaged or truncated image ({error}); remove or replace it") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -86,7 +86,7 @@ def read_photos(
 ) -> list[Photo]:
     """The folder's photos by name, cut to squares of `resolution` pixels (None: as they are), with their masks.
 
-    Masks are pictures of the photo's shape (bright = subject) in `masks_dir`, or `<folder>/masks` where that exists,
+    Masks are images of the photo's shape (bright = subject) in `masks_dir`, or `<folder>/masks` where that exists,
     with the photo's stem. Raises UserError naming the file for whatever is not a photo, and for a missing mask; `keys`
     are what the two folders are called there.
     """

@@ -152,7 +152,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[Subject]]] = {
 
 
 def read(benchmark: str, folder: Path, names: list[str]) -> list[Subject]:
-    """The subjects of a benchmark's public folder, or those of `names`. Raises UserError where one is missing."""
+    """The subjects of a benchmark's public folder, or those of `names`. Raises UserError if one is missing."""
     subjects = BENCHMARKS[benchmark](folder)
     known = {subject.name: subject for subject in subjects}
     if unknown := [name for name in names if name not in known]:

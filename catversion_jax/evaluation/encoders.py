@@ -1,4 +1,4 @@
-"""The networks that judge pictures: CLIP (a base model's own, or a CLIPModel folder) and DINO."""
+"""The networks that judge images: CLIP (a base model's own, or a CLIPModel folder) and DINO."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax.base.pipeline import MINI, abstract, laid_out, load_component
-from catversion_jax.base.text import Tokenizer
+from catversion_jax.base.tokenizer import Tokenizer
 from catversion_jax.evaluation.metrics import normalize
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.vit import FIXED as VIT_FIXED
@@ -82,7 +82,7 @@ class ImageEncoder:
     preprocessing: Preprocessing
 
     def __call__(self, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "N e"]:
-        """Unit embeddings of pictures of any size."""
+        """Unit embeddings of images of any size."""
         pixels = np.stack([self.preprocessing(image) for image in images])
         return normalize(in_batches(partial(embed_pixels, self.params, module=self.module), pixels))
 
@@ -188,7 +188,7 @@ def read(folder: Path, table: list[rules.Rule], expected: Params) -> Params:
     if form.is_flax:
         raise UserError(f"{folder}: only Flax weights; expected model.safetensors or pytorch_model.bin")
 
-    def place(part, tensor):
+    def to_device(part, tensor):
         return jnp.asarray(laid_out(tensor, part.op, np.float32))
 
-    return from_torch(tensors, table, expected, str(folder), place)
+    return from_torch(tensors, table, expected, str(folder), to_device)

@@ -1,4 +1,4 @@
-"""GrabCut: a rough mask drawn again along the edges of what it shows, by OpenCV, which the extra `grabcut` installs."""
+"""GrabCut: a rough mask redrawn along the edges of what it shows, by OpenCV, which the extra `grabcut` installs."""
 
 import importlib.util
 
@@ -11,13 +11,13 @@ ITERATIONS = 5
 
 
 def check() -> None:
-    """Raise UserError where OpenCV is not installed."""
+    """Raises UserError if OpenCV is not installed."""
     if importlib.util.find_spec("cv2") is None:
         raise UserError("grabcut: OpenCV is not installed; pip install opencv-python-headless, or leave it out")
 
 
 def grabcut(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """The subject of an RGB picture, of which the mask is a guess at every place: mixtures of the colours within and
+    """The subject of an RGB image, of which the mask is a guess at every place: mixtures of the colours within and
     without, and the cheapest cut between them, in turns (Rother et al. 2004). The mask itself where it or what is found
     is empty or everything."""
     import cv2  # of the extra

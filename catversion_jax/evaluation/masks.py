@@ -1,4 +1,4 @@
-"""Where a picture shows the concept: from the UNet's own cross-attention to the class word, without another model."""
+"""Where an image shows the concept: from the UNet's own cross-attention to the class word, without another model."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from catversion_jax.base import text
 from catversion_jax.base.noise_schedule import add_noise
 from catversion_jax.base.pipeline import Networks, Pipeline
+from catversion_jax.base.tokenizer import find_word
 from catversion_jax.data.latents import posteriors
 from catversion_jax.models.unet import Context
-from catversion_jax.sampling import sampler
+from catversion_jax.sampling import conditioning
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.padded_batches import padded_batches
 from catversion_jax.utils.types import Array, Bool, Float, Int, Params, UInt8
@@ -23,13 +23,13 @@ FILL = (122, 116, 104)
 """The colour of what a mask removes: CLIP's mean, so that the encoder sees zeros there."""
 
 TIMESTEPS = (0.05, 0.15, 0.25)
-"""Shares of the noise schedule: early ones, where the picture is there already and attention is sharp."""
+"""Shares of the noise schedule: early ones, where the image is there already and attention is sharp."""
 
 BINS = 64  # of the histogram that `otsu` splits
 
 
 def fill_background(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture with FILL where the mask is false."""
+    """The image with FILL where the mask is false."""
     return np.where(mask[..., None], image, np.uint8(FILL))
 
 
@@ -60,8 +60,8 @@ def word_attention(
     *,
     networks: Networks,
 ) -> Float[Array, "B H W"]:
-    """What each place of a picture gives to the word's tokens: each cross-attention's map, scaled to at most 1 and to
-    the picture's size, summed. The middle block, whose map is the coarsest, is left out."""
+    """What each position of an image gives to the word's tokens: each cross-attention's map, scaled to at most 1 and to
+    the image's size, summed. The middle block, whose map is the coarsest, is left out."""
     alpha = jnp.asarray(networks.schedule.alphas_cumprod)[timestep]
     noisy = add_noise(latents, jnp.broadcast_to(noise, latents.shape), jnp.full(len(latents), alpha))
     timesteps = jnp.full(len(latents), timestep)
@@ -82,25 +82,25 @@ def attention_masks(
     prompts: Sequence[str],
     class_word: str,
 ) -> Bool[np.ndarray, "N H W"]:
-    """A mask of each picture, of the pipeline's size: its latents are noised, always with the same noise, and denoised
-    a step on its prompt, and `word_attention` is parted by `otsu`. A mask depends on its picture and prompt alone, and
+    """A mask of each image, of the pipeline's size: its latents are noised, always with the same noise, and denoised
+    a step on its prompt, and `word_attention` is parted by `otsu`. A mask depends on its image and prompt alone, and
     on no learned concept: who is judged does not choose what is looked at.
 
     Raises UserError for a prompt that does not hold the class word.
     """
     token_ids, word = pipeline.tokenizer(list(prompts)), pipeline.tokenizer.word(class_word)
-    last = text.find_word(token_ids, word)[:, None]
+    last = find_word(token_ids, word)[:, None]
     if (last < 0).any():
         prompt = prompts[int(np.argmin(last))]
         raise UserError(f"{prompt!r}: no class word {class_word!r} to see where it is; expected it in every prompt")
-    places = np.arange(token_ids.shape[1])
-    of_word = ((places > last - len(word)) & (places <= last)) / np.float32(len(word))
+    positions = np.arange(token_ids.shape[1])
+    of_word = ((positions > last - len(word)) & (positions <= last)) / np.float32(len(word))
     networks = pipeline.networks
     latents = posteriors(networks.vae, pipeline.params["vae"], images, flip=False)[0][:, 0]
     noises = np.random.default_rng(0).standard_normal((len(TIMESTEPS), *networks.latent_shape)).astype(np.float32)
     maps = []
     for index in padded_batches(len(images)):
-        context = sampler.condition(pipeline, [prompts[i] for i in index])
+        context = conditioning.condition(pipeline, [prompts[i] for i in index])
         see = partial(word_attention, pipeline.params["unet"], latents[index], networks=networks)
         steps = [int(share * networks.schedule.num_train_timesteps) for share in TIMESTEPS]
         seen = [see(noise, step, context, of_word[index]) for noise, step in zip(noises, steps, strict=True)]

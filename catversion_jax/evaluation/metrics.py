@@ -1,6 +1,6 @@
-"""Scores of pictures, of their embeddings alone: raw cosines, neither scaled nor clipped.
+"""Scores of images, of their embeddings alone: raw cosines, neither scaled nor clipped.
 
-Embeddings are unit vectors, in rows: of generated pictures (G), reference pictures (R) and prompts, all of one space.
+Embeddings are unit vectors, in rows: of generated images (G), reference images (R) and prompts, all of one space.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ def normalize(x: Float[np.ndarray, "N e"]) -> Float[np.ndarray, "N e"]:
 
 
 def clip_t(generated: Float[np.ndarray, "G e"], prompts: Float[np.ndarray, "G e"]) -> Float[np.ndarray, "G"]:
-    """Each picture's cosine with its own prompt."""
+    """Each image's cosine with its own prompt."""
     return np.einsum("ge,ge->g", generated, prompts)
 
 
 def clip_i(generated: Float[np.ndarray, "G e"], references: Float[np.ndarray, "R e"]) -> Float[np.ndarray, "G"]:
-    """Each picture's mean cosine with the references; the mean of these is that over all pairs. With the embeddings
-    of masked pictures it is the masked CLIP-I, with DINO's it is DINO."""
+    """Each image's mean cosine with the references; the mean of these is that over all pairs. With the embeddings
+    of masked images it is the masked CLIP-I, with DINO's it is DINO."""
     return (generated @ references.T).mean(axis=1)
 
 
@@ -34,7 +34,7 @@ def overall(clip_t: Float[np.ndarray, "..."], clip_i: Float[np.ndarray, "..."]) 
 
 
 def drift(base: Float[np.ndarray, "G e"], moved: Float[np.ndarray, "G e"]) -> Float[np.ndarray, "G"]:
-    """How far each picture is from the base model's of the same prompt and seed: 1 - cosine, written so that what did
+    """How far each image is from the base model's of the same prompt and seed: 1 - cosine, written so that what did
     not move gives exactly 0."""
     return np.square(base - moved).sum(axis=1) / 2
 
@@ -45,7 +45,7 @@ def relative_change(base: Float[np.ndarray, "..."], moved: Float[np.ndarray, "..
 
 
 def diversity(generated: Float[np.ndarray, "G e"]) -> float | None:
-    """The mean of 1 - cosine over all pairs of pictures of one prompt; None where there is no pair."""
+    """The mean of 1 - cosine over all pairs of images of one prompt; None where there is no pair."""
     count = len(generated)
     if count < 2:
         return None
@@ -54,13 +54,13 @@ def diversity(generated: Float[np.ndarray, "G e"]) -> float | None:
 
 
 def nearest(images: Float[np.ndarray, "G e"], captions: Float[np.ndarray, "N e"]) -> np.ndarray:
-    """The index of each picture's nearest caption."""
+    """The index of each image's nearest caption."""
     return np.argmax(images @ captions.T, axis=1)
 
 
 def interval(statistic: Callable[..., np.ndarray], *samples: Float[np.ndarray, "N"]) -> tuple[float, float] | None:
     """The bootstrap percentile interval, LEVEL of the resamples, of a statistic of the samples' means; the samples are
-    drawn together, row by row. None where there are fewer than two rows, or where the statistic has no value."""
+    resampled together, row by row. None where there are fewer than two rows, or where the statistic has no value."""
     rows = len(samples[0])
     if rows < 2:
         return None

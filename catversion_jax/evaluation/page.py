@@ -1,4 +1,4 @@
-"""The report of an evaluation for people to look at: one HTML file with its pictures and plots in it."""
+"""The report of an evaluation for people to look at: one HTML file with its images and plots in it."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from catversion_jax.utils.image_grid import grid
 
 TEMPLATE = Path(__file__).parent / "page.html"
 THUMBNAIL = 128  # pixels
-COLUMNS = 6  # pictures of a row, at most; masked ones follow them
+COLUMNS = 6  # images of a row, at most; masked ones follow them
 PLOTTED = ("clip_t", "clip_i", "masked_clip_i", "dino")  # the cosines
 COLOURS = ("#1b6ca8", "#d1603d", "#3f8f5b", "#7d5ba6")
 MAX_LABELS = 40
@@ -27,7 +27,7 @@ def number(value: float | None, interval: Sequence[float] | None = None) -> str:
 
 
 def thumbnails(images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The first pictures, whole on a white square."""
+    """The first images, whole on a white square."""
     out = []
     for image in images[:COLUMNS]:
         small = Image.fromarray(image)
@@ -41,8 +41,8 @@ def thumbnails(images: Sequence[np.ndarray]) -> list[np.ndarray]:
 def image_grid(references: MaskedImages, prompts: Sequence[str], sampled: MaskedImages) -> Image.Image:
     """References, then a row for each prompt; where there are masks, also as the encoder sees them masked."""
 
-    def row(pictures: MaskedImages) -> list[np.ndarray]:
-        return thumbnails(pictures.images) + (thumbnails(pictures.masked()) if pictures.masks is not None else [])
+    def row(shown: MaskedImages) -> list[np.ndarray]:
+        return thumbnails(shown.images) + (thumbnails(shown.masked()) if shown.masks is not None else [])
 
     rows = {"references": row(references)}
     for prompt in dict.fromkeys(prompts):

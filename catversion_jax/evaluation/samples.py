@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from catversion_jax.base.pipeline import Pipeline, load
 from catversion_jax.base.sampler_config import SamplerConfig
-from catversion_jax.base.text import without_word
+from catversion_jax.base.tokenizer import without_word
 from catversion_jax.data.photos import Photo, is_candidate, read_photos
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.evaluation import masks, scores

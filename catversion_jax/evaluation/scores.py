@@ -1,4 +1,4 @@
-"""From pictures to rows of scores: of each prompt, each concept and all of them, each with an interval."""
+"""From images to rows of scores: of each prompt, each concept and all of them, each with an interval."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Encoders:
 
 
 Values = dict[str, Float[np.ndarray, "N"]]
-"""Score -> its values in pictures of one prompt: one a picture, or one for all of them; none, or no such key, where
+"""Score -> its values in images of one prompt: one an image, or one for all of them; none, or no such key, where
 it is not measured."""
 
 OF_PROMPTS = ("clip_t", "clip_i", "masked_clip_i", "overall", "dino", "diversity")
@@ -41,40 +41,40 @@ OF_UNRELATED = ("prior_drift", "prior_drift_text")
 SCORES = (*OF_PROMPTS, *OF_UNRELATED)
 
 DEFINITIONS = {
-    "clip_t": "cosine of a picture and its prompt in CLIP's space",
-    "clip_i": "mean cosine over all pairs of pictures and references in CLIP's space",
+    "clip_t": "cosine of an image and its prompt in CLIP's space",
+    "clip_i": "mean cosine over all pairs of images and references in CLIP's space",
     "masked_clip_i": "clip_i with the background of both sides filled before the encoder",
     "overall": "sqrt(clip_t x clip_i), of the means of a row; null where one of them is negative",
-    "dino": "mean cosine over all pairs of pictures and references, of DINO's class token",
-    "diversity": "1 - cosine in CLIP's space, mean over all pairs of pictures of one prompt, mean over prompts",
-    "prior_drift": "1 - cosine, in CLIP's space, of the pictures with and without the concept of a prompt without its "
+    "dino": "mean cosine over all pairs of images and references, of DINO's class token",
+    "diversity": "1 - cosine in CLIP's space, mean over all pairs of images of one prompt, mean over prompts",
+    "prior_drift": "1 - cosine, in CLIP's space, of the images with and without the concept of a prompt without its "
     "class word, seed by seed",
     "prior_drift_text": "L2 norm of what the concept changes in such a prompt's text states, over that of the base "
     "model's states",
     "attention_mask_iou": "intersection over union of the masks given for the references and those from the UNet's "
     "attention to the class word in them",
-    "intervals": "95 % bootstrap percentile intervals (9,999 resamples) of a prompt's pictures, of a concept's prompts "
-    "(its pictures where it has one prompt), of the concepts (as the concept's where there is one)",
+    "intervals": "95 % bootstrap percentile intervals (9,999 resamples) of a prompt's images, of a concept's prompts "
+    "(its images where it has one prompt), of the concepts (as the concept's where there is one)",
 }
 """Raw cosines: neither scaled nor clipped."""
 
 
 def of_prompts(
-    prompts: Sequence[str], drawn: MaskedImages, references: MaskedImages, encoders: Encoders
+    prompts: Sequence[str], sampled: MaskedImages, references: MaskedImages, encoders: Encoders
 ) -> dict[str, Values]:
-    """The values of each prompt; `prompts` are those of the pictures drawn, one for each."""
+    """The values of each prompt; `prompts` are those of the images sampled, one for each."""
     unique = list(dict.fromkeys(prompts))
     index = np.asarray([unique.index(prompt) for prompt in prompts])
-    seen = encoders.clip.image(drawn.images)
+    seen = encoders.clip.image(sampled.images)
     values = {
         "clip_t": metrics.clip_t(seen, encoders.clip.text(unique)[index]),
         "clip_i": metrics.clip_i(seen, encoders.clip.image(references.images)),
     }
-    if drawn.masks is not None and references.masks is not None:
-        masked = (encoders.clip.image(pictures.masked()) for pictures in (drawn, references))
+    if sampled.masks is not None and references.masks is not None:
+        masked = (encoders.clip.image(images.masked()) for images in (sampled, references))
         values["masked_clip_i"] = metrics.clip_i(*masked)
     if encoders.dino:
-        values["dino"] = metrics.clip_i(encoders.dino(drawn.images), encoders.dino(references.images))
+        values["dino"] = metrics.clip_i(encoders.dino(sampled.images), encoders.dino(references.images))
     units = [{name: x[index == i] for name, x in values.items()} for i in range(len(unique))]
     for i, unit in enumerate(units):
         spread = metrics.diversity(seen[index == i])
@@ -85,7 +85,7 @@ def of_prompts(
 def of_unrelated(
     base: Sequence[UInt8[np.ndarray, "h w 3"]], moved, states: Sequence[np.ndarray], encoders: Encoders
 ) -> Values:
-    """The values of an unrelated prompt: its pictures and text states in the base model and with the concept."""
+    """The values of an unrelated prompt: its images and text states in the base model and with the concept."""
     seen = encoders.clip.image([*base, *moved])
     return {
         "prior_drift": metrics.drift(*np.split(seen, 2)),
@@ -94,7 +94,7 @@ def of_unrelated(
 
 
 def single(unit: Values) -> list[Values]:
-    """A unit for each picture; what is one for all of them is the first one's."""
+    """A unit for each image; what is one for all of them is the first one's."""
     return [{name: x[i : i + 1] for name, x in unit.items()} for i in range(max(map(len, unit.values())))]
 
 
@@ -137,7 +137,7 @@ def concept_row(related: dict[str, Values], unrelated: dict[str, Values]) -> dic
 
 
 def concept_units(related: dict[str, Values], unrelated: dict[str, Values]) -> list[Values]:
-    """What a concept's interval resamples: its prompts; of one prompt, its pictures."""
+    """What a concept's interval resamples: its prompts; of one prompt, its images."""
     (first, *more) = related.values()
     return [*([first, *more] if more else single(first)), *unrelated.values()]
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from catversion_jax.base import text
 from catversion_jax.base.pipeline import Networks
+from catversion_jax.base.text_states import PromptStates, upper_layers
+from catversion_jax.base.tokenizer import put_before
 from catversion_jax.methods.hyperparameters import Hyperparameters
 from catversion_jax.models.prefix_attention import Prefix
 from catversion_jax.models.unet import Context
@@ -59,8 +60,8 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def apply_to_prompts(
-        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
-    ) -> tuple[tuple[text.Prompts, ...], Sequence[Prefix | None]]:
+        self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[PromptStates, ...], Sequence[Prefix | None]]:
         """The prompts of each text encoder with what is learned in them, and its prefix."""
 
     def misfit(self, learned: Params, networks: Networks) -> str | None:
@@ -71,19 +72,19 @@ class Method(abc.ABC):
 
     def prompt(self, prompt: str, class_word: str) -> str:
         """A prompt as the text encoder is given it."""
-        return text.put_before(prompt, class_word, self.identifier) if self.identifier else prompt
+        return put_before(prompt, class_word, self.identifier) if self.identifier else prompt
 
     def condition(
         self,
         learned: Params,
-        prompts: tuple[text.Prompts, ...],
+        prompts: tuple[PromptStates, ...],
         text_params: tuple[Params, ...],
         networks: Networks,
         strength: Float[Array, ""] | float = 1.0,
     ) -> Context:
         """What the UNet is conditioned on, from the states below `first_layers`."""
         changed, prefixes = self.apply_to_prompts(learned, prompts, strength)
-        return text.upper(networks.text, text_params, changed, prefixes, self.first_layers(networks))
+        return upper_layers(networks.text, text_params, changed, prefixes, self.first_layers(networks))
 
     def unet(self, learned: Params, unet: Params, strength: Float[Array, ""] | float = 1.0) -> Params:
         """The UNet's parameters."""
@@ -101,8 +102,8 @@ class TextUnchanged(Method):
         return np.zeros((*token_ids.shape, 1), bool)
 
     def apply_to_prompts(
-        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
-    ) -> tuple[tuple[text.Prompts, ...], Sequence[Prefix | None]]:
+        self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[PromptStates, ...], Sequence[Prefix | None]]:
         return prompts, (None,) * len(prompts)
 
 

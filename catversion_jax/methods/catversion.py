@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.base import text
 from catversion_jax.base.pipeline import Networks
+from catversion_jax.base.text_states import PromptStates
+from catversion_jax.base.tokenizer import find_word
 from catversion_jax.methods.base import Method, check_keys, of_encoders
 from catversion_jax.methods.hyperparameters import PARTS, AdapterConfig, Hyperparameters
 from catversion_jax.models.prefix_attention import SCOPES, Prefix, init_prefix, resolve_layers, strength_bias
@@ -84,15 +85,18 @@ class CatVersion(Method):
         return tuple(layers[0] for layers in self.layers)
 
     def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
-        return text.visibility(token_ids, word, self.scope)[..., None]
+        if self.scope == "all":
+            return np.ones((*token_ids.shape, 1), bool)
+        last = find_word(token_ids, word)[:, None, None]
+        return (last >= 0) & (np.arange(token_ids.shape[1])[:, None] >= last)
 
     def apply_to_prompts(
-        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
-    ) -> tuple[tuple[text.Prompts, ...], Sequence[Prefix]]:
+        self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[PromptStates, ...], Sequence[Prefix]]:
         bias = strength_bias(self.logit_bias, strength)
         of_each = zip(of_encoders("prefix", len(prompts)), prompts, self.layers, strict=True)
         return prompts, [
-            Prefix(self.learned_parts(learned[name]), bias, of_encoder.visible, layers)
+            Prefix(self.learned_parts(learned[name]), bias, of_encoder.token_mask, layers)
             for name, of_encoder, layers in of_each
         ]
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import jax
 import numpy as np
 
-from catversion_jax.base.text import Tokenizer
+from catversion_jax.base.tokenizer import Tokenizer
 from catversion_jax.methods.base import BaseModel, Method
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.methods.concept_file import Concept

@@ -128,7 +128,7 @@ def check_size(path: Path, most: int) -> None:
 
 
 def check_model(concept: Concept, fingerprint: str, networks: Networks, source: str, model: str) -> list[str]:
-    """Raise UserError where a concept was learned in another text encoder than the model's, or has no place in its
+    """Raises UserError if a concept was learned in another text encoder than the model's, or has no place in its
     networks. Returns what to warn of: where the concept does not tell its text encoder, only the shapes were
     compared."""
     if concept.fingerprint not in ("", fingerprint):

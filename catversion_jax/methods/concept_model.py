@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from catversion_jax.base.pipeline import MINI, ModelConfig, Pipeline, load
 from catversion_jax.base.sampler_config import SamplerConfig
-from catversion_jax.base.text import without_word
+from catversion_jax.base.tokenizer import without_word
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.composition import Personalization, compose
 from catversion_jax.methods.concept_file import Concept

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from catversion_jax.base import text
 from catversion_jax.base.pipeline import Networks
+from catversion_jax.base.text_states import PromptStates
 from catversion_jax.methods.base import Method
 from catversion_jax.methods.dreambooth import unet_changes
 from catversion_jax.methods.hyperparameters import Hyperparameters
@@ -52,8 +52,8 @@ class CustomDiffusion(Method):
         return WORD.token_mask(token_ids, word)
 
     def apply_to_prompts(
-        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
-    ) -> tuple[tuple[text.Prompts, ...], Sequence[None]]:
+        self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[PromptStates, ...], Sequence[None]]:
         return WORD.apply_to_prompts(learned, prompts, strength)
 
     def unet(self, learned: Params, unet: Params, strength: Float[Array, ""] | float = 1.0) -> Params:

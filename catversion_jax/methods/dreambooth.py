@@ -1,5 +1,5 @@
 """DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): the whole UNet, fine-tuned on prompts with a rare identifier, while
-a second loss on the base model's own pictures of the class preserves what it knew."""
+a second loss on the base model's own images of the class preserves what it knew."""
 
 from dataclasses import dataclass
 

@@ -37,7 +37,7 @@ def read(path: Path, class_word: str = "") -> Concept:
     if tensors.keys() != set(NAMES):
         raise UserError(f"{path}: expected an authors' adapter, {len(NAMES)} tensors named ...{TAIL}; give that file")
     tensor, *others = tensors.values()
-    flat = isinstance(tensor, torch_zip.Tensor) and tensor.dtype == np.float32 and len(tensor.shape) == 1
+    flat = isinstance(tensor, torch_zip.ZipTensor) and tensor.dtype == np.float32 and len(tensor.shape) == 1
     size = int(np.prod(SHAPE))
     if not flat or any(other != tensor for other in others) or not tensor.shape[0] or tensor.shape[0] % size:
         raise UserError(f"{path}: expected one flat float32 tensor of P x {size} numbers by all names; copy it again")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.base import text
 from catversion_jax.base.pipeline import Networks
+from catversion_jax.base.text_states import PromptStates
+from catversion_jax.base.tokenizer import find_word
 from catversion_jax.methods.base import Method, of_encoders
 from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
 
@@ -30,13 +31,15 @@ class TextualInversion(Method):
         return (0,) * len(networks.text)
 
     def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
-        return (np.arange(token_ids.shape[1]) == text.find_word(token_ids, word)[:, None])[..., None]
+        return (np.arange(token_ids.shape[1]) == find_word(token_ids, word)[:, None])[..., None]
 
     def apply_to_prompts(
-        self, learned: Params, prompts: tuple[text.Prompts, ...], strength: Float[Array, ""] | float
-    ) -> tuple[tuple[text.Prompts, ...], Sequence[None]]:
-        def changed(prompt: text.Prompts, word: Float[Array, "c"]) -> text.Prompts:
-            return prompt.replace(hidden=prompt.hidden + (strength * word * prompt.visible).astype(prompt.hidden.dtype))
+        self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float
+    ) -> tuple[tuple[PromptStates, ...], Sequence[None]]:
+        def changed(prompt: PromptStates, word: Float[Array, "c"]) -> PromptStates:
+            return prompt.replace(
+                hidden=prompt.hidden + (strength * word * prompt.token_mask).astype(prompt.hidden.dtype)
+            )
 
         words = (learned[name] for name in of_encoders("word", len(prompts)))
         return tuple(map(changed, prompts, words)), (None,) * len(prompts)

@@ -31,7 +31,7 @@ def splash(
     value: Float[Array, "B K H D"],
     interpret: bool = False,
 ) -> Float[Array, "B Q H D"]:
-    """Flash attention by JAX's Pallas kernel for TPUs, on each device's pictures and heads: XLA cannot split a kernel.
+    """Flash attention by JAX's Pallas kernel for TPUs, on each device's images and heads: XLA cannot split a kernel.
     `interpret` computes it on any device, slowly."""
     positions, heads, keys = *query.shape[1:3], key.shape[1]
     rows, columns = min(BLOCK, positions), min(BLOCK, keys)

@@ -28,8 +28,8 @@ class Prefix(flax.struct.PyTreeNode):
     """What the hook in the text encoder takes: the learned embeddings and who sees them."""
 
     embeddings: Float[Array, "P L 2 H D"]
-    logit_bias: Float[Array, "*P"]  # added to the prefix logits; -inf removes the prefix exactly
-    visible: Bool[Array, "B Q 1|P"]  # which query positions see the prefix
+    logit_bias: Float[Array, ""]  # added to the prefix logits; -inf removes the prefix exactly
+    token_mask: Bool[Array, "B Q #P"]  # which query positions see the prefix
     layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     def at(self, layer: int) -> "LayerPrefix | None":
@@ -37,7 +37,7 @@ class Prefix(flax.struct.PyTreeNode):
         if layer not in self.layers:
             return None
         key, value = jnp.moveaxis(self.embeddings[:, self.layers.index(layer)], 1, 0)
-        return LayerPrefix(key, value, self.logit_bias, self.visible)
+        return LayerPrefix(key, value, self.logit_bias, self.token_mask)
 
 
 class LayerPrefix(flax.struct.PyTreeNode):
@@ -45,8 +45,8 @@ class LayerPrefix(flax.struct.PyTreeNode):
 
     key: Float[Array, "P H D"]
     value: Float[Array, "P H D"]
-    logit_bias: Float[Array, "*P"]
-    visible: Bool[Array, "B Q 1|P"]
+    logit_bias: Float[Array, ""]
+    token_mask: Bool[Array, "B Q #P"]
 
 
 def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -81,7 +81,7 @@ def attend(
 ) -> Float[Array, "B Q H D"]:
     """Softmax attention with the prefix in front of the keys and values; logits and softmax in float32.
 
-    Every query position that `prefix.visible` names sees all prefix positions; `mask` (True = may see)
+    Every query position that `prefix.token_mask` names sees all prefix positions; `mask` (True = may see)
     governs the tokens alone. Without a prefix this is the text encoder's own attention.
     """
 
@@ -92,7 +92,7 @@ def attend(
     if prefix is None:
         weights = jax.nn.softmax(scores).astype(value.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-    bias = jnp.where(prefix.visible, prefix.logit_bias, -jnp.inf)  # [B, Q, P]
+    bias = jnp.where(prefix.token_mask, prefix.logit_bias, -jnp.inf)  # [B, Q, P]
     prefix_scores = logits(prefix.key.astype(key.dtype), "bqhd,phd->bhqp") + bias[:, None]
     length = prefix.key.shape[0]
     weights = jax.nn.softmax(jnp.concatenate([prefix_scores, scores], axis=-1)).astype(value.dtype)

@@ -63,7 +63,7 @@ def make_mesh(
     """A mesh over as many of this process's devices as divide the work evenly: `fsdp` x `tensor` devices hold one copy
     of the base model; over the copies, first the concepts are split, then each concept's batch.
 
-    Raises UserError where the devices or the work cannot be divided so.
+    Raises UserError if the devices or the work cannot be divided so.
     """
     devices = jax.local_devices() if devices is None else devices
     copies, rest = divmod(len(devices), fsdp * tensor)
@@ -89,7 +89,7 @@ def sharding(mesh: Mesh, logical: str) -> NamedSharding:
 
 
 def on_each_device(attend: Callable, heads: int) -> Callable:
-    """Attention [B, positions, heads, channels] of each device's share, where a step's mesh is in force: its pictures
+    """Attention [B, positions, heads, channels] of each device's share, where a step's mesh is in force: its images
     and, where they can be divided, its heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -98,7 +98,7 @@ def on_each_device(attend: Callable, heads: int) -> Callable:
     return jax.shard_map(attend, in_specs=(share, share, share), out_specs=share, check_vma=False)
 
 
-def places(params: Params, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
+def param_shardings(params: Params, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
     """Where each parameter of a network (arrays or shapes) lies: as `rules` split it over the mesh; without a mesh, on
     the default device."""
     if mesh is None:
@@ -111,7 +111,9 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Partiti
     """The mesh axis of each array axis of a parameter; an array axis that cannot be divided evenly stays whole."""
     split: list[str | None] = [None] * len(shape)
     for axis in AXES:
-        place = next((n for pattern, n, name in rules if name == axis and re.fullmatch(pattern, path)), None)
-        if place is not None and -place <= len(shape) and split[place] is None and shape[place] % mesh.shape[axis] == 0:
-            split[place] = axis
+        array_axis = next((n for pattern, n, name in rules if name == axis and re.fullmatch(pattern, path)), None)
+        if array_axis is None or -array_axis > len(shape) or split[array_axis] is not None:
+            continue
+        if shape[array_axis] % mesh.shape[axis] == 0:
+            split[array_axis] = axis
     return PartitionSpec(*split)

@@ -98,7 +98,7 @@ class UNetConfig:
 
     @property
     def time_ids(self) -> tuple[int, ...]:
-        """What SDXL is told of a picture: its original size, its crop's corner and its size."""
+        """What SDXL is told of an image: its original size, its crop's corner and its size."""
         size = (self.resolution, self.resolution)
         return (*size, 0, 0, *size)
 

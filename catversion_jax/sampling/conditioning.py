@@ -1,20 +1,77 @@
-"""Prompts to what the UNet is conditioned on, and how far a concept moves that: no picture is drawn."""
+"""Prompts and concepts to what the UNet is conditioned on, and how far a concept moves that."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.base.pipeline import Networks, Pipeline
+from catversion_jax.base.text_states import lower_layers
+from catversion_jax.methods.base import BaseModel, Method
 from catversion_jax.methods.composition import BASE_MODEL, Personalization
 from catversion_jax.models.unet import Context
-from catversion_jax.sampling import sampler
+from catversion_jax.utils.types import Array, Bool, Float, Int, Params
+
+
+class Tokens(NamedTuple):
+    """Prompts as a text encoder takes them."""
+
+    ids: Int[Array, "B Q"]
+    mask: Bool[Array, "B Q #P"]  # where what is learned enters
+
+
+@partial(jax.jit, static_argnames=("networks", "method"))
+def encode(
+    params: tuple[Params, ...],
+    tokens: tuple[Tokens, ...],
+    learned: Params,
+    strength: Float[Array, ""],
+    *,
+    networks: Networks,
+    method: Method,
+) -> Context:
+    """Tokens, as each text encoder takes them, to what the UNet is conditioned on."""
+    of_encoders = zip(networks.text, params, tokens, method.first_layers(networks), strict=True)
+    prompts = tuple(lower_layers(encoder, p, *of_encoder, stop=first) for encoder, p, of_encoder, first in of_encoders)
+    return method.condition(learned, prompts, params, networks, strength)
+
+
+def condition(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization = BASE_MODEL) -> Context:
+    """Prompts to what the UNet is conditioned on. In the base model, and for a prompt in which no concept enters, that
+    is exactly the base model's, by the same program."""
+    those = personalization.composition
+    prompts = [those.prompt(prompt) for prompt in prompts]
+    token_ids = tuple(tokenizer(prompts) for tokenizer in pipeline.tokenizers)
+    masks = those.token_masks(pipeline.tokenizer, token_ids)
+    touched = np.any([mask.any((1, 2)) for mask in masks], axis=0)
+    tokens = tuple(map(Tokens, token_ids, masks))
+    run = partial(encode, pipeline.params["text"], tokens, networks=pipeline.networks)
+    if not touched.any():
+        return run({}, 0.0, method=BaseModel())
+    moved = run(those.learned, personalization.strength, method=those.method)
+    if touched.all():
+        return moved
+    base = run({}, 0.0, method=BaseModel())
+    return jax.tree.map(lambda x, y: jnp.where(touched.reshape(-1, *[1] * (x.ndim - 1)), x, y), moved, base)
+
+
+def with_unet(pipeline: Pipeline, personalization: Personalization) -> Pipeline:
+    """The pipeline with the UNet as the concepts have it."""
+    those = personalization.composition
+    if not those.method.changes_unet:
+        return pipeline
+    unet = those.method.unet(those.learned, pipeline.params["unet"], personalization.strength)
+    return replace(pipeline, params=pipeline.params | {"unet": unet})
 
 
 def context(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization = BASE_MODEL) -> Context:
     """What the UNet is conditioned on, float32, on the host."""
     # One prompt at a time: one program, however many prompts.
-    parts = [sampler.condition(pipeline, [prompt], personalization) for prompt in prompts]
+    parts = [condition(pipeline, [prompt], personalization) for prompt in prompts]
     return jax.tree.map(lambda *x: np.concatenate(x).astype(np.float32), *parts)
 
 

@@ -1,1 +1,1 @@
-"""`catversion study`: CatVersion against its rivals, its ablation, and several concepts in one prompt."""
+"""`catversion study`: CatVersion against its baselines, its ablation, and several concepts in one prompt."""

@@ -51,19 +51,19 @@ class Study:
 
     def scored(self, setting: Setting, trained_by: Setting) -> dict:
         """A row of the table, with the images beside it; once."""
-        place = self.out / setting.folder
+        folder = self.out / setting.folder
 
         def make() -> dict:
             concepts, seconds = self.trained(trained_by, self.folders)
             scorer = self.scorer.at_strength(0.0) if setting is BASE else self.scorer
             scored = scorer.score(concepts, self.folders)
-            place.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for name, images in scored.images.items():
-                write_atomically(place / f"{name}.png", strip(images).save)
+                write_atomically(folder / f"{name}.png", strip(images).save)
             row = {"group": setting.group, "name": setting.name, "seconds": seconds, **scored.row}
             return row | {"seconds": None, "numbers": 0} if setting is BASE else row
 
-        return once(place / "row.json", make)
+        return once(folder / "row.json", make)
 
     def candidate(self, setting: Setting) -> dict:
         """How well a setting does on the photos it was trained on; once."""

@@ -18,7 +18,7 @@ from catversion_jax.evaluation.samples import sample, sample_base
 from catversion_jax.evaluation.scores import MaskedImages
 from catversion_jax.methods.composition import Personalization
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.sampling import sampler
+from catversion_jax.sampling import conditioning
 from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.training import train_alone
 from catversion_jax.utils import markdown
@@ -99,8 +99,8 @@ def loss_at(
 ) -> float:
     """The noise-prediction loss on held-out latents with the concept at a strength."""
     personalization = Personalization((concept,), strength)
-    context = sampler.condition(scorer.pipeline, [prompt], personalization)
-    return heldout_loss(sampler.with_unet(scorer.pipeline, personalization), latents, context)
+    context = conditioning.condition(scorer.pipeline, [prompt], personalization)
+    return heldout_loss(conditioning.with_unet(scorer.pipeline, personalization), latents, context)
 
 
 def place_captions(config: Config, folder: ConceptFolder, scorer: Scorer) -> dict[str, Float[np.ndarray, "e"]]:

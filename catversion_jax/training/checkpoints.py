@@ -27,7 +27,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, config: dict) -> None:
-        """Save under `step`, unless it is there. Raises UserError where the disk refuses, older ones being kept."""
+        """Save under `step`, unless it is there. Raises UserError if the disk refuses, older ones being kept."""
         if step == self.latest:
             return
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))

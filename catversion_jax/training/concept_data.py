@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from catversion_jax.base import text
 from catversion_jax.base.pipeline import Pipeline
-from catversion_jax.base.text import without_word
+from catversion_jax.base.text_states import lower_layers
+from catversion_jax.base.tokenizer import without_word
 from catversion_jax.config import Config
 from catversion_jax.data.latents import bucket, pad, posteriors
 from catversion_jax.data.photos import Photo
@@ -67,7 +67,7 @@ def to_data(
     word = pipeline.tokenizer.word(method.identifier or config.concept.class_word)
     of_encoders = zip(networks.text, pipeline.params["text"], token_ids, method.first_layers(networks), strict=True)
     lowered = tuple(
-        text.lower(encoder, params, ids, method.token_mask(ids, word), stop=first)
+        lower_layers(encoder, params, ids, method.token_mask(ids, word), stop=first)
         for encoder, params, ids, first in of_encoders
     )
     length = bucket(len(prompts))
@@ -95,8 +95,8 @@ def check_masks(photos: Sequence[Photo], background: float) -> None:
 def subject_weights(
     photos: Sequence[Photo], shape: tuple[int, ...], background: float
 ) -> Float[np.ndarray, "N F h w 1"] | None:
-    """What each place of the latents [N, F, h, w, c] counts in the loss: the subject's share of it and, for the rest,
-    `background`; the mean over a photo is 1. None where all places count alike. The photos have masks."""
+    """How much each position of the latents [N, F, h, w, c] counts in the loss: the subject's share of it and, for the
+    rest, `background`; the mean over a photo is 1. None if all positions count alike. The photos have masks."""
     if background == 1:
         return None
     _, views, height, width, _ = shape

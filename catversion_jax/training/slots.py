@@ -32,9 +32,9 @@ class Slots:
     def __init__(self, config: StepConfig, frozen: Frozen, state: TrainState, like: ConceptData, length: int):
         """`state` has a concept for each slot; `like` is some concept's data, [1, ...]; `length`: steps a dispatch."""
         self._config, self._frozen, self._length = config, frozen, length
-        count, place = len(state.step), sharding(config.mesh, "concept")
+        count, on_concepts = len(state.step), sharding(config.mesh, "concept")
         empty = jax.tree.map(lambda x: np.zeros((count, *x.shape[1:]), x.dtype), like)
-        self._state, self._data = jax.device_put(state, place), jax.device_put(empty, place)
+        self._state, self._data = jax.device_put(state, on_concepts), jax.device_put(empty, on_concepts)
         self.host = to_host(state)
         self.steps = np.zeros(count, np.int32)
         self.finished: Bool[np.ndarray, "C"] = np.ones(count, bool)

@@ -12,9 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from catversion_jax.base.pipeline import Networks, Pipeline
-from catversion_jax.base.text import Prompts
+from catversion_jax.base.text_states import PromptStates
 from catversion_jax.methods.base import Method
-from catversion_jax.models.sharding import Rules, places, sharding
+from catversion_jax.models.sharding import Rules, param_shardings, sharding
 from catversion_jax.utils.types import Array, Float, Int, Params, UInt32
 
 
@@ -33,11 +33,11 @@ class ConceptData(flax.struct.PyTreeNode):
     mean: Float[Array, "C N F h w c"]  # posterior of each photo, F = 2 with its mirror image, else 1
     std: Float[Array, "C N F h w c"]
     photos: Int[Array, "C"]  # how many of the N are real
-    prompts: tuple[Prompts, ...]  # [C, T, ...] for each text encoder
+    prompts: tuple[PromptStates, ...]  # [C, T, ...] for each text encoder
     prompt_count: Int[Array, "C"]  # how many of the T are real
     steps: Int[Array, "C"]  # the length of each concept's learning rate schedule
-    weight: Float[Array, "C N F h w 1"] | None = None  # of each place in the loss; None: all alike
-    prior: "ConceptData | None" = None  # the base model's own pictures of the class, where the method learns from them
+    weight: Float[Array, "C N F h w 1"] | None = None  # of each latent position in the loss; None: all alike
+    prior: "ConceptData | None" = None  # the base model's own images of the class, where the method learns from them
 
 
 class Frozen(flax.struct.PyTreeNode):
@@ -52,7 +52,7 @@ class Frozen(flax.struct.PyTreeNode):
         """The pipeline's parameters on a step's mesh: moved only if they do not lie so already."""
 
         def put(params: Params) -> Params:
-            return jax.device_put(params, places(params, mesh, rules))
+            return jax.device_put(params, param_shardings(params, mesh, rules))
 
         alphas = jax.device_put(pipeline.networks.schedule.alphas_cumprod, sharding(mesh, "frozen"))
         return cls(put(pipeline.params["unet"]), tuple(map(put, pipeline.params["text"])), alphas)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from catversion_jax.base import noise_schedule, text
+from catversion_jax.base import noise_schedule
 from catversion_jax.base.pipeline import Networks
+from catversion_jax.base.text_states import PromptStates
 from catversion_jax.config import Config
 from catversion_jax.config.optimizer import OptimizerConfig
 from catversion_jax.config.sections import StopConfig, TrainConfig
@@ -76,8 +77,8 @@ class Minibatch(flax.struct.PyTreeNode):
     latents: Float[Array, "B h w c"]
     noise: Float[Array, "B h w c"]
     timesteps: Int[Array, "B"]
-    prompts: tuple[text.Prompts, ...]  # for each text encoder
-    weight: Float[Array, "B h w 1"] | None = None  # of each place in the loss; None: all alike
+    prompts: tuple[PromptStates, ...]  # for each text encoder
+    weight: Float[Array, "B h w 1"] | None = None  # of each latent position in the loss; None: all alike
 
 
 def draw_minibatch(state: TrainState, data: ConceptData, config: StepConfig) -> Minibatch:
@@ -87,7 +88,7 @@ def draw_minibatch(state: TrainState, data: ConceptData, config: StepConfig) -> 
     The timesteps of a batch are evenly spaced from a random start (Kingma et al. 2021, appendix I.1): each is uniform
     by itself, and the loss, which depends on the timestep most of all, varies less from batch to batch.
 
-    A method that preserves a prior gets as many of the class's pictures besides.
+    A method that preserves a prior gets as many of the class's images besides.
     """
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     batch = draw_examples(data, key, config)
@@ -116,8 +117,8 @@ def draw_examples(data: ConceptData, key: Key[Array, ""], config: StepConfig) ->
 
 def spaced_timesteps(key: Key[Array, ""], batch_size: int, total: int) -> Int[Array, "B"]:
     """Uniform timesteps in [0, total), one in each of `batch_size` equal parts of the circle."""
-    places = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
-    return jnp.minimum((places * total).astype(jnp.int32), total - 1)
+    phases = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+    return jnp.minimum((phases * total).astype(jnp.int32), total - 1)
 
 
 def denoising_loss(learned: Params, frozen: Frozen, batch: Minibatch, config: StepConfig) -> Float[Array, "C"]:
@@ -150,7 +151,7 @@ def prediction_error(
     *,
     networks: Networks,
 ) -> Float[Array, "B"]:
-    """Mean squared error, of places of a `weight`, of the UNet's prediction for each noisy picture, float32."""
+    """Mean squared error, weighted by latent position, of the UNet's prediction for each noisy image, float32."""
     alpha = frozen.alphas_cumprod[timesteps]
     noisy = noise_schedule.add_noise(latents, noise, alpha)
     prediction = networks.unet.apply({"params": frozen.unet}, noisy, timesteps, *context).astype(jnp.float32)

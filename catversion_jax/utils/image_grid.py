@@ -1,4 +1,4 @@
-"""Picture grids with captions, for people to look at."""
+"""Image grids with captions, for people to look at."""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from catversion_jax.utils.types import UInt8
 
-CELL = 128  # pixels at least, so that pictures of a small model can be seen
+CELL = 128  # pixels at least, so that images of a small model can be seen
 GAP = 6
 FONT_SIZE = 13
 LABEL_WIDTH = 112
@@ -20,7 +20,7 @@ def grid(
     captions: Sequence[str] = (),
     captions_above: int = 0,
 ) -> Image.Image:
-    """Rows of pictures, each resized to one cell, a label in front of each row, and a line of captions, one a column,
+    """Rows of images, each resized to one cell, a label in front of each row, and a line of captions, one a column,
     above the row `captions_above`."""
     font = ImageFont.load_default(FONT_SIZE)
     side = max(CELL, max(image.shape[0] for row in rows for image in row))
@@ -38,8 +38,8 @@ def grid(
             y += band
         draw.multiline_text((GAP, y), wrap(label, LABEL_WIDTH), "black", font)
         for j, image in enumerate(row):
-            picture = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
-            canvas.paste(picture, (LABEL_WIDTH + j * (side + GAP), y))
+            cell = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+            canvas.paste(cell, (LABEL_WIDTH + j * (side + GAP), y))
         y += side + GAP
     return canvas
 

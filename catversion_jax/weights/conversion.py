@@ -20,28 +20,28 @@ THREADS = 4
 """Tensors read and laid out at a time: enough to keep up with a disk, few enough to need little memory."""
 
 
-class Part(NamedTuple):
+class Target(NamedTuple):
     """A parameter, and what makes it of its tensor."""
 
     path: str
     op: Callable[[np.ndarray], np.ndarray]
 
 
-def compile_rules(rules: Iterable[Rule]) -> list[tuple[re.Pattern, list[Part]]]:
+def compile_rules(rules: Iterable[Rule]) -> list[tuple[re.Pattern, list[Target]]]:
     """A pattern of tensor names for each tensor of every rule, and the parts it fills, with {i} in their paths."""
     compiled = []
     for rule in rules:
         for torch_leaf, leaves in LEAVES[rule.kind].items():
             name = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(f"{rule.torch}.{torch_leaf}".removesuffix(".")))
             paths = [(f"{rule.flax}/{leaf}".removesuffix("/"), op) for leaf, op in leaves if rule.flax is not None]
-            compiled.append((re.compile(name), [Part(*part) for part in paths]))
+            compiled.append((re.compile(name), [Target(*part) for part in paths]))
     return compiled
 
 
-def matches(compiled: list[tuple[re.Pattern, list[Part]]], name: str) -> list[list[Part]]:
+def matches(compiled: list[tuple[re.Pattern, list[Target]]], name: str) -> list[list[Target]]:
     """What a tensor fills by each rule that knows its name."""
     return [
-        [Part(path.format(**match.groupdict()), op) for path, op in parts]
+        [Target(path.format(**match.groupdict()), op) for path, op in parts]
         for pattern, parts in compiled
         if (match := pattern.fullmatch(name))
     ]
@@ -49,15 +49,15 @@ def matches(compiled: list[tuple[re.Pattern, list[Part]]], name: str) -> list[li
 
 def plan(
     tensors: Mapping[str, Tensor | np.ndarray], rules: Iterable[Rule] | None, expected: Params, source: str
-) -> dict[str, list[Part]]:
+) -> dict[str, list[Target]]:
     """Which parameters each tensor fills; no tensor is read. Without rules, names and layouts are Flax's already.
 
     Raises UserError, naming `source`, that lists every tensor that no rule or more than one rule matches, two tensors
     with one target, targets that the model does not have, parameters that nothing filled, and wrong shapes.
     """
-    find = partial(matches, compile_rules(rules)) if rules is not None else lambda name: [[Part(name, same)]]
+    find = partial(matches, compile_rules(rules)) if rules is not None else lambda name: [[Target(name, same)]]
     shapes = {path: leaf.shape for path, leaf in flatten_dict(expected, sep="/").items()}
-    planned: dict[str, list[Part]] = {}
+    planned: dict[str, list[Target]] = {}
     filled: set[str] = set()
     problems: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
@@ -105,7 +105,7 @@ def readers() -> Iterator[Executor]:
             raise
 
 
-Place = Callable[[Part, np.ndarray], Any]
+Convert = Callable[[Target, np.ndarray], Any]
 """Makes of a tensor, as the file has it, what the tree shall hold for a part of it: an array on the device."""
 
 
@@ -115,16 +115,16 @@ def submit(
     rules: Iterable[Rule] | None,
     expected: Params,
     source: str,
-    place: Place = lambda part, tensor: part.op(tensor),
+    convert: Convert = lambda part, tensor: part.op(tensor),
 ) -> list[Future]:
     """Begin to read the Flax parameters `expected` (a tree of shapes) from PyTorch's `tensors`, a few at a time.
 
-    `place` is called in several threads. Raises UserError as `plan` does, before any tensor is read.
+    `convert` is called in several threads. Raises UserError as `plan` does, before any tensor is read.
     """
 
-    def fill(tensor: Tensor | np.ndarray, parts: list[Part]) -> list[tuple[str, Any]]:
+    def fill(tensor: Tensor | np.ndarray, parts: list[Target]) -> list[tuple[str, Any]]:
         value = tensor if isinstance(tensor, np.ndarray) else tensor.read()
-        return [(part.path, place(part, value)) for part in parts]
+        return [(part.path, convert(part, value)) for part in parts]
 
     return [pool.submit(fill, tensors[name], parts) for name, parts in plan(tensors, rules, expected, source).items()]
 

@@ -10,7 +10,7 @@ ENDPOINT = "https://huggingface.co"
 def fetch(repo: str, revision: str, patterns: list[str]) -> Path:
     """The folder in the cache where the repo's files that match lie; interrupted downloads go on where they stopped.
 
-    Raises UserError, naming `repo`, for what the user can mend.
+    Raises UserError, naming `repo`, for what the user can fix.
     """
     from huggingface_hub import errors, snapshot_download  # here: half a second of import that few commands need
 

@@ -48,7 +48,7 @@ EXPECTED = "expected a Stable Diffusion 1.x, 2.x or XL model in diffusers layout
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelComponent:
     """A component: its config.json, its tensors unread, and the table for their names."""
 
     config: dict
@@ -61,7 +61,7 @@ class Source:
     """A base model before it is read."""
 
     name: str  # for messages
-    parts: dict[str, Part]
+    parts: dict[str, ModelComponent]
     noise: dict
     find_tokenizer: Callable[[str], Path]
 
@@ -95,7 +95,7 @@ def open_source(path: str, revision: str = "", variant: str = "", prediction_typ
     the Hugging Face model "owner/name".
 
     `variant` chooses a folder's weights ("fp16": model.fp16.safetensors), `prediction_type` replaces what the
-    scheduler's config says. Raises UserError where it is none of these or lacks a part.
+    scheduler's config says. Raises UserError if it is none of these or lacks a part.
     """
     local = Path(path).expanduser()
     if revision and local.exists():
@@ -129,10 +129,12 @@ def open_folder(name: str, path: Path, variant: str, prediction_type: str) -> So
     if missing:
         raise UserError(f"{name}: no {', no '.join(missing)}; {EXPECTED}")
 
-    def part(component: str) -> Part:
+    def part(component: str) -> ModelComponent:
         folder = path / FOLDERS[component]
         form, tensors = open_weights(folder, variant)
-        return Part(read_json(folder / "config.json", EXPECTED), tensors, None if form.is_flax else RULES[component])
+        return ModelComponent(
+            read_json(folder / "config.json", EXPECTED), tensors, None if form.is_flax else RULES[component]
+        )
 
     scheduler = read_json(path / "scheduler" / "scheduler_config.json", EXPECTED)
     return Source(
@@ -176,7 +178,7 @@ def open_file(path: Path, prediction_type: str) -> Source:
         raise UserError(f"{path}: not a whole {family.name} model ({error}); copy or download it again") from None
     return Source(
         name=str(path),
-        parts={c: Part(configs[c], components[c], ldm.rules(family, c, configs[c])) for c in components},
+        parts={c: ModelComponent(configs[c], components[c], ldm.rules(family, c, configs[c])) for c in components},
         noise=family.scheduler | {"prediction_type": prediction_type},
         find_tokenizer=partial(beside, path.parent, family),
     )

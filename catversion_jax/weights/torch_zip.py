@@ -54,7 +54,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class ZipTensor:
     """A view of a storage; strides and offset count numbers, not bytes. Equal: the same view of the same storage."""
 
     storage: Storage
@@ -71,7 +71,7 @@ class Tensor:
         return self.storage.dtype
 
     def read(self) -> np.ndarray:
-        """The numbers, in an array of their own. Raises UserError where they are damaged."""
+        """The numbers, in an array of their own. Raises UserError if they are damaged."""
         archive = self.storage.archive
         try:
             numbers = np.frombuffer(archive.read(self.storage.entry), self.dtype)
@@ -83,7 +83,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file's pickle says: dicts, lists, tuples, plain values, Tensor, and Foreign for everything else."""
+    """What a file's pickle says: dicts, lists, tuples, plain values, ZipTensor, and Foreign for everything else."""
 
     value: Any
     foreign: frozenset[str]  # the names it holds beyond those that tensors need
@@ -106,7 +106,7 @@ def read(path: Path) -> Contents:
 
 
 def check_entries(archive: zipfile.ZipFile, size: int) -> str:
-    """The folder in the zip that holds everything. Raises ValueError where the entries are not plain parts of it."""
+    """The folder in the zip that holds everything. Raises ValueError if the entries are not plain parts of it."""
     entries = archive.infolist()
     if len(entries) > MAX_ENTRIES or len(entries) != len(archive.NameToInfo):
         raise ValueError(f"{len(entries)} zip entries, some of one name or more than {MAX_ENTRIES:,}")
@@ -154,7 +154,7 @@ def read_archive(archive: zipfile.ZipFile, folder: str) -> Contents:
     return Contents(value, names - functions.keys() - DTYPES.keys())
 
 
-def view(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor | Foreign:
+def view(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> ZipTensor | Foreign:
     """The arguments of torch._utils._rebuild_tensor_v2. Raises ValueError for a view beyond its storage."""
     match storage, shape, strides:
         case Foreign(), _, _:
@@ -170,18 +170,18 @@ def view(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor
     last = offset + sum(steps) if numbers else 0
     if numbers > storage.size or last >= storage.size > 0:
         raise ValueError(f"a tensor of {numbers} numbers that reaches beyond its storage of {storage.size}")
-    return Tensor(storage, offset, shape, strides)
+    return ZipTensor(storage, offset, shape, strides)
 
 
-def open_checkpoint(path: Path) -> dict[str, Tensor]:
+def open_checkpoint(path: Path) -> dict[str, ZipTensor]:
     """The tensors by name: a file of {name: tensor}, or the "state_dict" of one that holds it among other things (a
-    `.ckpt`), which may be anything: they are not read. Raises UserError where a name holds something else."""
+    `.ckpt`), which may be anything: they are not read. Raises UserError if a name holds something else."""
     value = read(path).value
     tensors = value.get("state_dict", value) if isinstance(value, dict) else value
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path}: expected tensors by name, or a state_dict of them; take the model's state_dict")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, ZipTensor):
             kind = tensor.name if isinstance(tensor, Foreign) else type(tensor).__name__
             raise UserError(f"{path}: {name!r:.80} is no tensor but {kind!r:.80}; save the model's tensors alone")
     return tensors

@@ -38,7 +38,7 @@ def read(
     """The parameters of each component in `dtypes`, and the text encoders' fingerprint: from the copy kept of these
     very files, laid out as `shapes` (of a component: dtypes and shardings), or else by `convert`, of which a copy is
     then kept."""
-    folder = place(source, dtypes)
+    folder = copy_folder(source, dtypes)
     if folder is None:
         return convert()
     found = restore(folder, dtypes, shapes)
@@ -48,7 +48,7 @@ def read(
     return found
 
 
-def place(source: Source, dtypes: dict[str, Any]) -> Path | None:
+def copy_folder(source: Source, dtypes: dict[str, Any]) -> Path | None:
     """Where the copy lies, by the files' names, sizes and times, and the configs; None where it would not pay."""
     tensors = [(tensor, dtype) for name, dtype in dtypes.items() for tensor in source.tensors(name).values()]
     files = sorted({tensor.path.resolve() for tensor, _ in tensors})

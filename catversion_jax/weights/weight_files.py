@@ -53,7 +53,7 @@ def find(folder: Path, variant: str = "") -> tuple[Format, Path] | None:
 
 
 def open_weights(folder: Path, variant: str = "") -> tuple[Format, dict[str, Tensor]]:
-    """The tensors of a folder by name, unread. Raises UserError where there are none or a shard is missing."""
+    """The tensors of a folder by name, unread. Raises UserError if there are none or a shard is missing."""
     found = find(folder, variant)
     if found is None:
         expected = " or ".join(f"{stem}{dotted(variant)}.safetensors" for stem in FORMATS[0].stems)

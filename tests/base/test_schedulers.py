@@ -12,7 +12,7 @@ from catversion_jax.base import noise_schedule, schedulers
 from catversion_jax.base.noise_schedule import NoiseSchedule
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.models.unet import Context
-from catversion_jax.sampling import sampler
+from catversion_jax.sampling import denoising, sampler
 from catversion_jax.utils.errors import UserError
 from tests.conftest import max_error
 
@@ -74,10 +74,10 @@ def test_dispatches_give_the_same_latents(tiny_pipeline, name):
     context = Context(jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 77, 32)), jnp.float32))
     trajectory = schedulers.plan(net.schedule, name, 5)
     results = [
-        sampler.denoise(
+        denoising.denoise(
             params["unet"],
-            sampler.initial_latents(seeds, net.latent_shape),
-            sampler.Guided(seeds, context, jnp.float32(2.0)),
+            denoising.initial_latents(seeds, net.latent_shape),
+            denoising.Guided(seeds, context, jnp.float32(2.0)),
             trajectory,
             networks=net,
             calls_per_dispatch=n,
@@ -102,8 +102,8 @@ def test_noise_is_a_pictures_own(tiny_pipeline):
 
 def test_each_calls_noise_is_new():
     seeds = jnp.arange(2, dtype=jnp.uint32)
-    draws = [sampler.initial_latents(seeds, (4, 4, 4))]
-    draws += [sampler.step_noise(seeds, index, (4, 4, 4)) for index in range(3)]
+    draws = [denoising.initial_latents(seeds, (4, 4, 4))]
+    draws += [denoising.step_noise(seeds, index, (4, 4, 4)) for index in range(3)]
     correlation = np.corrcoef(np.concatenate(draws).reshape(8, -1))
     assert np.abs(correlation - np.eye(8)).max() < 0.5
 

@@ -106,10 +106,10 @@ def png() -> bytes:
     ("content", "message"),
     [
         (b"", "empty file"),
-        (png()[:100], "damaged or truncated picture"),
-        (png()[:60] + bytes(40) + png()[100:], "damaged or truncated picture"),
-        (b"hello, I am no picture", "not a JPEG, PNG, WEBP picture"),
-        (b"GIF89a" + bytes(40), "not a JPEG, PNG, WEBP picture"),
+        (png()[:100], "damaged or truncated image"),
+        (png()[:60] + bytes(40) + png()[100:], "damaged or truncated image"),
+        (b"hello, I am no picture", "not a JPEG, PNG, WEBP image"),
+        (b"GIF89a" + bytes(40), "not a JPEG, PNG, WEBP image"),
     ],
     ids=["empty", "truncated", "corrupt", "text", "gif"],
 )

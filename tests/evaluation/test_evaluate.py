@@ -56,7 +56,7 @@ def drawn(embedding, dino, tmp_path_factory) -> Path:
     done = catversion(
         "evaluate", f"--embedding={embedding}", *REFERENCES, *FAST, *prompts, f"--dino={dino}", f"--out={out}"
     )
-    assert f"4 pictures: {out}, {out.with_suffix('.html')}" in done.stdout
+    assert f"4 images: {out}, {out.with_suffix('.html')}" in done.stdout
     return out
 
 

@@ -11,14 +11,14 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from catversion_jax.base import text
 from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.base.tokenizer import find_word
 from catversion_jax.cli import train as train_command
 from catversion_jax.config import Config, from_config_dict
 from catversion_jax.data.photos import Photo, read_photos
 from catversion_jax.methods import concept_file, official
 from catversion_jax.methods.registry import METHODS
-from catversion_jax.sampling import sampler
+from catversion_jax.sampling import conditioning, sampler
 from catversion_jax.sampling.conditioning import movement
 from catversion_jax.training import concept_data
 from catversion_jax.training import step as ts
@@ -146,11 +146,11 @@ def test_textual_inversion_is_another_row_of_the_embedding(tiny_pipeline):
         moved = jax.tree.map(np.copy, text)
         moved["text_model"]["embeddings"]["token_embedding"]["embedding"][token] += strength * concept.learned["word"]
         edited = dataclasses.replace(tiny_pipeline, params=tiny_pipeline.params | {"text": (moved,)})
-        expected = sampler.condition(edited, prompts).states
-        ours = sampler.condition(tiny_pipeline, prompts, tiny.personal(concept, strength=strength)).states
+        expected = conditioning.condition(edited, prompts).states
+        ours = conditioning.condition(tiny_pipeline, prompts, tiny.personal(concept, strength=strength)).states
         assert max_error(ours, expected) < 1e-5
-    base = sampler.condition(tiny_pipeline, ["a car"]).states
-    np.testing.assert_array_equal(sampler.condition(tiny_pipeline, ["a car"], tiny.personal(concept)).states, base)
+    base = conditioning.condition(tiny_pipeline, ["a car"]).states
+    np.testing.assert_array_equal(conditioning.condition(tiny_pipeline, ["a car"], tiny.personal(concept)).states, base)
 
 
 def test_custom_diffusions_word_is_another_row_of_the_embedding(tiny_pipeline):
@@ -158,7 +158,7 @@ def test_custom_diffusions_word_is_another_row_of_the_embedding(tiny_pipeline):
     concept = concept_of("custom_diffusion", tiny_pipeline)
     prompt = "a red sks teapot, a teapot"
     (ids,), word = tiny_pipeline.tokenizer([prompt]), tiny_pipeline.tokenizer.word("sks")
-    at = text.find_word(ids[None], word)[0]
+    at = find_word(ids[None], word)[0]
     (encoder,) = tiny_pipeline.networks.text
     (params,) = tiny_pipeline.params["text"]
     table = params["text_model"]["embeddings"]["token_embedding"]["embedding"]
@@ -171,7 +171,7 @@ def test_custom_diffusions_word_is_another_row_of_the_embedding(tiny_pipeline):
     changed[at] = new
     larger = type(encoder)(dataclasses.replace(encoder.config, vocab_size=new + 1))
     expected = larger.apply({"params": moved}, changed[None])["last_hidden_state"]
-    ours = sampler.condition(tiny_pipeline, ["a red teapot, a teapot"], tiny.personal(concept)).states
+    ours = conditioning.condition(tiny_pipeline, ["a red teapot, a teapot"], tiny.personal(concept)).states
     assert max_error(ours, expected) < 1e-5
 
 
@@ -193,14 +193,14 @@ def test_the_identifier_and_the_unet(tiny_pipeline, method):
     if "word" in learned:
         learned["word"] = 0 * learned["word"]
     still = dataclasses.replace(concept, learned=learned)
-    states = sampler.condition(tiny_pipeline, ["a red Teapot, a teapot, a car"], tiny.personal(still)).states
-    assert max_error(states, sampler.condition(tiny_pipeline, ["a red sks Teapot, a teapot, a car"]).states) < 1e-5
-    moved = flatten_dict(sampler.with_unet(tiny_pipeline, tiny.personal(concept, strength=0.5)).params["unet"])
+    states = conditioning.condition(tiny_pipeline, ["a red Teapot, a teapot, a car"], tiny.personal(still)).states
+    assert max_error(states, conditioning.condition(tiny_pipeline, ["a red sks Teapot, a teapot, a car"]).states) < 1e-5
+    moved = flatten_dict(conditioning.with_unet(tiny_pipeline, tiny.personal(concept, strength=0.5)).params["unet"])
     change = flatten_dict(concept.learned["unet"])
     for path, base in flatten_dict(tiny_pipeline.params["unet"]).items():
         expected = np.asarray(base) + np.float32(0.5) * change.get(path, np.float32(0))
         np.testing.assert_allclose(moved[path], expected, atol=1e-6)
-    assert sampler.with_unet(tiny_pipeline, tiny.personal(concept, strength=0.0)) is tiny_pipeline
+    assert conditioning.with_unet(tiny_pipeline, tiny.personal(concept, strength=0.0)) is tiny_pipeline
 
 
 def test_the_prior(setting, tiny_pipeline):
@@ -214,7 +214,7 @@ def test_the_prior(setting, tiny_pipeline):
     for prompts, asked in ((prior.prompts, "a photo of a teapot"), (data.prompts, "a photo of a sks teapot")):
         (of_encoder,) = prompts
         states = step_config.method.condition({}, (of_encoder,), frozen.text, step_config.networks).states
-        assert max_error(states[0, 0], sampler.condition(tiny_pipeline, [asked]).states[0]) < 1e-5
+        assert max_error(states[0, 0], conditioning.condition(tiny_pipeline, [asked]).states[0]) < 1e-5
     both = a_batch(step_config, data)
     size = step_config.batch_size
     assert both.latents.shape[1] == 2 * size

@@ -7,7 +7,7 @@ import pytest
 
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.composition import compose
-from catversion_jax.sampling import sampler
+from catversion_jax.sampling import conditioning
 from catversion_jax.utils.errors import UserError
 from tests import tiny
 from tests.commands import catversion, error_of
@@ -24,7 +24,7 @@ def concepts(tiny_model, tiny_pipeline) -> list[concept_file.Concept]:
 
 
 def states(pipeline, prompt: str, concepts=(), strength: float = 1.0) -> np.ndarray:
-    return np.asarray(sampler.condition(pipeline, [prompt], tiny.personal(*concepts, strength=strength)).states[0])
+    return np.asarray(conditioning.condition(pipeline, [prompt], tiny.personal(*concepts, strength=strength)).states[0])
 
 
 def triggered(concept: concept_file.Concept) -> concept_file.Concept:

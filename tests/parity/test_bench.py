@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from catversion_jax.base import text
+from catversion_jax.base.text_states import lower_layers
 from catversion_jax.bench import torch_step
 from catversion_jax.config import Config
 from catversion_jax.utils.errors import UserError
@@ -45,7 +45,7 @@ def test_the_text_states_with_a_prefix_are_ours(bias, tiny_model, tiny_pipeline)
     rng = np.random.default_rng(0)
     prefix = rng.normal(size=(2, len(layers), 2, *encoder.config.heads)).astype(np.float32)
     ids = rng.integers(encoder.config.vocab_size, size=(3, 77)).astype(np.int32)
-    lowered = text.lower(encoder, params["text"][0], ids, jnp.ones((*ids.shape, 1), bool), stop=layers[0])
+    lowered = lower_layers(encoder, params["text"][0], ids, jnp.ones((*ids.shape, 1), bool), stop=layers[0])
     context = jax.jit(lambda prefix: method.condition({"prefix": prefix}, (lowered,), params["text"], networks).states)(
         prefix
     )

@@ -16,7 +16,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from catversion_jax.base import pipeline
-from catversion_jax.sampling import sampler
+from catversion_jax.sampling import conditioning
 from tests import tiny
 
 PROMPTS = ["a photo of a teapot on the beach", ""]
@@ -113,7 +113,7 @@ def close(actual, expected, tolerance=1e-4):
     assert error < tolerance
 
 
-def conditioning(theirs) -> tuple[torch.Tensor, torch.Tensor | None]:
+def their_states(theirs) -> tuple[torch.Tensor, torch.Tensor | None]:
     with torch.no_grad():
         out = theirs.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
     return (out[0], out[2]) if len(out) == 4 else (out[0], None)
@@ -121,8 +121,8 @@ def conditioning(theirs) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def test_conditioning(both):
     theirs, ours = both
-    context = sampler.condition(ours, PROMPTS)
-    states, pooled = conditioning(theirs)
+    context = conditioning.condition(ours, PROMPTS)
+    states, pooled = their_states(theirs)
     close(context.states, states)
     assert (context.pooled is None) == (pooled is None)
     if pooled is not None:
@@ -131,7 +131,7 @@ def test_conditioning(both):
 
 def test_unet(both):
     theirs, ours = both
-    states, pooled = conditioning(theirs)
+    states, pooled = their_states(theirs)
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
     timesteps = np.asarray([7, 850])

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from catversion_jax.methods import concept_file
-from catversion_jax.sampling import export, sampler
+from catversion_jax.sampling import conditioning, export
 from tests import tiny
 from tests.commands import catversion, error_of
 
@@ -47,7 +47,7 @@ def test_prompts(concept, source, tiny_pipeline, tmp_path):
     assert written(out) == {export.EMBEDS, *export.FILES, *export.CONCEPTS}
 
     def states(prompts, strength):
-        return sampler.condition(tiny_pipeline, prompts, tiny.personal(concept, strength=strength)).states
+        return conditioning.condition(tiny_pipeline, prompts, tiny.personal(concept, strength=strength)).states
 
     arrays = load_file(out / export.EMBEDS)
     assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == {

@@ -5,7 +5,7 @@ import pytest
 
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.sampling import sampler
+from catversion_jax.sampling import conditioning, sampler
 from tests import tiny
 from tests.conftest import max_error
 
@@ -36,9 +36,9 @@ def test_a_picture_depends_on_its_seed_alone(tiny_pipeline, concept):
 
 def test_strength(tiny_pipeline, concept):
     def states(strength):
-        return sampler.condition(tiny_pipeline, ["a teapot"], tiny.personal(concept, strength=strength)).states
+        return conditioning.condition(tiny_pipeline, ["a teapot"], tiny.personal(concept, strength=strength)).states
 
-    base = sampler.condition(tiny_pipeline, ["a teapot"]).states
+    base = conditioning.condition(tiny_pipeline, ["a teapot"]).states
     assert max_error(states(0.0), base) < 1e-5
     moved = [max_error(states(s), base) for s in (0.05, 0.5, 1.0)]
     assert 0.01 < moved[0] < moved[1] < moved[2]

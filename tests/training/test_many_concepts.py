@@ -150,7 +150,7 @@ def test_bad_concepts_disturb_no_others(tiny_model, tmp_path, alone, monkeypatch
     entries = report(tmp_path / "out")
     assert {id: entry["error"] for id, entry in entries.items() if entry["status"] == "failed"} == {
         "missing": f"{tmp_path / 'nowhere'}: no such folder; data.dir takes a folder of 1 to 100 photos",
-        "corrupt": f"{tmp_path / 'corrupt' / '1.png'}: not a JPEG, PNG, WEBP picture; remove or convert it",
+        "corrupt": f"{tmp_path / 'corrupt' / '1.png'}: not a JPEG, PNG, WEBP image; remove or convert it",
         "nan": "loss or gradient not finite after step 0",
     }
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/concept.safetensors")}

@@ -6,7 +6,7 @@ from safetensors.numpy import load_file
 
 from catversion_jax.base.pipeline import MINI
 from catversion_jax.methods import concept_file
-from catversion_jax.sampling import sampler
+from catversion_jax.sampling import conditioning
 from tests import tiny
 from tests.commands import catversion, error_of
 
@@ -57,9 +57,9 @@ def test_both_prefixes_are_learned_and_stored(model, learned):
     assert concept.method.layers == ((0, 1, 2), (0, 1, 2))
     pipe = tiny.load(model, variant="fp16")
     base, moved = (
-        sampler.condition(pipe, ["a teapot"], tiny.personal(concept, strength=strength)) for strength in (0.0, 1.0)
+        conditioning.condition(pipe, ["a teapot"], tiny.personal(concept, strength=strength)) for strength in (0.0, 1.0)
     )
-    untouched = sampler.condition(pipe, ["a teapot"])
+    untouched = conditioning.condition(pipe, ["a teapot"])
     np.testing.assert_allclose(base.states, untouched.states, atol=1e-5)
     np.testing.assert_allclose(base.pooled, untouched.pooled, atol=1e-5)
     change = np.abs(np.asarray(moved.states - base.states)).max(axis=(0, 1))

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from catversion_jax.base.text import Prompts
+from catversion_jax.base.text_states import PromptStates
 from catversion_jax.data.latents import bucket, pad
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.models.sharding import make_mesh, sharding
@@ -36,7 +36,7 @@ def concept(photos: int, seed: int = 0, size: int | None = None) -> ConceptData:
         mean=pad(mean, size or bucket(photos)),
         std=pad(np.abs(mean) / 10, size or bucket(photos)),
         photos=np.int32(photos),
-        prompts=(Prompts(pad(hidden, 8), pad(np.ones((2, 77, 1), bool), 8), np.full(8, 5, np.int32)),),
+        prompts=(PromptStates(pad(hidden, 8), pad(np.ones((2, 77, 1), bool), 8), np.full(8, 5, np.int32)),),
         prompt_count=np.int32(2),
         steps=np.int32(10),
     )

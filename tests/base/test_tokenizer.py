@@ -1,15 +1,14 @@
 """The class word among a prompt's tokens."""
 
-import numpy as np
 import pytest
 
-from catversion_jax.base import text
+from catversion_jax.base.tokenizer import Tokenizer, find_word
 from catversion_jax.utils.errors import UserError
 from tests import tiny
 
 
 def place(tokenizer, prompt, word) -> int:
-    return int(text.find_word(tokenizer([prompt]), tokenizer.word(word))[0])
+    return int(find_word(tokenizer([prompt]), tokenizer.word(word))[0])
 
 
 @pytest.mark.parametrize(
@@ -32,16 +31,6 @@ def test_not_found(mini, prompt):
     assert place(mini.tokenizer, prompt, "teapot") == -1
 
 
-def test_visibility(mini):
-    tokenizer = mini.tokenizer
-    token_ids, word = tokenizer(["a photo of a teapot on the beach", "a car"]), tokenizer.word("teapot")
-    assert text.visibility(token_ids, word, "all").all()
-    visible = text.visibility(token_ids, word, "trigger")
-    at = place(tokenizer, "a photo of a teapot on the beach", "teapot")
-    np.testing.assert_array_equal(visible[0], np.arange(77) >= at)
-    assert not visible[1].any()
-
-
 def test_long_prompts_are_cut(mini):
     long = "a photo of a teapot " * 30
     assert mini.tokenizer([long]).shape == (1, 77)
@@ -51,7 +40,7 @@ def test_long_prompts_are_cut(mini):
 
 def test_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"no vocab\.json and no merges\.txt"):
-        text.Tokenizer(tmp_path)
+        Tokenizer(tmp_path)
 
 
 def test_model_without_parts(tmp_path):

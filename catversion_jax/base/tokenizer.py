@@ -1,21 +1,14 @@
-"""Prompts to text states: tokens, the class word's place among them, and the encoder below and above the prefix."""
+"""CLIP's tokenizer, and the class word's position among a prompt's tokens."""
 
 import json
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import flax.struct
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.models.clip import CLIPTextModel
-from catversion_jax.models.prefix_attention import Prefix
-from catversion_jax.models.unet import Context
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.types import Array, Bool, Float, Int, Params
+from catversion_jax.utils.types import Int
 
 
 class Tokenizer:
@@ -62,55 +55,11 @@ def without_word(tokenizer: Tokenizer, class_word: str, prompts: Sequence[str]) 
     """The prompts that do not hold the class word: all, where it is not known."""
     if not class_word:
         return list(prompts)
-    places = find_word(tokenizer(list(prompts)), tokenizer.word(class_word))
-    return [prompt for prompt, place in zip(prompts, places, strict=True) if place < 0]
-
-
-def visibility(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...], scope: str) -> Bool[np.ndarray, "T Q"]:
-    """Which query positions see the prefix in a scope of `adapter.SCOPES`."""
-    if scope == "all":
-        return np.ones(token_ids.shape, bool)
-    place = find_word(token_ids, word)[:, None]
-    return (place >= 0) & (np.arange(token_ids.shape[1]) >= place)
+    positions = find_word(tokenizer(list(prompts)), tokenizer.word(class_word))
+    return [prompt for prompt, position in zip(prompts, positions, strict=True) if position < 0]
 
 
 def put_before(prompt: str, class_word: str, identifier: str) -> str:
     """The prompt with an identifier before the class word's first occurrence, if there is one."""
     word = rf"(?<!\w){re.escape(class_word)}(?!\w)"
     return re.sub(word, lambda match: f"{identifier} {match[0]}", prompt, count=1, flags=re.IGNORECASE)
-
-
-class Prompts(flax.struct.PyTreeNode):
-    """Prompts as the layers of one text encoder from the prefix on take them."""
-
-    hidden: Float[Array, "*T Q c"]  # states below the prefix
-    visible: Bool[Array, "*T Q 1|P"]  # which positions see what was learned, or its P parts
-    end: Int[Array, "*T"]  # the end token's position
-
-
-@partial(jax.jit, static_argnames=("text", "stop"))
-def lower(
-    text: CLIPTextModel, params: Params, token_ids: Int[Array, "T Q"], visible: Bool[Array, "T Q 1|P"], *, stop: int
-) -> Prompts:
-    """The layers below `stop`, which nothing learned reaches: once per prompt."""
-
-    def run(model: CLIPTextModel):
-        return model.layers(model.embed(token_ids), stop=stop)[-1], model.end(token_ids)
-
-    hidden, end = text.apply({"params": params}, method=run)
-    return Prompts(hidden, visible, end)
-
-
-def upper(
-    texts: Sequence[CLIPTextModel],
-    params: Sequence[Params],
-    prompts: Sequence[Prompts],
-    prefixes: Sequence[Prefix | None],
-    starts: Sequence[int],
-) -> Context:
-    """The layers of every text encoder from its start on, with its prefix: what the UNet is conditioned on."""
-    outputs = [
-        text.apply({"params": p}, prompt.hidden, prompt.end, prefix, start, method=CLIPTextModel.upper)
-        for text, p, prompt, prefix, start in zip(texts, params, prompts, prefixes, starts, strict=True)
-    ]
-    return Context(jnp.concatenate([states for states, _ in outputs], axis=-1), outputs[-1][1])
