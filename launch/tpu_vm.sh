@@ -93,7 +93,7 @@ on_host() {
 setup() {
   local archive=${TMPDIR:-/tmp}/catversion-$NAME.tar.gz
   run tar --exclude=__pycache__ -czf "$archive" -C "$here/.." \
-    setup.py README.md LICENSE NOTICE catversion_jax configs launch &&
+    setup.py pyproject.toml README.md LICENSE NOTICE catversion_jax configs launch &&
     run gcloud compute tpus tpu-vm scp "$archive" "$NAME:catversion.tar.gz" "${place[@]}" --worker=all &&
     on_host all 'mkdir -p catversion && tar -xzf catversion.tar.gz -C catversion && catversion/launch/install.sh tpu'
 }
@@ -137,7 +137,7 @@ keep() {
       ACTIVE)
         if ! { setup && start "$@"; }; then
           ((++failures < 3)) || die "the VM is there but was not set up in 3 attempts, see above; it is paid for: \
-mend that and keep on, or delete it"
+fix that and keep on, or delete it"
         else
           failures=0 status=0
           await_hosts || status=$?
@@ -148,7 +148,7 @@ mend that and keep on, or delete it"
           elif ((status != 255)); then
             collect || true
             die "a host ended with status $status, see $OUT/hosts/host-*/host.log; the VM is still there and paid for: \
-mend that and keep on, or delete it"
+fix that and keep on, or delete it"
           fi
         fi
         ;;
