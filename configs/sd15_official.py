@@ -3,7 +3,7 @@ r"""Stable Diffusion 1.5 as the authors' code trains it (logit bias 1, the bare 
     catversion train --config=configs/sd15_official.py \
         --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
-Result: not measured yet; the numbers of this config need a GPU or a TPU and the model's weights.
+Result: not measured yet; that needs a GPU or a TPU and the model's weights.
 """
 
 from catversion_jax.config import stable_diffusion
@@ -14,7 +14,8 @@ def get_config():
     config.adapter.logit_bias = 1.0
     config.concept.templates = ("{class_word}",)
     config.train.steps = 1001
-    config.train.learning_rate = 1e-2  # 5e-3 x batch 2, which their code multiplies
+    # The authors' code multiplies its rate of 5e-3 by the batch size, here 2.
+    config.train.learning_rate = 1e-2
     config.sample.scheduler = "ddim"
     config.sample.guidance = 10.0
     return config

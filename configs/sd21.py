@@ -1,12 +1,12 @@
-r"""Stable Diffusion 2.1 (v-prediction, 768 px): 3 x 2 x 1024 numbers learned.
+r"""Stable Diffusion 2.1 (v-prediction, 768 px): 3 x 2 x 1024 learned parameters.
 
-Stability AI withdrew its 2.x repositories in November 2025: this is the community's copy. A folder or a file of yours
-goes into --config.model.path.
+Stability AI withdrew its 2.x repositories in November 2025: this is the community's copy. For a folder or a file of
+your own, set --config.model.path.
 
     catversion train --config=configs/sd21.py \
         --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
-Result: not measured yet; the numbers of this config need a GPU or a TPU and the model's weights.
+Result: not measured yet; that needs a GPU or a TPU and the model's weights.
 """
 
 from catversion_jax.config import stable_diffusion

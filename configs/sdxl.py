@@ -3,7 +3,7 @@ r"""Stable Diffusion XL: a prefix in layers 8 to 10 of the first text encoder an
     catversion train --config=configs/sdxl.py \
         --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
-Result: not measured yet; the numbers of this config need a GPU or a TPU and the model's weights.
+Result: not measured yet; that needs a GPU or a TPU and the model's weights.
 """
 
 from catversion_jax.config import stable_diffusion

@@ -1,5 +1,6 @@
 """Shared by all tests: two fake CPU devices, one compilation cache, models that are loaded once."""
 
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -13,8 +14,20 @@ os.environ.setdefault("CATVERSION_TEST_CACHE", tempfile.mkdtemp(prefix="catversi
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["CATVERSION_TEST_CACHE"]
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
+
+# Annotations of shapes and dtypes are checked in these modules, by jaxtyping with beartype. training.state and
+# base.text_states are not among them: JAX also builds their trees of things that are no arrays.
+CHECKED = (
+    "base.noise_schedule", "base.pipeline", "base.schedulers", "base.tokenizer", "data.latents", "evaluation.masks",
+    "evaluation.metrics", "evaluation.scores", "methods", "models", "sampling", "training.concept_data",
+    "training.step", "utils.tree",
+)  # fmt: skip
+# The environments of `make parity` and `make tpu`, whose tests hand over arrays of other libraries, have no beartype.
+if importlib.util.find_spec("beartype"):
+    jaxtyping.install_import_hook([f"catversion_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 from catversion_jax.base import pipeline
 from catversion_jax.utils import cache

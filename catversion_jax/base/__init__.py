@@ -1,1 +1,1 @@
-"""A base model as the rest uses it: its networks and parameters, noise schedule, schedulers and prompts."""
+"""The base model: networks and parameters, noise schedule, schedulers, tokenizer and text states."""

@@ -21,7 +21,7 @@ FIXED = {"rescale_betas_zero_snr": False, "trained_betas": None}
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The fields of a pipeline's scheduler_config.json that training needs, and what `schedulers` read."""
+    """The fields of a model's scheduler_config.json that training needs; `sampling` is all of it, for schedulers.py."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -39,20 +39,20 @@ class NoiseSchedule:
 
     @cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, "timesteps"]:
-        """The signal's share of the variance at each timestep, float32."""
+        """The signal's share of the variance at each timestep (alpha-bar in Ho et al. 2020), float32."""
         return np.cumprod(1 - BETAS[self.beta_schedule](self.beta_start, self.beta_end, self.num_train_timesteps))
 
 
 def add_noise(
     latents: Float[Array, "B h w c"], noise: Float[Array, "B h w c"], alpha: Float[Array, "B"]
 ) -> Float[Array, "B h w c"]:
-    """Noisy latents at the timesteps where alphas_cumprod is `alpha`."""
+    """Returns noisy latents at the timesteps whose alphas_cumprod is `alpha` (Ho et al. 2020, equation 4)."""
     alpha = alpha[:, None, None, None]
     return jnp.sqrt(alpha) * latents + jnp.sqrt(1 - alpha) * noise
 
 
 def velocity(latents, noise, alpha: Float[Array, "B"]) -> Float[Array, "B h w c"]:
-    """v of Salimans and Ho 2022."""
+    """The velocity v of Salimans and Ho 2022."""
     alpha = alpha[:, None, None, None]
     return jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * latents
 
@@ -62,7 +62,7 @@ TARGETS = {"epsilon": lambda latents, noise, alpha: noise, "v_prediction": veloc
 
 
 def check_choices(config: Any, choices: Mapping[str, Collection[str]]) -> None:
-    """Raises UserError for the first field of `config` that is none of its choices."""
+    """Raises UserError for the first field of `config` whose value is not one of its choices."""
     for key, known in choices.items():
         value = getattr(config, key)
         if value not in known:

@@ -29,41 +29,43 @@ from catversion_jax.weights.conversion import Target, collect, readers, shapes_o
 from catversion_jax.weights.source import Source, open_source
 
 MINI = Path(__file__).parents[1] / "mini"
-"""The embedded small Stable Diffusion: the default wherever no other model is named."""
+"""The small Stable Diffusion in this package: the default if no other model is named."""
 
 BLOCK = 64
-"""Of a transposed tensor's last axis, at a time."""
+"""Columns of a transposed tensor that `laid_out` copies at a time."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which base model is read, and how."""
+    """Which base model to load, and how."""
 
     path: str = setting(
-        "", 'a folder, a single file, or a model\'s name on Hugging Face; "": the embedded mini model', ANY_TEXT
+        "", 'Base model: a folder, a single file or a name on Hugging Face; "" means the embedded mini model.', ANY_TEXT
     )
-    revision: str = setting("", 'of a model on Hugging Face; "": its main branch', ANY_TEXT)
-    variant: str = setting("", '"fp16" reads the .fp16.safetensors files', ANY_TEXT)
+    revision: str = setting("", 'Revision of a model on Hugging Face; "" means its main branch.', ANY_TEXT)
+    variant: str = setting(
+        "", 'Variant of the weight files: "fp16" reads .fp16.safetensors, "" the plain files.', ANY_TEXT
+    )
     prediction_type: str = setting(
         "",
-        f'{" or ".join(TARGETS)}; "": as the model says; v_prediction for a 2.x file',
+        f'What the UNet predicts: {" or ".join(TARGETS)}; "" means as the model says, v_prediction for a 2.x file.',
         one_of(TARGETS, unset=True),
     )
     dtype: str = setting(
-        "float32", f"of the text encoder's and the UNet's computation: {', '.join(DTYPES)}", one_of(DTYPES)
+        "float32", f"Dtype of the text encoder and the UNet: one of {', '.join(DTYPES)}.", one_of(DTYPES)
     )
 
     @property
     def folder(self) -> Path:
-        """Where the model lies, unless `path` is a name on Hugging Face."""
+        """The model's local path, unless `path` is a name on Hugging Face."""
         return expand(self.path) if self.path else MINI
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What is static under `jax.jit`."""
+    """The base model's networks and noise schedule: its static part under `jax.jit`."""
 
     text: tuple[CLIPTextModel, ...]  # two in SDXL
     unet: UNet2DConditionModel
@@ -86,30 +88,31 @@ class Networks:
         return self.unet.config.sample_size * self.vae.config.downscale
 
 
-@dataclass(frozen=True, eq=False)  # each is itself: parameters are not compared
+@dataclass(frozen=True, eq=False)  # compared by identity, not by parameters
 class Pipeline:
-    """A loaded base model. `params` has the keys text (a tree for each text encoder), unet and vae."""
+    """A loaded base model. `params` has the keys text (one tree per text encoder), unet and vae."""
 
     networks: Networks
     params: dict[str, Any]
-    tokenizers: tuple[Tokenizer, ...]  # one for each text encoder
+    tokenizers: tuple[Tokenizer, ...]  # one per text encoder
     fingerprint: str  # of the text encoders' weights
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The first one: in SDXL's second, words are the same tokens and only the padding differs."""
+        """The first tokenizer: SDXL's second one gives words the same tokens and differs only in the padding."""
         return self.tokenizers[0]
 
 
 def text_config(config: dict, dtype) -> CLIPTextConfig:
-    """The field projection_dim is always there; whether the weights are, `architectures` tells."""
+    """Reads a text encoder's config.json."""
+    # The file always has projection_dim; only `architectures` tells whether the weights have a projection.
     projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
     changes = {"projection_dim": config["projection_dim"] if projects else None}
     return from_json(CLIPTextConfig, config | changes, {"attention_dropout": 0.0}, dtype=dtype)
 
 
 class NetworkSpec(NamedTuple):
-    """A network and how to make it."""
+    """How to make a network, and the inputs that shape its parameters."""
 
     make: Callable[[dict, Any], Any]  # (config.json, dtype) -> module
     inputs: Callable[[Any], tuple]  # module -> the inputs its `init` traces
@@ -145,7 +148,7 @@ COMPONENTS = {
 
 
 def abstract(name: str, module, dtype=jnp.float32, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
-    """A component's parameters as shapes in `dtype`, each with its sharding."""
+    """The shapes of a component's parameters in `dtype`, each with its sharding."""
     shapes = shapes_of(module.init, *COMPONENTS[name].inputs(module))
 
     def shape(leaf, sharding):
@@ -155,12 +158,14 @@ def abstract(name: str, module, dtype=jnp.float32, mesh: Mesh | None = None, rul
 
 
 def laid_out(tensor: np.ndarray, op: Callable, dtype: Any) -> np.ndarray:
-    """A tensor of a file in our layout and dtype. In blocks that stay in the processor's cache: a cast that transposes,
-    and a transpose of the whole, are several times slower."""
+    """Returns a file's tensor in our layout and dtype."""
     view = op(tensor)
+    # In the float16 of digests, large values become inf, which is no error.
     with np.errstate(over="ignore"):
         if view.flags.c_contiguous:
             return view.astype(dtype)
+        # A transposed view is copied in blocks of columns that stay in the processor's cache: casting first and then
+        # transposing the whole takes twice as long, a cast that transposes six times (docs/performance.md).
         out = np.empty(view.shape, dtype)
         for start in range(0, view.shape[-1], BLOCK):
             out[..., start : start + BLOCK] = view[..., start : start + BLOCK].astype(dtype)
@@ -168,7 +173,7 @@ def laid_out(tensor: np.ndarray, op: Callable, dtype: Any) -> np.ndarray:
 
 
 def load_component(source: Source, name: str, dtype=jnp.float32) -> tuple[Any, Params]:
-    """One network of a model and its parameters on the default device in `dtype`."""
+    """Loads one network of a model, with its parameters in `dtype` on the default device."""
     module = COMPONENTS[name].make(source.config(name), dtype)
     with readers() as pool:
         return module, collect(begin(pool, source, name, abstract(name, module, dtype)))
@@ -177,11 +182,10 @@ def load_component(source: Source, name: str, dtype=jnp.float32) -> tuple[Any, P
 def begin(
     pool: Executor, source: Source, name: str, shapes: Params, digests: dict[str, bytes] | None = None
 ) -> list[Future]:
-    """Begin to read a component's parameters, in the dtypes and shardings of `shapes`: each goes from its file to where
-    it belongs.
+    """Starts to read a component's parameters in the dtypes and shardings of `shapes`, from the file to the devices.
 
-    Notes the values' digests, as the file has them, in `digests`. Raises UserError if the weights are not what the
-    network needs.
+    Adds the digest of each parameter, as the file has it, to `digests`. Raises UserError if the weights do not fit the
+    network.
     """
     expected = flatten_dict(shapes, sep="/")
 
@@ -195,21 +199,23 @@ def begin(
 
 
 def open_model(model: ModelConfig) -> Source:
-    """The base model that the config names, before its tensors are read."""
+    """Opens the base model that the config names; its tensors are not read yet."""
     return open_source(model.path or str(MINI), model.revision, model.variant, model.prediction_type)
 
 
 def load(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Rules = ()) -> Pipeline:
     """Loads a Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds it.
 
-    `model.dtype` is that of the text encoders' and the UNet's weights and computation; the VAE's is always float32: it
-    runs a few times, and half precision is known to overflow in it. The parameters go to the devices of `mesh`, as
-    `rules` (of the form of sharding.FROZEN) split them; without a mesh, to the default device.
+    `model.dtype` is the dtype of the text encoders' and the UNet's weights and computation; the VAE's is float32. The
+    parameters are placed on the devices of `mesh`, split by `rules` (see sharding.FROZEN), or on the default device if
+    there is no mesh.
     """
     source = open_model(model)
     texts = [name for name in ("text", "text_2") if name in source.components]
     tokenizers = tuple(Tokenizer(source.tokenizer(name)) for name in texts)
     schedule = NoiseSchedule.from_json(source.scheduler())
+    # The VAE is always float32: it runs only a few times, and half precision is known to overflow in it (diffusers
+    # marks SDXL's VAE with force_upcast).
     dtypes = {name: jnp.float32 if name == "vae" else DTYPES[model.dtype] for name in (*texts, "unet", "vae")}
     modules = {name: COMPONENTS[name].make(source.config(name), dtypes[name]) for name in dtypes}
 
@@ -219,7 +225,8 @@ def load(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Ru
 
     def convert() -> tuple[dict[str, Params], str]:
         digests: dict[str, bytes] = {}
-        with readers() as pool:  # the UNet first: while it is read, the others are traced for their shapes
+        # The UNet, by far the largest, comes first: while threads read it, the others are traced for their shapes.
+        with readers() as pool:
             reading = {
                 name: begin(pool, source, name, shapes(name), digests if name in texts else None)
                 for name in ("unet", "vae", *texts)
@@ -228,6 +235,7 @@ def load(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Ru
 
     params, fingerprint = weight_cache.read(source, dtypes, shapes, convert)
     encoders, unet, vae = tuple(modules[name] for name in texts), modules["unet"], modules["vae"]
+    # Not in any config.json: SDXL's UNet takes the penultimate layer of both encoders, and the model's resolution.
     if len(encoders) > 1:
         encoders = tuple(CLIPTextModel(replace(encoder.config, skip=1)) for encoder in encoders)
     resolution = unet.config.sample_size * vae.config.downscale

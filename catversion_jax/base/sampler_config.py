@@ -1,4 +1,4 @@
-"""How images are sampled: the settings of the sampler, which a concept's file records."""
+"""The sampler's settings, which a concept's file records."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from catversion_jax.utils.settings import at_least, between, one_of, setting
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The scheduler, its steps and the guidance."""
+    """How images are sampled: scheduler, number of steps, guidance and batch size."""
 
-    steps: int = setting(50, "sampling steps", between(1, 1000))
-    guidance: float = setting(7.5, "scale of classifier-free guidance; 1: none", at_least(0))
-    # The last batch is filled up, so that one program serves all.
-    batch_size: int = setting(4, "images at once", at_least(1))
+    steps: int = setting(50, "Number of sampling steps.", between(1, 1000))
+    guidance: float = setting(7.5, "Scale of classifier-free guidance; 1 turns it off.", at_least(0))
+    # The last batch is padded to this size, so that one compiled program serves all.
+    batch_size: int = setting(4, "Number of images sampled at once.", at_least(1))
     scheduler: str = setting(
         "",
-        f'one of {", ".join(SCHEDULERS)}; "": the one that the model\'s scheduler_config.json names',
+        f'Sampling scheduler: one of {", ".join(SCHEDULERS)}; "" means the one in scheduler_config.json.',
         one_of(SCHEDULERS, unset=True),
     )

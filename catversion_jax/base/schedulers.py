@@ -1,13 +1,31 @@
-"""Sampling as data: a scheduler and a number of steps become one small matrix for every call of the UNet.
+"""Schedulers as data: for a number of steps, each one becomes a sequence of small matrices, one per call of the UNet.
 
-DDIM, PLMS, Euler and DPM-Solver++ are linear in the latents, the UNet's predictions and the noise; they differ in
-numbers that the host knows beforehand. `step` is one product, the same for all of them; the rows of its matrix come
-from running a scheduler's formulas on unit vectors. Each one is a DDIM step from one noise level to the next with the
-clean latents estimated in its own way, so the formulas here are shorter than those of the papers.
-
-A noise level is sigma, the ratio of noise to signal (Karras et al. 2022). Latents are kept as the UNet takes them, of
-total variance one: signal(sigma) * (clean + sigma * noise). The numbers are those of the classes in diffusers 0.39.
+DDIM, PLMS, Euler and DPM-Solver++ are all linear in the latents, the UNet's predictions and fresh noise, with
+coefficients that the host knows in advance. So one `step`, a matrix product, serves all of them: one compiled loop
+without branches, whose state is one array. The rows of a matrix come from running the scheduler's formulas on unit
+vectors instead of latents. Every scheduler is a DDIM step from one noise level to the next, with its own estimate of
+the clean latents, so the formulas here are shorter than those in the papers. The results are those of the classes in
+diffusers 0.39.
 """
+
+# Notation: variable -> symbol in the papers
+#   signal(sigma)        sqrt(alpha_t) of DDIM (Song et al. 2021), alpha_t of DPM-Solver++ (Lu et al. 2022)
+#   sigma                sigma of Karras et al. 2022, noise to signal; sqrt((1 - alpha_t) / alpha_t) of DDIM
+#   to                   the sigma that a step goes to
+#   latents              x_t of DDIM: signal(sigma) * (clean + sigma * noise), of total variance one, as the UNet takes
+#                        them; x of Karras et al. is latents / signal(sigma)
+#   prediction           epsilon_theta, or v of Salimans and Ho 2022
+#   clean                x_0 as predicted: f_theta of DDIM, D_theta of Karras et al., x_theta of DPM-Solver++
+#   log(sigma / to)      h of DPM-Solver++: lambda = log(alpha_t / sigma_t) there is -log(sigma) here
+#
+# Example: DDIM, epsilon prediction. The state has one slot, the latents; the columns are latents, prediction and noise.
+#   clean = latents / signal(sigma) - sigma * prediction
+#   next  = signal(to) * (clean + to * prediction)
+#         = signal(to) / signal(sigma) * latents + signal(to) * (to - sigma) * prediction
+# With the unit vectors (1, 0, 0) as latents and (0, 1, 0) as prediction, the same formulas give the matrix's one row,
+#   [signal(to) / signal(sigma), signal(to) * (to - sigma), 0]
+# which for the first of 50 steps of Stable Diffusion 1.5 (timesteps 981 to 961) is [1.1229, -0.1233, 0]. A scheduler
+# with a memory has a slot, and a row, for each thing that it remembers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,21 +39,21 @@ import numpy as np
 from catversion_jax.base.noise_schedule import NoiseSchedule, check_choices
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.json_config import from_json
-from catversion_jax.utils.types import Array, Float, Int
+from catversion_jax.utils.types import AnyArray, Array, Float, Int
 
 
 class Calls(NamedTuple):
-    """What the UNet's calls need, one after the other; a pytree to scan over."""
+    """The inputs of the UNet's calls, in order; a pytree to scan over."""
 
-    index: Int[np.ndarray, "calls"]
-    timestep: Float[np.ndarray, "calls"]
-    update: Float[np.ndarray, "calls slots slots+2"]  # `step`'s matrices
+    number: Int[AnyArray, "calls"]
+    timestep: Float[AnyArray, "calls"]
+    update: Float[AnyArray, "calls slots slots+2"]  # `step`'s matrices
 
 
 class Trajectory(NamedTuple):
-    """From noise to an image. The state is a stack of slots: first the latents, then what the scheduler remembers."""
+    """From noise to latents. The state is a stack of slots: first the latents, then what the scheduler remembers."""
 
-    scale: float  # of the first latents, whose noise has variance one
+    scale: float  # of the initial noise, which has variance one
     calls: Calls
 
     def start(self, noise: Float[Array, "B h w c"]) -> Float[Array, "slots B h w c"]:
@@ -48,9 +66,9 @@ def step(
     state: Float[Array, "slots B h w c"],
     prediction: Float[Array, "B h w c"],
     noise: Float[Array, "B h w c"],
-    update: Float[Array, "slots slots+2"],
+    update: Float[AnyArray, "slots slots+2"],
 ) -> Float[Array, "slots B h w c"]:
-    """The state after the UNet's prediction for its first slot."""
+    """Returns the next state, given the UNet's prediction for the latents in the first slot."""
     terms = jnp.concatenate([state, prediction[None], noise[None]])
     return jnp.einsum("st,tBhwc->sBhwc", update, terms, precision="highest")
 
@@ -63,17 +81,17 @@ CLEAN = {
     "epsilon": lambda prediction, latents, sigma: latents / signal(sigma) - sigma * prediction,
     "v_prediction": lambda prediction, latents, sigma: signal(sigma) * (latents - sigma * prediction),
 }
-"""prediction_type -> the clean latents that a prediction stands for."""
+"""prediction_type -> the clean latents, given the prediction."""
 
 
 def move(clean, latents, sigma, to):
-    """The DDIM step between noise levels (Song et al. 2021, eta 0): what is not clean is noise."""
+    """The DDIM step between noise levels (Song et al. 2021, eta = 0); the noise is what remains without `clean`."""
     return signal(to) * (clean + to / sigma * (latents / signal(sigma) - clean))
 
 
 @dataclass(frozen=True)
 class Options:
-    """The keys of scheduler_config.json that say where a scheduler steps."""
+    """The keys of scheduler_config.json that choose a scheduler's noise levels."""
 
     timestep_spacing: str  # a key of SPACINGS
     steps_offset: int = 1  # as the pipelines of Stable Diffusion set it
@@ -87,7 +105,7 @@ class Options:
 SPACINGS = {
     "leading": lambda total, steps, offset: np.arange(steps)[::-1] * (total // steps) + offset,
     "linspace": lambda total, steps, offset: np.linspace(0, total - 1, steps)[::-1],
-    # [:steps]: for some numbers of steps rounding makes arange one longer, a timestep -1
+    # [:steps]: for some numbers of steps, rounding makes arange one longer, with a timestep of -1.
     "trailing": lambda total, steps, offset: np.arange(total, 0, -total / steps)[:steps].round() - 1,
 }
 """timestep_spacing -> descending timesteps (Lin et al. 2024, table 2)."""
@@ -96,7 +114,7 @@ FINAL_SIGMAS = {"zero": lambda trained: 0.0, "sigma_min": lambda trained: traine
 """final_sigmas_type -> the noise level that the last step goes to."""
 
 KARRAS_RHO = 7
-FEW_CALLS = 15  # with fewer, lower_order_final holds
+FEW_CALLS = 15  # of the UNet; with fewer, lower_order_final applies
 ADAMS_BASHFORTH = (
     (1,),
     (3 / 2, -1 / 2),
@@ -111,18 +129,18 @@ def trained_sigmas(schedule: NoiseSchedule) -> Float[np.ndarray, "timesteps"]:
 
 
 def spaced(schedule: NoiseSchedule, options: Options, steps: int) -> Float[np.ndarray, "steps"]:
-    """Descending timesteps. Raises UserError if there are not that many."""
+    """Returns descending timesteps. Raises UserError if the spacing does not give that many."""
     total = schedule.num_train_timesteps
-    timesteps = SPACINGS[options.timestep_spacing](total, steps, options.steps_offset)
+    timesteps = SPACINGS[options.timestep_spacing](total, steps, options.steps_offset).astype(np.float64)
     if timesteps[0] >= total or len(np.unique(timesteps.round())) < steps:
         raise UserError(f"steps: more than {total} timesteps give with spacing {options.timestep_spacing!r}; use fewer")
     return timesteps
 
 
 def karras(sigmas: Float[np.ndarray, "n"], steps: int) -> Float[np.ndarray, "steps"]:
-    """Noise levels from the largest to the smallest of `sigmas` (Karras et al. 2022, equation 5)."""
-    ends = np.array([sigmas.max(), sigmas.min()]) ** (1 / KARRAS_RHO)
-    return np.linspace(*ends, steps) ** KARRAS_RHO
+    """Returns noise levels from the largest to the smallest of `sigmas` (Karras et al. 2022, equation 5)."""
+    first, last = np.array([sigmas.max(), sigmas.min()]) ** (1 / KARRAS_RHO)
+    return np.linspace(first, last, steps) ** KARRAS_RHO
 
 
 def to_timesteps(sigmas: Float[np.ndarray, "n"], trained: Float[np.ndarray, "timesteps"]) -> Float[np.ndarray, "n"]:
@@ -130,12 +148,15 @@ def to_timesteps(sigmas: Float[np.ndarray, "n"], trained: Float[np.ndarray, "tim
 
 
 def trajectory(timesteps, updates, scale: float = 1.0) -> Trajectory:
-    calls = Calls(np.arange(len(timesteps), dtype=np.int32), np.float32(timesteps), np.float32(updates))
+    calls = Calls(
+        np.arange(len(timesteps), dtype=np.int32), np.asarray(timesteps, np.float32), np.asarray(updates, np.float32)
+    )
     return Trajectory(float(scale), calls)
 
 
 def earlier(timesteps: np.ndarray, schedule: NoiseSchedule, options: Options, steps: int) -> np.ndarray:
-    """The noise levels that DDIM's and PLMS's steps go to: a fixed stride on, whatever the spacing."""
+    """The noise levels that DDIM's and PLMS's steps go to."""
+    # As in diffusers, a fixed stride below each timestep, even if the timesteps are spaced differently.
     trained = trained_sigmas(schedule)
     timesteps = timesteps - schedule.num_train_timesteps // steps
     return np.where(timesteps >= 0, trained[timesteps], 0.0 if options.set_alpha_to_one else trained[0])
@@ -151,8 +172,10 @@ def ddim(schedule: NoiseSchedule, options: Options, steps: int) -> Trajectory:
 
 
 def pndm(schedule: NoiseSchedule, options: Options, steps: int) -> Trajectory:
-    """PLMS: Liu et al. 2022 without the Runge-Kutta start. The second timestep is there twice: its first call only
-    betters the first step, which is then made again."""
+    """PLMS (Liu et al. 2022) without the Runge-Kutta start. The UNet is called twice at the second timestep."""
+    # As in diffusers' step_plms: the multi-step formula needs past predictions, of which there are none at the start.
+    # The first call at the second timestep only improves the first step: that step is repeated, from its own latents
+    # (the slot `first`), with the mean of both predictions (Heun's method).
     timesteps = spaced(schedule, options, steps).round().astype(int)
     timesteps = np.concatenate([timesteps[:2], timesteps[1:]])
     starts = timesteps.copy()
@@ -166,15 +189,17 @@ def pndm(schedule: NoiseSchedule, options: Options, steps: int) -> Trajectory:
             source, mean, remembered = first, (prediction + past[0]) / 2, past
         else:
             weights = ADAMS_BASHFORTH[min(max(i, 1), len(ADAMS_BASHFORTH)) - 1]
-            mean = sum(w * x for w, x in zip(weights, [prediction, *past], strict=False))
+            mean = np.sum([w * x for w, x in zip(weights, [prediction, *past], strict=False)], axis=0)
             source, remembered = latents, [prediction, *past[:2]]
         updates.append([move(clean(mean, source, sigma), source, sigma, to), source, *remembered])
     return trajectory(timesteps, updates)
 
 
 def euler(schedule: NoiseSchedule, options: Options, steps: int, ancestral: bool = False) -> Trajectory:
-    """Karras et al. 2022, algorithm 2 without churn; `ancestral` puts back, as new noise, all that the posterior of
-    the next latents allows."""
+    """Euler steps: Karras et al. 2022, algorithm 2 without churn and without its second-order correction.
+
+    `ancestral` steps to a lower noise level and adds fresh noise, with the variance of the DDPM posterior.
+    """
     trained = trained_sigmas(schedule)
     timesteps = spaced(schedule, options, steps)
     sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
@@ -186,10 +211,14 @@ def euler(schedule: NoiseSchedule, options: Options, steps: int, ancestral: bool
     clean = CLEAN[schedule.prediction_type]
     updates = []
     for sigma, to in zip(sigmas, targets, strict=True):
+        # down and up = sqrt(to^2 - down^2) are sigma_down and sigma_up of k-diffusion's get_ancestral_step at eta = 1:
+        # up^2 = to^2 (sigma^2 - to^2) / sigma^2.
         down = to**2 / sigma if ancestral else to
         moved = move(clean(prediction, latents, sigma), latents, sigma, down) / signal(down)
         updates.append([signal(to) * (moved + np.sqrt(to**2 - down**2) * noise)])
-    updates[-1][0] /= signal(targets[-1])  # the last latents are left in Euler's own scale, where the signal's is 1
+    # diffusers keeps Euler's latents in the scale of Karras et al., where the signal has weight 1: it decodes the last
+    # ones in that scale, and multiplies the initial noise by sigma, or by sqrt(1 + sigma^2) for "leading".
+    updates[-1][0] /= signal(targets[-1])
     scale = 1.0 if options.timestep_spacing == "leading" else sigmas[0] * signal(sigmas[0])
     return trajectory(timesteps, updates, scale)
 
@@ -201,7 +230,7 @@ def dpmpp_2m(schedule: NoiseSchedule, options: Options, steps: int) -> Trajector
         sigmas = karras(trained, steps)
         timesteps = to_timesteps(sigmas, trained).round()
     else:
-        unused = options.timestep_spacing != "trailing"  # one more is spaced than called
+        unused = options.timestep_spacing != "trailing"  # diffusers spaces one more timestep than it calls
         timesteps = spaced(schedule, options, steps + unused).round()[:steps]
         sigmas = trained[timesteps.astype(int)]
     sigmas = np.append(sigmas, FINAL_SIGMAS[options.final_sigmas_type](trained))
@@ -212,17 +241,18 @@ def dpmpp_2m(schedule: NoiseSchedule, options: Options, steps: int) -> Trajector
     for i, (sigma, to) in enumerate(pairwise(sigmas)):
         clean = ahead = CLEAN[schedule.prediction_type](prediction, latents, sigma)
         if i > 0 and not (i == steps - 1 and lower_at_end):
+            # D_i = (1 + 1 / (2 r_i)) x_theta(t_{i-1}) - 1 / (2 r_i) x_theta(t_{i-2}), where r_i = h_{i-1} / h_i.
             ahead = clean + np.log(sigma / to) / np.log(sigmas[i - 1] / sigma) / 2 * (clean - past)
         updates.append([move(ahead, latents, sigma, to), clean])
     return trajectory(timesteps, updates)
 
 
 class Scheduler(NamedTuple):
-    diffusers: str  # the class that gives the same numbers
+    diffusers: str  # the class that gives the same results
     plan: Callable[[NoiseSchedule, Options, int], Trajectory]
-    defaults: dict[str, Any]  # what the class takes where scheduler_config.json says nothing
-    fixed: dict[str, Any]  # keys that the class reads, with the one value that is implemented here
-    forced: dict[str, Any] = {}  # whatever scheduler_config.json says
+    defaults: dict[str, Any]  # the class's defaults for keys that scheduler_config.json lacks
+    fixed: dict[str, Any]  # keys that the class reads, with the only value that is implemented here
+    forced: dict[str, Any] = {}  # override scheduler_config.json
 
 
 EULER_FIXED = {
@@ -247,7 +277,7 @@ DPM_FIXED = {
 }
 LEADING, LINSPACE = {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace"}
 DPM, KARRAS = "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}
-ANCESTRAL = {"final_sigmas_type": "zero", "use_karras_sigmas": False}  # the class knows neither key
+ANCESTRAL = {"final_sigmas_type": "zero", "use_karras_sigmas": False}  # the class reads neither key
 
 SCHEDULERS = {
     "ddim": Scheduler(
@@ -261,13 +291,13 @@ SCHEDULERS = {
     "dpmpp_2m": Scheduler(DPM, dpmpp_2m, LINSPACE, DPM_FIXED),
     "dpmpp_2m_karras": Scheduler(DPM, dpmpp_2m, LINSPACE, DPM_FIXED, KARRAS),
 }
-"""The names that --scheduler takes."""
+"""The schedulers by name, as --scheduler takes them."""
 
 
 def plan(schedule: NoiseSchedule, name: str, steps: int) -> Trajectory:
-    """The trajectory of the scheduler `name`, a key of SCHEDULERS, or of the pipeline's own, "".
+    """Plans the trajectory of the scheduler `name`: a key of SCHEDULERS, or "" for the model's own.
 
-    Raises UserError for what is none, and for settings of scheduler_config.json that are not implemented.
+    Raises UserError for an unknown name, and for settings in scheduler_config.json that are not implemented.
     """
     config = dict(schedule.sampling)
     scheduler = SCHEDULERS.get(name) if name else own(config.get("_class_name"))
@@ -280,7 +310,7 @@ def plan(schedule: NoiseSchedule, name: str, steps: int) -> Trajectory:
 
 
 def own(class_name: str | None) -> Scheduler:
-    """The scheduler of a scheduler_config.json."""
+    """The scheduler that a scheduler_config.json names. Raises UserError if it is not supported."""
     for scheduler in SCHEDULERS.values():
         if scheduler.diffusers == class_name:
             return scheduler

@@ -12,10 +12,11 @@ from catversion_jax.utils.types import Int
 
 
 class Tokenizer:
-    """CLIP's tokenizer, read from a diffusers folder; token ids are padded or cut to the model's length (77)."""
+    """CLIP's tokenizer, read from a diffusers folder; pads or truncates token ids to the model's length (77)."""
 
     def __init__(self, folder: Path):
-        from transformers import CLIPTokenizer  # here: a second of import that half of the commands do not need
+        # Imported here, because it takes a second and half of the commands do not need it.
+        from transformers import CLIPTokenizer
 
         missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
         if missing:
@@ -29,22 +30,22 @@ class Tokenizer:
         return np.asarray(out["input_ids"], np.int32)
 
     def word(self, word: str) -> tuple[int, ...]:
-        """The token ids of a word or several, without start and end token."""
+        """The token ids of one or more words, without start and end token."""
         return tuple(self._tokenizer(word, add_special_tokens=False)["input_ids"])
 
     def token(self, token_id: int) -> str:
-        """A token as it is written."""
-        return self._tokenizer.convert_ids_to_tokens(int(token_id)).removesuffix("</w>")
+        """The text of a token."""
+        return self._tokenizer.convert_ids_to_tokens(token_id).removesuffix("</w>")
 
     def is_cut(self, prompt: str) -> bool:
-        """Whether the prompt is longer than the text encoder reads."""
+        """Whether the prompt is too long for the text encoder, so that its end is cut off."""
         return len(self.word(prompt)) > self.length - 2
 
 
 def find_word(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Int[np.ndarray, "T"]:
-    """The position of the word's last token at its first occurrence in each prompt; -1 where it does not occur.
+    """The position of the last token of the word's first occurrence in each prompt, or -1 if it does not occur.
 
-    The word is matched as its whole token sequence: tokens are case-folded, and a plural is another token.
+    The whole token sequence of the word has to match. Tokens are case-folded; a plural is another token.
     """
     windows = np.lib.stride_tricks.sliding_window_view(token_ids, len(word), axis=1)
     hits = (windows == np.asarray(word)).all(-1)
@@ -52,7 +53,7 @@ def find_word(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Int[n
 
 
 def without_word(tokenizer: Tokenizer, class_word: str, prompts: Sequence[str]) -> list[str]:
-    """The prompts that do not hold the class word: all, where it is not known."""
+    """The prompts that do not contain the class word; all of them if the class word is unknown ("")."""
     if not class_word:
         return list(prompts)
     positions = find_word(tokenizer(list(prompts)), tokenizer.word(class_word))
@@ -60,6 +61,6 @@ def without_word(tokenizer: Tokenizer, class_word: str, prompts: Sequence[str]) 
 
 
 def put_before(prompt: str, class_word: str, identifier: str) -> str:
-    """The prompt with an identifier before the class word's first occurrence, if there is one."""
+    """Inserts an identifier before the first occurrence of the class word, if the prompt contains it."""
     word = rf"(?<!\w){re.escape(class_word)}(?!\w)"
     return re.sub(word, lambda match: f"{identifier} {match[0]}", prompt, count=1, flags=re.IGNORECASE)

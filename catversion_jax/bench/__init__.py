@@ -1,1 +1,1 @@
-"""`catversion bench`: how fast the training step is, for C concepts with batches of B, also in PyTorch."""
+"""`catversion bench`: times the training step of C concepts with batches of B, also in PyTorch."""

@@ -1,4 +1,4 @@
-"""The machine that is measured: its name, cores, memory and the rate of its matrix products."""
+"""The machine that is measured: its name, cores, memory and peak rate of matrix products."""
 
 import os
 import platform
@@ -23,8 +23,8 @@ PEAKS = {
 """Device kind -> FLOP/s of dense bfloat16 matrix products. Sources: NVIDIA's data sheets of the H100 and H200 (SXM) and
 A100, without sparsity; cloud.google.com/tpu/docs/system-architecture-tpu-vm, per chip."""
 
-PRODUCT = 2048  # side of the float32 matrices whose product is a CPU's peak
-PRODUCTS = 10  # timed ones
+PRODUCT = 2048  # side of the float32 matrices whose product measures a CPU's peak
+PRODUCTS = 10  # that are timed
 
 
 def on_cpu() -> bool:
@@ -32,20 +32,22 @@ def on_cpu() -> bool:
 
 
 def cores() -> int:
-    """Those that this process may use, as XLA's and PyTorch's thread pools have it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Returns the number of cores that this process may use, as XLA's and PyTorch's thread pools do."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name() -> str:
-    """JAX calls every processor `cpu`."""
+    """Returns the device's name; a processor's from /proc/cpuinfo, since JAX calls each of them `cpu`."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if on_cpu() and platform.system() == "Linux" else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else jax.local_devices()[0].device_kind
 
 
 def matrix_peak(dtype: str) -> tuple[float | None, str]:
-    """FLOP/s of large matrix products on one device, or on all cores; None where nobody knows; and where that number
-    comes from."""
+    """Returns the FLOP/s of large matrix products on one device, or on all cores of a CPU, and the number's source.
+
+    The FLOP/s are None if they are not known.
+    """
     if on_cpu():
         return measured_peak(), f"measured: the best of a few {PRODUCT} x {PRODUCT} float32 matrix products"
     kind = jax.local_devices()[0].device_kind
@@ -63,7 +65,7 @@ def measured_peak() -> float:
 
 
 def check_free(more: int) -> None:
-    """Raises MemoryError if the system would end a process that asks for so many bytes more."""
+    """Raises MemoryError if fewer than `more` bytes are free, in which case the system would kill the process."""
     free = psutil.virtual_memory().available
     if more > free:
         raise MemoryError(f"{more / 2**30:.1f} GiB more are needed, {free / 2**30:.1f} GiB are free")

@@ -1,7 +1,7 @@
 """Measures one size of the training step, ours and PyTorch's.
 
-Each size has a process of its own: its memory peak is its own, its first compilation is a cold one, and one that runs
-out of memory does not end the others.
+Each size has a process of its own, so that its memory peak is its own, its first compilation is cold, and running out
+of memory does not end the other sizes.
 """
 
 import math
@@ -38,20 +38,20 @@ MEMORY_RAN_OUT = re.compile(r"RESOURCE_EXHAUSTED|out of memory|can't allocate me
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured."""
+    """A size to measure, and how."""
 
-    config: Config | None  # None: one is taken for the machine's devices
+    config: Config | None  # None: chosen for the machine's devices
     concepts: int
     batch: int
     steps: int | None  # None: REPETITIONS dispatches
     vs_torch: bool
 
     def measured_config(self) -> Config:
-        """The config of this size; what a run needs besides a model and its setting is of no account here."""
+        """Returns the config of this size; a run's folder, photos and class word do not matter here."""
         config = self.config
         if config is None:
             config = from_config_dict(default() if on_cpu() else stable_diffusion(SD15), UNSET)
-        # Any text will do: no photo is read, and prompts are random numbers.
+        # Placeholders: no photo is read, and the prompts are random numbers.
         given = {
             "run_dir": config.run_dir,
             "data.dir": config.data.dir,
@@ -62,8 +62,12 @@ class Size:
         )
 
 
+Builder = Callable[[Row], tuple[Row, Callable[[], object]]]
+"""Returns the row, without its times, and the dispatch that is timed."""
+
+
 class Measured(NamedTuple):
-    """What a size's process hands back."""
+    """The results of a size's process."""
 
     facts: dict[str, Any]  # of the machine and the model
     rows: list[Row]
@@ -72,12 +76,14 @@ class Measured(NamedTuple):
 
 
 def measure_size(size: Size) -> tuple[dict[str, Any], list[Row]]:
-    """Measures a size in fresh processes; touches no device itself, since a TPU can be held by one process only."""
+    """Measures a size in fresh processes; uses no device itself, since only one process can hold a TPU."""
     try:
         measured = fresh(measure, size)
     except (RuntimeError, MemoryError) as error:
         return {}, [Row(OURS, size.concepts, size.batch, of_memory(error))]
     facts, rows = measured.facts, measured.rows
+    # On an accelerator, XLA counts library calls and fused attention as nothing (see Row), so the step is counted as
+    # lowered for a CPU; in another process, since the first one has already chosen its platform.
     if facts["platform"] != "cpu":
         flops = fresh(count_flops, measured.config, measured.networks, size.concepts)
         rows = [with_flops(row, flops) if row.what == OURS else row for row in rows]
@@ -86,12 +92,13 @@ def measure_size(size: Size) -> tuple[dict[str, Any], list[Row]]:
 
 def fresh(function: Callable, *arguments):
     """Calls `function` in a process that is started for it."""
+    # Spawned, not forked: JAX is multithreaded, and a forked process would inherit its locks and could deadlock.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def of_memory(error: RuntimeError | MemoryError) -> str:
-    """What a row says if memory ran out; any other error is raised again."""
+    """Returns what a row says if memory ran out; raises any other error again."""
     if isinstance(error, BrokenProcessPool):
         return "its process died, as it does where memory runs out"
     if isinstance(error, MemoryError) or MEMORY_RAN_OUT.search(str(error)):
@@ -100,7 +107,7 @@ def of_memory(error: RuntimeError | MemoryError) -> str:
 
 
 def measure(size: Size) -> Measured:
-    """The rows of one size: ours and, if asked for, PyTorch's."""
+    """Measures one size: our row and, if asked for, PyTorch's rows."""
     cache.enable()
     config = size.measured_config()
     source = find_source(config)
@@ -119,12 +126,13 @@ def measure(size: Size) -> Measured:
         "peak": peak_from,
         "config": config.identity(),
     }
-    builders = {OURS: partial(ours, config, pipeline, length, peak)}
+    builders: dict[str, Builder] = {OURS: partial(ours, config, pipeline, length, peak)}
     if size.vs_torch:
         configs = RANDOM if source is None else {name: source.config(name) for name in source.components}
         folder = config.model.folder if config.model.folder.is_dir() else None
         facts["torch"], theirs = torch_step.builders(config, configs, folder, jax.default_backend(), cores())
         builders |= theirs
+    # All are built before the first one is timed, so that they can take turns.
     rows, dispatches = {}, {}
     for what, build in builders.items():
         row = Row(what, size.concepts, size.batch, steps_per_dispatch=length, repetitions=repetitions)
@@ -138,7 +146,7 @@ def measure(size: Size) -> Measured:
 
 
 def find_source(config: Config) -> Source | None:
-    """The model that the config names, if it is on the disk; None if random weights stand in for it."""
+    """Returns the config's model, or None if it is not on the disk and random weights stand in for it."""
     try:
         return open_model(config.model)
     except UserError:

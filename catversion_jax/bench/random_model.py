@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x of random weights, for where the published ones are not at hand: as fast as these."""
+"""Stable Diffusion 1.x with random weights: as fast as with the published ones, for machines that lack these."""
 
 import itertools
 import math
@@ -41,15 +41,17 @@ RANDOM = {
         "layers_per_block": 2,
     },
 }
-"""component -> config.json of Stable Diffusion 1.x."""
+"""Component -> config.json of Stable Diffusion 1.x."""
 
 RANDOM_FOR = (SD15, "CompVis/stable-diffusion-v1-4")
-"""Models that random weights stand in for where they are not on the disk."""
+"""Models that random weights stand in for if they are not on the disk."""
 
 
 def random_model(dtype: str) -> Pipeline:
-    """Stable Diffusion 1.x of random weights, made on the device; no VAE's and no tokenizer, which the step does
-    not need."""
+    """Returns Stable Diffusion 1.x with random weights, made on the device.
+
+    It has neither the VAE's parameters nor a tokenizer, which the step does not need.
+    """
     dtype = DTYPES[dtype]
     text_encoder, unet, vae = (COMPONENTS[name].make(of_part, dtype) for name, of_part in RANDOM.items())
     schedule = NoiseSchedule.from_json(ldm.FAMILIES[0].scheduler)
@@ -61,8 +63,8 @@ def random_model(dtype: str) -> Pipeline:
 
 
 def random_params(shapes: Params, dtype: Any) -> Params:
-    """Weights that keep the activations' size, on the default device: one at a time, so that making them needs no more
-    memory than they take."""
+    """Returns random weights that keep the activations' scale, on the default device."""
+    # One at a time, so that making them takes no more memory than they do.
     key = jax.random.key(0, impl="rbg")
     count = itertools.count()
     return jax.tree_util.tree_map_with_path(

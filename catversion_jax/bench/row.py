@@ -1,4 +1,4 @@
-"""One line of the table: what was measured of a size, what follows from it, and how it is printed."""
+"""One row of the table: what was measured of a size, what follows from it, and how it is printed."""
 
 import statistics
 from dataclasses import dataclass, replace
@@ -12,15 +12,15 @@ LABELS = {OURS: OURS} | {what: recipe.label for what, recipe in RECIPES.items()}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. What does not apply or is not known is None.
+    """One row of the table. Values that do not apply or are not known are None.
 
     `flops_per_step` are those of a step over all devices, as XLA counts them: multiplications and additions of the
-    matrix products and convolutions, forward and backward to the prefix, and of everything elementwise, a few percent.
-    On a CPU they are counted in the compiled program. Elsewhere library calls and fused attention (cuDNN, Pallas) count
-    as nothing there, so they are counted in the same step lowered for a CPU, where each product is to be seen; what a
-    device's own attention computes twice to save memory does not count. `bytes_per_step` is what the operations of the
-    compiled program read and write, as XLA counts it: more than reaches the memory where caches help. Of a loop over
-    the steps, XLA counts the body once.
+    matrix products and convolutions, forward and backward to the prefix, and of elementwise operations, a few percent.
+    On a CPU they are those of the compiled program. On other devices, library calls and fused attention (cuDNN, Pallas)
+    would count as zero there, so they are those of the same step lowered for a CPU, which shows every product; what a
+    device's own attention computes twice to save memory is not counted. `bytes_per_step` is what the operations of the
+    compiled program read and write, as XLA counts it: more than reaches the memory, because of caches. XLA counts the
+    body of a loop over the steps once.
     """
 
     what: str  # OURS, or a key of RECIPES
@@ -48,19 +48,24 @@ class Row:
     ours_per_theirs_smallest: float | None = None
 
 
+def ratio(value: float | None, by: float | None) -> float | None:
+    """Returns the quotient; None if a value is not known or the divisor is zero."""
+    return value / by if value and by else None
+
+
 def with_flops(row: Row, flops: float | None) -> Row:
-    """The row with its FLOPs and what follows of them; its times, where it has any, are known already."""
-    rate = flops and row.ms_per_step and flops / row.ms_per_step * 1e3
+    """Returns the row with its FLOPs and what follows from them; its times, if it has any, must be set already."""
+    rate = ratio(flops and flops * 1e3, row.ms_per_step)
     return replace(
         row,
         flops_per_step=flops,
-        flops_per_byte=flops and flops / row.bytes_per_step,
-        utilisation=rate and row.peak_flops_per_s and rate / row.peak_flops_per_s,
+        flops_per_byte=ratio(flops, row.bytes_per_step),
+        utilisation=ratio(rate, row.peak_flops_per_s),
     )
 
 
 def with_times(row: Row, seconds: list[float], train_steps: int) -> Row:
-    median, smallest = (pick(seconds) / row.steps_per_dispatch for pick in (statistics.median, min))
+    median, smallest = (pick(seconds) / (row.steps_per_dispatch or 1) for pick in (statistics.median, min))
     images_per_s = row.concepts * row.batch / median
     timed = replace(
         row,
@@ -73,18 +78,16 @@ def with_times(row: Row, seconds: list[float], train_steps: int) -> Row:
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
-    """Our times by theirs in their rows; the first row is ours."""
+    """Returns the rows with the ratio of our times to theirs in theirs; the first row is ours."""
     first, *others = rows
     return [
         first,
         *(
             replace(
                 row,
-                ours_per_theirs=first.ms_per_step / row.ms_per_step,
-                ours_per_theirs_smallest=first.ms_per_step_smallest / row.ms_per_step_smallest,
+                ours_per_theirs=ratio(first.ms_per_step, row.ms_per_step),
+                ours_per_theirs_smallest=ratio(first.ms_per_step_smallest, row.ms_per_step_smallest),
             )
-            if first.ms_per_step and row.ms_per_step
-            else row
             for row in others
         ),
     ]
@@ -116,5 +119,5 @@ COLUMNS = {
 
 
 def to_table(rows: list[Row]) -> str:
-    """Markdown."""
+    """Returns the rows as a Markdown table."""
     return markdown.table(list(COLUMNS), ([cell(row) for cell in COLUMNS.values()] for row in rows))

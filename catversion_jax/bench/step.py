@@ -1,4 +1,4 @@
-"""Our training step on random numbers of a run's shapes: the step has neither photos nor a VAE in it."""
+"""Our training step on random numbers of a run's shapes; the step needs neither photos nor a VAE."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ from catversion_jax.training.state import ConceptData, Frozen
 from catversion_jax.training.step import StepConfig, compile_chunk
 from catversion_jax.utils.types import Params
 
-WARM_UP = 2  # dispatches before these
+WARM_UP = 2  # dispatches before the timed ones
 
 PHOTOS = 5  # of each concept
 
@@ -29,7 +29,7 @@ PHOTOS = 5  # of each concept
 def ours(
     config: Config, pipeline: Pipeline, length: int, peak: float | None, row: Row
 ) -> tuple[Row, Callable[[], object]]:
-    """The step, compiled twice and warmed up: the row with all but its times, and a dispatch of `length` steps."""
+    """Compiles the step twice and warms it up; returns the row without its times, and a dispatch of `length` steps."""
     step_config = StepConfig.of(config, pipeline.networks, row.concepts)
     mesh = step_config.mesh
     frozen = Frozen.of(pipeline, mesh, config.mesh.rules)
@@ -39,14 +39,18 @@ def ours(
 
     with empty_cache():
         trace_s, compile_cold_s, _, step = timed_compile(step_config, length, state, frozen, data)
+        # Forgets the traced and compiled step, so that the second compilation finds only the persistent cache.
         jax.clear_caches()
         _, compile_cached_s, hits, _ = timed_compile(step_config, length, state, frozen, data)
     cost, memory = step.cost_analysis(), step.memory_analysis()
+    # Beyond the arguments: donated buffers are outputs too, but need no memory of their own.
     more = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # On a CPU nothing refuses an allocation: the system would kill the process during the first dispatch.
     if on_cpu():
         check_free(more)
 
     def dispatch() -> None:
+        # The step donates its state, so each dispatch has to start from the result of the one before.
         nonlocal state
         state, metrics = step(state, frozen, data)
         jax.block_until_ready((state, metrics))
@@ -72,7 +76,7 @@ def ours(
 
 
 def random_data(config: Config, step_config: StepConfig, text_params: tuple[Params, ...], concepts: int) -> ConceptData:
-    """What `concept_data.prepare` gives for PHOTOS photos, of random numbers. `text_params` may be shapes."""
+    """Returns random data in the shapes of `concept_data.prepare` for PHOTOS photos; `text_params` may be shapes."""
     rng, networks = np.random.default_rng(0), step_config.networks
     templates = len(config.concept.templates)
 
@@ -106,8 +110,10 @@ def random_data(config: Config, step_config: StepConfig, text_params: tuple[Para
 
 
 def count_flops(config: Config, networks: Networks, concepts: int) -> float:
-    """Of one step lowered for one CPU, where nothing is a library's; nothing is loaded or compiled. To be called in a
-    process that has used no device yet."""
+    """Returns the FLOPs of one step lowered for one CPU, where no operation is a library call.
+
+    Nothing is loaded or compiled. It has to be called in a process that has used no device yet.
+    """
     jax.config.update("jax_platforms", "cpu")
     config = config.replaced({"mesh.fsdp": 1, "mesh.tensor": 1})
     dtype = DTYPES[config.model.dtype]

@@ -1,4 +1,4 @@
-"""Clocks around dispatches and compilations."""
+"""Timing of dispatches and compilations."""
 
 import contextlib
 import tempfile
@@ -14,7 +14,7 @@ from catversion_jax.utils import cache
 
 
 def take_turns(dispatches: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each repetition. The contenders take turns, so that other work on the machine is fair to all."""
+    """Returns the seconds of each repetition. The contenders take turns, so that other load affects all alike."""
     seconds: dict[str, list[float]] = {what: [] for what in dispatches}
     for _ in range(repetitions):
         for what, dispatch in dispatches.items():
@@ -26,8 +26,8 @@ def take_turns(dispatches: dict[str, Callable[[], object]], repetitions: int) ->
 
 @contextlib.contextmanager
 def empty_cache() -> Iterator[None]:
-    """A persistent compilation cache of its own, with nothing in it."""
-    before = jax.config.jax_compilation_cache_dir
+    """Uses a new, empty persistent compilation cache within the context."""
+    before = jax.config.read("jax_compilation_cache_dir")
     with tempfile.TemporaryDirectory() as folder:
         use_cache(folder)
         try:
@@ -38,11 +38,11 @@ def empty_cache() -> Iterator[None]:
 
 def use_cache(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # it looks at its folder once
+    compilation_cache.reset_cache()  # otherwise it keeps the folder that it first saw
 
 
 def timed_compile(step_config: StepConfig, length: int, *inputs) -> tuple[float, float, int, Any]:
-    """Seconds of tracing and of compiling, hits of the persistent cache, and the compiled program."""
+    """Returns the seconds of tracing and of compiling, the hits in the persistent cache, and the compiled program."""
     hits = []
 
     def listen(event: str, **_) -> None:

@@ -1,12 +1,12 @@
-"""The training step in PyTorch, of diffusers' and transformers' modules: what `catversion bench --vs=torch` compares
-with. It trains one concept; C concepts with batches of B are to it one batch of C x B images.
+"""The training step in PyTorch, made of diffusers' and transformers' modules, for `catversion bench --vs=torch`.
 
-PyTorch is no dependency: nothing here imports it before it is asked for.
+It trains one concept, so C concepts with batches of B become one batch of C x B images. PyTorch is not a dependency:
+it is imported only inside the functions that need it.
 """
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, reindex
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ class Recipe:
 
     label: str
     dtype: str | None  # of the text encoder and the UNet; None: the config's
-    checkpointing: bool  # the UNet's activations are computed again in the backward pass
-    encodes: bool  # the VAE encodes the images in every step
+    checkpointing: bool  # recompute the UNet's activations in the backward pass
+    encodes: bool  # encode the images with the VAE in every step
 
 
 RECIPES = {
@@ -38,16 +38,16 @@ RECIPES = {
 
 
 def missing() -> list[str]:
-    """The packages that are not installed."""
+    """Returns the packages that are not installed."""
     return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
 
 
 def builders(
     config: Config, configs: dict[str, dict], folder: Path | None, platform: str, threads: int
 ) -> tuple[str, dict[str, Callable]]:
-    """PyTorch's version, and for each recipe what makes of a row of the table the row and a dispatch.
+    """Returns PyTorch's version and, for each recipe, a function from a row of the table to the row and a dispatch.
 
-    `configs` are the components' config.json. `folder` is the model in diffusers layout; None: random weights.
+    `configs` are the components' config.json. `folder` is the model in diffusers layout, None for random weights.
     """
     if platform not in PLATFORMS:
         raise UserError(f"PyTorch: this is a {platform}; expected one of {', '.join(PLATFORMS)}")
@@ -66,7 +66,7 @@ def builders(
 
 
 def load(component: str, configs: dict[str, dict], folder: Path | None):
-    """A frozen network of the model, float32."""
+    """Returns a frozen network of the model, float32."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -81,11 +81,11 @@ def load(component: str, configs: dict[str, dict], folder: Path | None):
 
 
 def attach(text_encoder, prefix, layers: tuple[int, ...], logit_bias: float) -> None:
-    """Put the prefix [P, L, 2, H, D] in front of the keys and values of the encoder's self-attention in `layers`."""
+    """Puts the prefix [P, L, 2, H, D] in front of the keys and values of the encoder's self-attention in `layers`."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    length, heads, head_dim = prefix.shape[0], *prefix.shape[3:]
+    length, _, _, heads, head_dim = prefix.shape
 
     def forward_of(attention, index: int):
         def forward(hidden_states, *_, **__):
@@ -115,7 +115,7 @@ def attach(text_encoder, prefix, layers: tuple[int, ...], logit_bias: float) -> 
 
 
 def build(recipe: Recipe, config: Config, configs: dict[str, dict], folder: Path | None, device: str, row):
-    """The row with what is known before it is timed, and a dispatch of its `steps_per_dispatch` steps, warmed up."""
+    """Returns the row without its times, and a warmed-up dispatch of its `steps_per_dispatch` steps."""
     import torch
 
     on_gpu = device == "cuda"
@@ -134,15 +134,17 @@ def build(recipe: Recipe, config: Config, configs: dict[str, dict], folder: Path
         dispatch()
     if on_gpu:
         most = torch.cuda.max_memory_allocated() - before
-        row = reindex(row, peak_memory_bytes=most, peak_memory_from="device")
+        row = replace(row, peak_memory_bytes=most, peak_memory_from="device")
     return row, dispatch
 
 
 def make_step(
     recipe: Recipe, config: Config, configs: dict[str, dict], folder: Path | None, device: str, batch: int
 ) -> Callable[[], Any]:
-    """A function that takes one training step and returns the loss: text encoder with the prefix, UNet, backward to the
-    prefix, AdamW. Images and token ids are random."""
+    """Returns a function that takes one training step and returns the loss. Images and token ids are random.
+
+    A step is the text encoder with the prefix, the UNet, the backward pass to the prefix, and AdamW.
+    """
     import torch
     from torch.nn.functional import mse_loss
 

@@ -1,1 +1,1 @@
-"""The `catversion` command: flags, printing and exit statuses. What a command does is in the rooms below."""
+"""The `catversion` command: flags, printing and exit statuses. The work itself is done by the packages below."""

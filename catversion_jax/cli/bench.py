@@ -1,10 +1,11 @@
-"""`catversion bench`: how fast the training step is, for C concepts with batches of B; one table, also as JSON."""
+"""`catversion bench`: times the training step of C concepts with batches of B; prints a table, also as JSON."""
 
 import datetime
 import json
 import os
 import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,23 +24,29 @@ SIZES = "1x2,4x2,16x2,32x2"
 
 def define_flags() -> None:
     define_config(
-        help="A file of configs/; without it, the mini model on a CPU and Stable Diffusion 1.5 elsewhere. "
-        "--config.KEY=VALUE changes a key."
+        help="Config file; if not set, the mini model on a CPU and Stable Diffusion 1.5 elsewhere; "
+        "--config.KEY=VALUE overrides a key."
     )
-    flags.DEFINE_string("sizes", SIZES, "CONCEPTSxBATCH, several separated by commas.")
+    flags.DEFINE_string("sizes", SIZES, "Sizes to time, each CONCEPTSxBATCH, separated by commas.")
     flags.DEFINE_integer(
-        "steps", None, f"Timed steps for each size, in whole dispatches; {REPETITIONS} dispatches.", lower_bound=1
+        "steps",
+        None,
+        f"Timed steps per size, rounded up to whole dispatches; if not set, {REPETITIONS} dispatches.",
+        lower_bound=1,
     )
-    flags.DEFINE_enum("vs", None, ["torch"], "Also time PyTorch and diffusers, taking turns.")
-    flags.DEFINE_string("out", None, "A JSON file for the table and what it was measured on.")
+    flags.DEFINE_enum("vs", None, ["torch"], "Also time the step in PyTorch with diffusers, in turns.")
+    flags.DEFINE_string(
+        "out", None, "JSON file for the table and the machine that it was measured on; if not set, none is written."
+    )
 
 
 def main(arguments: flags.FlagValues) -> int:
-    """Prints the table; the row of a size that does not fit says so."""
+    """Times each size and prints the table; the row of a size that does not fit in memory says so."""
     sizes = parse_sizes(arguments.sizes)
     if arguments.vs:
         check_torch()
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch shall find memory too
+        # By default JAX reserves most of a GPU's memory, and PyTorch runs in the same process.
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
     config = arguments.config and checked_config(arguments, UNSET)
     facts: dict[str, Any] = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
@@ -50,12 +57,17 @@ def main(arguments: flags.FlagValues) -> int:
         of_machine, of_size = measure_size(size)
         facts |= of_machine
         rows += of_size
+        # After each size, so that an interrupted run leaves its rows.
         if arguments.out:
-            report = json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1)
-            write_atomically(expand(arguments.out), lambda path, report=report: path.write_text(report))
+            write_report(expand(arguments.out), facts, rows)
     print(*(f"{name}: {value}" for name, value in facts.items() if name != "config"), sep="\n")
     print("", to_table(rows), sep="\n")
     return 0
+
+
+def write_report(out: Path, facts: dict[str, Any], rows: list[Row]) -> None:
+    text = json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1)
+    write_atomically(out, lambda path: path.write_text(text))
 
 
 def check_torch() -> None:
@@ -64,8 +76,11 @@ def check_torch() -> None:
 
 
 def parse_sizes(value: str) -> list[tuple[int, int]]:
-    """Concepts and batch of each size."""
-    sizes = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size.strip()) for size in value.split(",")]
-    if not all(sizes):
-        raise UserError(f"--sizes={value}: expected CONCEPTSxBATCH, several separated by commas, such as {SIZES}")
-    return [(int(size[1]), int(size[2])) for size in sizes]
+    """Parses the concepts and the batch of each size."""
+    sizes = []
+    for size in value.split(","):
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size.strip())
+        if match is None:
+            raise UserError(f"--sizes={value}: expected CONCEPTSxBATCH, several separated by commas, such as {SIZES}")
+        sizes.append((int(match[1]), int(match[2])))
+    return sizes

@@ -1,4 +1,4 @@
-"""`catversion convert SOURCE TARGET`: an adapter of the paper's authors to our `concept.safetensors`, or back."""
+"""`catversion convert SOURCE TARGET`: converts an adapter of the paper's authors to `concept.safetensors`, or back."""
 
 from absl import flags
 
@@ -10,25 +10,27 @@ POSITIONALS = ("SOURCE", "TARGET")
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("class_word", "", "The base class an authors' adapter was learned with; the file does not say.")
+    flags.DEFINE_string(
+        "class_word", "", "Base class that the authors' adapter was trained with, which its file does not record."
+    )
 
 
 def main(arguments: flags.FlagValues, source: str, target: str) -> int:
-    """A run directory or a .safetensors file is a concept and becomes an authors' adapter; any other file is one."""
-    source, target = expand(source), expand(target)
-    is_concept = source.is_dir() or source.suffix == ".safetensors"
-    if not is_concept and target.suffix != ".safetensors":
-        target = target / concept_file.FILE_NAME
-    if target.exists():
-        raise UserError(f"{target}: exists already; name another target")
+    """Converts a run directory or .safetensors file to an authors' adapter, and any other file to a concept."""
+    path, written = expand(source), expand(target)
+    is_concept = path.is_dir() or path.suffix == ".safetensors"
+    if not is_concept and written.suffix != ".safetensors":
+        written = written / concept_file.FILE_NAME
+    if written.exists():
+        raise UserError(f"{written}: exists already; name another target")
     if is_concept and arguments.class_word:
         raise UserError("--class_word: an authors' adapter cannot hold it; leave it out")
-    concept = concept_file.load(source) if is_concept else official.read(source, arguments.class_word)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    concept = concept_file.load(path) if is_concept else official.read(path, arguments.class_word)
+    written.parent.mkdir(parents=True, exist_ok=True)
     if is_concept:
-        official.write(target, concept, source)
+        official.write(written, concept, path)
     else:
-        concept_file.save(target, concept)
-    length, (layers,) = len(concept.learned["prefix"]), concept.method.layers
-    print(f"{target}: a prefix of length {length} in layers {', '.join(map(str, layers))}")
+        concept_file.save(written, concept)
+    length, layers = len(concept.learned["prefix"]), concept.method.metadata()["layers"]
+    print(f"{written}: a prefix of length {length} in layers {', '.join(map(str, layers))}")
     return 0

@@ -1,4 +1,4 @@
-"""`catversion doctor`: what this machine has, and what is missing."""
+"""`catversion doctor`: reports what this machine has, and what is missing."""
 
 import importlib.metadata
 import platform
@@ -20,15 +20,15 @@ PACKAGES = (
 ACCELERATORS = {
     "nvidia-smi": ("gpu", "an NVIDIA driver is here, but JAX sees no GPU: pip install 'catversion-jax[cuda]'"),
 }
-"""program -> (the platform it announces, what to do where JAX does not see it)."""
+"""Program -> (the platform that it implies, what to do if JAX does not see that platform)."""
 
 
 def define_flags() -> None:
-    """None."""
+    """Defines no flags."""
 
 
 def main(arguments: flags.FlagValues) -> int:
-    """Print the report; returns 1 where something is missing that the commands need."""
+    """Prints the report; returns 1 if something that the commands need is missing."""
     missing = find_missing()
     sections = {
         "versions": [f"catversion-jax {__version__}, Python {platform.python_version()}", *map(version, PACKAGES)],

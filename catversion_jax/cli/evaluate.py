@@ -1,4 +1,4 @@
-"""`catversion evaluate`: score a concept's images, sampled here or before, of one concept or of a public benchmark."""
+"""`catversion evaluate`: scores images of a concept or of a public benchmark, sampled here or read from disk."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from catversion_jax.cli.flags import (
 from catversion_jax.config import JUDGED
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.evaluation import benchmarks, encoders, evaluation, grabcut, page, scores
-from catversion_jax.evaluation.samples import EvaluationConfig, EvaluationTask
+from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig, ImagesTask
 from catversion_jax.evaluation.scores import Encoders
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
@@ -29,28 +29,46 @@ from catversion_jax.utils.files import expand, write_atomically
 
 def define_flags() -> None:
     define_embedding()
-    flags.DEFINE_string("images", None, "A folder of images that exist already, instead of --embedding.")
-    flags.DEFINE_string("references", None, "A folder of photos of the concept, held out from training.")
+    flags.DEFINE_string("images", None, "Folder of existing images to score, instead of --embedding.")
+    flags.DEFINE_string("references", None, "Folder of photos of the concept, held out from training; required.")
     flags.DEFINE_string(
-        "masks", None, "A folder with a mask for each reference, of its file stem. Default: its masks/."
+        "masks", None, "Folder of the references' masks, matched by file stem; if not set, their masks/ if it exists."
     )
-    flags.DEFINE_string("image_masks", None, "A folder with a mask for each of --images.")
-    flags.DEFINE_bool("grabcut", False, "Redraw the masks from attention along edges, with OpenCV.")
-    flags.DEFINE_string("out", None, "The JSON file to write; the report is written beside it, as .html.")
-    define_prompts("A prompt; may be given several times. Default: eight places, colours and accessories.")
+    flags.DEFINE_string(
+        "image_masks",
+        None,
+        "Folder of the masks of --images, matched by file stem; if not set, their masks/ if it exists.",
+    )
+    flags.DEFINE_bool("grabcut", False, "Refine the attention masks along edges, with OpenCV's GrabCut.")
+    flags.DEFINE_string("out", None, "JSON file for the scores; a report is written beside it as .html; required.")
+    define_prompts(
+        "Prompt of the images; may be repeated; if not set, eight prompts of places, a colour and an accessory."
+    )
     flags.DEFINE_multi_string(
-        "unrelated", list(evaluation.UNRELATED), "A prompt without the class word, for prior_drift."
+        "unrelated", list(evaluation.UNRELATED), "Prompt without the class word, for prior_drift; may be repeated."
     )
-    flags.DEFINE_enum("protocol", None, list(benchmarks.BENCHMARKS), "A benchmark: --references is its public folder.")
-    flags.DEFINE_multi_string("subject", [], "Of the benchmark; may be given several times. Default: all.")
-    flags.DEFINE_string("manifest", None, "Write the benchmark's subjects for catversion batch; evaluate nothing.")
-    flags.DEFINE_string("clip", None, "A CLIPModel folder, or its name on Hugging Face. Default: the base model's own.")
-    flags.DEFINE_string("dino", None, "A ViTModel folder, or its name on Hugging Face, such as facebook/dino-vits16.")
+    flags.DEFINE_enum(
+        "protocol", None, list(benchmarks.BENCHMARKS), "Benchmark to evaluate; --references is then its public folder."
+    )
+    flags.DEFINE_multi_string("subject", [], "Subject of the benchmark; may be repeated; if not set, all.")
+    flags.DEFINE_string(
+        "manifest",
+        None,
+        "Manifest file for catversion batch; write the benchmark's subjects to it and evaluate nothing.",
+    )
+    flags.DEFINE_string(
+        "clip", None, "CLIPModel folder or its name on Hugging Face; if not set, the base model's own CLIP."
+    )
+    flags.DEFINE_string(
+        "dino",
+        None,
+        "ViTModel folder or its name on Hugging Face, such as facebook/dino-vits16; if not set, no DINO score.",
+    )
     define_sampling(benchmarks.IMAGES_PER_PROMPT)
 
 
 def main(arguments: flags.FlagValues) -> int:
-    """Writes FILE.json and FILE.html."""
+    """Writes the scores to --out and an HTML report beside it."""
     if arguments.manifest:
         return write_manifest(arguments)
     tasks = find_tasks(arguments)
@@ -90,31 +108,44 @@ def write_manifest(arguments: flags.FlagValues) -> int:
     return 0
 
 
-def find_tasks(arguments: flags.FlagValues) -> list[EvaluationTask]:
-    """What the flags ask for. Raises UserError if they do not fit each other, before anything is loaded."""
+Task = ConceptTask | ImagesTask
+
+
+def find_tasks(arguments: flags.FlagValues) -> list[Task]:
+    """Returns the concepts to evaluate. Raises UserError for conflicting flags, before a model is loaded."""
     check_flags(arguments)
     source, references = expand(arguments.embedding or arguments.images), expand(arguments.references)
-    masks_dir, image_masks = (path and expand(path) for path in (arguments.masks, arguments.image_masks))
-    if not arguments.protocol:
-        concept = concept_file.load(source) if arguments.embedding else None
-        prompts, name = prompts_for(arguments, concept), source.resolve().name
-        return [EvaluationTask(name, prompts, references, masks_dir, concept, source, image_masks)]
-    return [
-        EvaluationTask(
-            subject.name,
-            subject.prompts,
-            subject.photos,
-            masks_dir and masks_dir / subject.name,
-            concept_file.load(source / subject.name) if arguments.embedding else None,
-            source / subject.name,
-            image_masks and image_masks / subject.name,
-        )
-        for subject in benchmarks.read(arguments.protocol, references, arguments.subject)
-    ]
+    masks = arguments.masks and expand(arguments.masks)
+    image_masks = arguments.image_masks and expand(arguments.image_masks)
+    if arguments.protocol:
+        return [
+            subject_task(arguments, subject, source, masks, image_masks)
+            for subject in benchmarks.read(arguments.protocol, references, arguments.subject)
+        ]
+    name = source.resolve().name
+    if arguments.images:
+        return [ImagesTask(name, prompts_for(arguments, None), references, masks, source, image_masks)]
+    concept = concept_file.load(source)
+    return [ConceptTask(name, prompts_for(arguments, concept), references, masks, source, concept)]
+
+
+def subject_task(
+    arguments: flags.FlagValues, subject: benchmarks.Subject, source: Path, masks: Path | None, image_masks: Path | None
+) -> Task:
+    """Returns the task of a benchmark's subject, whose files are in folders of its name."""
+    shared = (subject.name, subject.prompts, subject.photos, masks and masks / subject.name, source / subject.name)
+    if arguments.images:
+        return ImagesTask(*shared, image_masks and image_masks / subject.name)
+    return ConceptTask(*shared, concept_file.load(source / subject.name))
+
+
+def given_concepts(tasks: Sequence[Task]) -> dict[str, Concept]:
+    """Returns the tasks' concepts, by their sources."""
+    return {str(task.source): task.concept for task in tasks if isinstance(task, ConceptTask)}
 
 
 def check_flags(arguments: flags.FlagValues) -> None:
-    """Raises UserError for flags that do not fit each other."""
+    """Raises UserError for missing or conflicting flags."""
     if bool(arguments.embedding) == bool(arguments.images):
         raise UserError("--embedding, --images: expected one of them: a learned concept, or images that exist already")
     if not arguments.references:
@@ -130,22 +161,22 @@ def check_flags(arguments: flags.FlagValues) -> None:
 
 
 def prompts_for(arguments: flags.FlagValues, concept: Concept | None) -> tuple[str, ...]:
-    """Those of --prompt and --prompts_file or, for a concept, JUDGED."""
+    """Returns the prompts of --prompt and --prompts_file or, without any, JUDGED for the concept's class word."""
     if concept and concept.class_word and not (arguments.prompt or arguments.prompts_file):
         word = concept.class_word
         return tuple(fill(template, word, article(word)) for template in JUDGED)
     return tuple(given_prompts(arguments))
 
 
-def load_encoders(arguments: flags.FlagValues, tasks: Sequence[EvaluationTask]) -> Encoders:
-    model = arguments.model or next((task.concept.model_path for task in tasks if task.concept), "")
+def load_encoders(arguments: flags.FlagValues, tasks: Sequence[Task]) -> Encoders:
+    model = arguments.model or next((concept.model_path for concept in given_concepts(tasks).values()), "")
     clip = encoders.load_clip(arguments.clip) if arguments.clip else encoders.of_model(model or MINI)
     return Encoders(clip, encoders.load_dino(arguments.dino) if arguments.dino else None)
 
 
-def evaluation_config(arguments: flags.FlagValues, tasks: Sequence[EvaluationTask]) -> EvaluationConfig:
+def evaluation_config(arguments: flags.FlagValues, tasks: Sequence[Task]) -> EvaluationConfig:
     return EvaluationConfig(
-        sampler=given_sampler(arguments, {str(task.source): task.concept for task in tasks if task.concept}),
+        sampler=given_sampler(arguments, given_concepts(tasks)),
         seeds=given_seeds(arguments),
         strength=arguments.strength,
         unrelated=tuple(dict.fromkeys(arguments.unrelated)),

@@ -1,4 +1,4 @@
-"""`catversion export`: a learned concept for PyTorch pipelines and ComfyUI."""
+"""`catversion export`: writes a concept for PyTorch pipelines and ComfyUI."""
 
 from absl import flags
 
@@ -22,15 +22,17 @@ from catversion_jax.utils.log import warn
 
 def define_flags() -> None:
     define_embedding()
-    flags.DEFINE_string("out", None, "The folder to write; files of an earlier export are replaced.")
-    define_prompts(f"Write its text states to {EMBEDS}; may be given several times.")
-    flags.DEFINE_string("negative_prompt", "", "Of the prompts' text states; never sees the concept.")
+    flags.DEFINE_string("out", None, "Folder for the export; files of an earlier one are replaced; required.")
+    define_prompts(f"Prompt whose text states are written to {EMBEDS}; may be repeated.")
+    flags.DEFINE_string(
+        "negative_prompt", "", "Negative prompt that is written beside each prompt; never sees the concept."
+    )
     define_strength()
     define_model()
 
 
 def main(arguments: flags.FlagValues) -> int:
-    """Writes the concept, the files that use it elsewhere and, for prompts, their text states."""
+    """Writes the concept, the code that uses it and, if prompts are given, their text states."""
     concepts = given_concepts(arguments)
     if not arguments.out:
         raise UserError("--out: missing; expected the folder to write")

@@ -1,4 +1,4 @@
-"""`catversion generate`: sample images with a learned concept."""
+"""`catversion generate`: samples images with a learned concept."""
 
 from pathlib import Path
 
@@ -31,9 +31,9 @@ GRID_COLUMNS = 8
 
 def define_flags() -> None:
     define_embedding(several=True)
-    define_prompts("A prompt with the class word; may be given several times.")
-    flags.DEFINE_string("out", "pictures", "The folder for the images; a second call adds to it.")
-    flags.DEFINE_string("negative_prompt", "", "What to steer away from; never sees the concept.")
+    define_prompts("Prompt with the class word; may be repeated.")
+    flags.DEFINE_string("out", "pictures", "Folder for the images; a second call adds to it.")
+    flags.DEFINE_string("negative_prompt", "", "Prompt to steer away from; never sees the concept.")
     flags.DEFINE_bool("check", False, "Sample nothing; print how far the concept moves each prompt's text states.")
     define_sampling()
 
@@ -63,7 +63,7 @@ def main(arguments: flags.FlagValues) -> int:
 
 
 def write_images(out: Path, request: SampleRequest, images) -> dict[str, list[np.ndarray]]:
-    """Writes each image as it comes; returns them by prompt."""
+    """Writes each image as soon as it is sampled; returns all by prompt."""
     rows: dict[str, list[np.ndarray]] = {prompt: [] for prompt in request.prompts}
     slugs = dict(zip(rows, unique_slugs(list(rows)), strict=True))
     named = zip(request.prompts, request.seeds, images, strict=True)
@@ -74,7 +74,7 @@ def write_images(out: Path, request: SampleRequest, images) -> dict[str, list[np
 
 
 def wrapped_grid(rows: dict[str, list[np.ndarray]]) -> Image.Image:
-    """A row a prompt, wrapped at GRID_COLUMNS images."""
+    """Returns a grid with a row for each prompt, wrapped at GRID_COLUMNS images."""
     labelled = [
         (prompt if i == 0 else "", images[i : i + GRID_COLUMNS])
         for prompt, images in rows.items()

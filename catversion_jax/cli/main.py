@@ -1,4 +1,4 @@
-"""The `catversion` command: finds the sub-command, parses its flags, and turns mistakes into one line."""
+"""The `catversion` command: finds the sub-command, parses its flags, and reports an error in one line."""
 
 import difflib
 import importlib
@@ -24,23 +24,23 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 COMMANDS = {
-    "train": "learn a concept from a folder of photos",
+    "train": "train a concept on a folder of photos",
     "generate": "sample images with a learned concept",
-    "batch": "learn many concepts at once, from a manifest",
-    "evaluate": "score images of a concept, sampled here or before; benchmarks",
-    "bench": "time the training step, for many sizes, and against PyTorch",
-    "study": "the paper's tables: CatVersion against its baselines, and its ablation",
+    "batch": "train many concepts at once, from a manifest",
+    "evaluate": "score images of a concept or a benchmark, sampled here or read from disk",
+    "bench": "time the training step at several sizes, also in PyTorch",
+    "study": "make a table of docs/results.md: rivals, ablation or together",
     "sweep": "train and score settings on a folder of concepts with held-out photos",
-    "convert": "an adapter of the paper's authors to a concept, or back",
-    "export": "a learned concept for PyTorch pipelines and ComfyUI",
-    "doctor": "devices, versions, memory, cache: what is there and what is missing",
+    "convert": "convert an adapter of the paper's authors to a concept, or back",
+    "export": "write a concept for PyTorch pipelines and ComfyUI",
+    "doctor": "report versions, devices, memory and cache, and what is missing",
 }
-"""Sub-command, which is a module of this room, and what it does. The module has define_flags() and
-main(flags, *positionals); if the command takes positionals, POSITIONALS names them."""
+"""Sub-command, which is a module of this package -> what it does. The module has define_flags() and
+main(flags, *positionals) and, if the command takes positional arguments, their names in POSITIONALS."""
 
-MISTAKE, STORAGE, INTERRUPTED = 1, 74, 130
-"""Exit statuses besides a command's own: the user's mistake; storage that failed (EX_IOERR of sysexits.h), for which
-the same command may work later; Ctrl-C."""
+MISTAKE, STORAGE, INTERRUPTED, PIPE_CLOSED = 1, 74, 130, 141
+"""Exit statuses of all commands: the user's mistake; failed storage (EX_IOERR of sysexits.h), after which the same
+command may work later; Ctrl-C; standard output that its reader closed."""
 
 HELP = {"--help", "-h", "-help"}
 
@@ -64,34 +64,35 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def positionals(module: ModuleType) -> tuple[str, ...]:
-    """What the command takes besides flags."""
+    """Returns the names of the command's positional arguments."""
     return getattr(module, "POSITIONALS", ())
 
 
 def command_help(name: str, module: ModuleType) -> str:
-    """The command's flags and, if it takes a config, the config's keys."""
+    """Returns the help of a command: its flags and, if it takes a config, the config's keys."""
     defined = flags.FLAGS.get_key_flags_for_module(module)
     usage = " ".join(["catversion", name, *positionals(module), "[--FLAG=VALUE ...]"])
     parts = [f"{usage}: {COMMANDS[name]}", "", *map(flag_help, defined)]
-    parts.append(entry("--debug", "Show where an error comes from.", ""))
+    parts.append(entry("--debug", "Show the traceback of an error.", ""))
     if any(flag.name == "config" for flag in defined):
         parts += [
             "",
-            "Keys of the config, each --config.KEY=VALUE, with their defaults (a file in configs/ has its own):",
+            "Keys of the config, set by --config.KEY=VALUE, with their defaults, which the config file may change:",
         ]
         parts += ["", *config_help()]
     return "\n".join(parts)
 
 
+ABSL_MULTI_HELP = ";\n    repeat this option to specify a list of values"
+"""What absl adds to the help of a flag that may be repeated; ours says so itself."""
+
+
 def flag_help(flag: flags.Flag) -> str:
-    """An entry of the help; an alias is shown with what it stands for."""
-    if isinstance(flag, flags.Flag) and flag.name != "config":
-        value = flag.default
-    else:
-        value = os.path.relpath(flag.default) if flag.default else None
-    stands_for = f"--{flag.name}"
-    default = "" if value in (None, "", []) else f" Default: {listed(value)}."
-    return entry(stands_for, str(flag.help), default)
+    """Returns a flag's entry in the help, with its default."""
+    # absl has the default of --config as the config itself; its help names the file.
+    shown = flag.name != "config" and flag.default not in (None, "", [])
+    default = f" Default: {listed(flag.default)}." if shown else ""
+    return entry(f"--{flag.name}", str(flag.help).removesuffix(ABSL_MULTI_HELP), default)
 
 
 def listed(value: object) -> str:
@@ -103,7 +104,7 @@ def entry(name: str, help: str, default: str) -> str:
 
 
 def config_help() -> list[str]:
-    """A line for each key: its name, what it is for, and its default."""
+    """Returns an entry for each key: its name, help and default."""
     from catversion_jax.config import Config
     from catversion_jax.utils.settings import flatten
 
@@ -111,7 +112,7 @@ def config_help() -> list[str]:
 
 
 def parse(name: str, arguments: list[str], expected: tuple[str, ...] = ()) -> tuple[flags.FlagValues, list[str]]:
-    """The command's flags and its `expected` positionals. Raises UserError for what is not one of them."""
+    """Parses the command's flags and its `expected` positional arguments. Raises UserError for anything else."""
     flags.FLAGS.set_gnu_getopt()  # flags may follow positionals
     # config_flags finds --config.KEY overrides in sys.argv, and nowhere else.
     sys.argv = [f"catversion {name}", *arguments]
@@ -133,7 +134,7 @@ def parse(name: str, arguments: list[str], expected: tuple[str, ...] = ()) -> tu
 
 
 def unknown_key(arguments: list[str]) -> str | None:
-    """What to say of the first --config.KEY that the config does not have."""
+    """Returns the error message for the first --config.KEY that the config does not have, None if there is none."""
     from catversion_jax.config import Config
     from catversion_jax.utils.settings import flatten
 
@@ -153,7 +154,7 @@ class Console(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Our warnings go to the console; those of libraries as absl has them."""
+    """Sends our warnings to the console, and those of libraries through absl."""
     absl.logging.use_absl_handler()
     absl.logging.set_verbosity(absl.logging.WARNING)
     LOGGER.handlers, LOGGER.propagate = [Console()], False
@@ -161,12 +162,12 @@ def set_up_logging() -> None:
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """The line that an error is told in, and the exit status; None for a fault of ours, which has a traceback."""
+    """Returns the line that reports an error, and the exit status; None for a bug, which gets a traceback."""
     if isinstance(error, UserError):
         return str(error), MISTAKE
     if isinstance(error, StorageError):
         return str(error), STORAGE
-    if isinstance(error, OSError):  # a full disk, a folder that may not be written; files are whole or not there
+    if isinstance(error, OSError):  # a full disk, a folder without write access; files are written as a whole or not
         where = f"{error.filename}: " if error.filename else ""
         again = "fix that and run the command again (train: with --resume)"
         return f"{where}{error.strerror or short(error)}; {again}", STORAGE if is_storage_error(error) else MISTAKE
@@ -203,6 +204,9 @@ def main(argv: list[str] | None = None) -> int:
         return run_command(name, arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except Exception as error:
         explained = explain(error)
         if explained is None:
@@ -215,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """The entry point of the console script."""
     sys.exit(main())
 
 

@@ -1,6 +1,6 @@
-"""`catversion study rivals`, `ablation` and `together`: the tables of docs/results.md, from training to the numbers.
+"""`catversion study rivals`, `ablation` or `together`: makes a table of docs/results.md, from training to the numbers.
 
-What is trained and scored stays in --out, a row at a time: the same command goes on where it was interrupted.
+Each row is kept in --out once it is trained and scored: rerun the command to resume.
 """
 
 import datetime
@@ -31,16 +31,19 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def define_flags() -> None:
-    define_config(str(CONFIGS / "mini.py"), "What every setting starts from; --config.KEY=VALUE changes a key.")
-    flags.DEFINE_string(
-        "concepts", str(concept_sets.SHIPPED), "A folder of concepts with train/, heldout/ and their masks."
+    define_config(
+        str(CONFIGS / "mini.py"),
+        "Config file that every row starts from; --config.KEY=VALUE overrides a key. Default: configs/mini.py.",
     )
-    flags.DEFINE_string("out", "runs/study", "Where everything is kept; what is there is not done again.")
-    flags.DEFINE_bool("quick", False, "A small part of it: fewer concepts, steps and prompts.")
+    flags.DEFINE_string(
+        "concepts", None, "Folder of concepts with train/, heldout/ and their masks. Default: the shipped ones."
+    )
+    flags.DEFINE_string("out", "runs/study", "Folder for all results; what it holds already is not computed again.")
+    flags.DEFINE_bool("quick", False, "Compute a smaller table, with fewer concepts, steps and prompts.")
 
 
 def main(arguments: flags.FlagValues, name: str) -> int:
-    """Writes table.md and grids of images."""
+    """Computes the table; writes table.md and grids of images."""
     if name not in tables.TABLES:
         raise UserError(f"{name}: no such table; expected one of {', '.join(tables.TABLES)}")
     start = time.monotonic()
@@ -59,7 +62,7 @@ def open_study(arguments: flags.FlagValues, name: str) -> Study:
     config = checked_config(arguments, UNSET)
     kind = tables.TABLES[name]
     scale = kind.quick if arguments.quick else kind.full
-    folders = named(concept_sets.find(arguments.concepts), scale.concepts)
+    folders = named(concept_sets.find(arguments.concepts or concept_sets.SHIPPED), scale.concepts)
     evaluation = EvaluationConfig(
         config.sample.sampler, tuple(range(scale.seeds)), 1.0, UNRELATED[: scale.unrelated], "", config.model.dtype
     )
@@ -74,7 +77,7 @@ def open_study(arguments: flags.FlagValues, name: str) -> Study:
 
 
 def header(name: str, study: Study, minutes: float) -> str:
-    """What has to be said with the numbers."""
+    """Returns the text above the table, which has to be reported with the numbers."""
     evaluation, train = study.scorer.config, study.config.train
     sampler, (device, *_) = evaluation.sampler, jax.devices()
     lines = (

@@ -1,4 +1,4 @@
-"""`catversion sweep`: train and score settings on a folder of concepts with held-out photos; a table of what came out.
+"""`catversion sweep`: trains and scores settings on a folder of concepts with held-out photos, and writes a table.
 
 A concept is a folder with `concept.json` (class_word, article), `train/` and `heldout/`, as in catversion_jax/concepts.
 """
@@ -23,21 +23,31 @@ UNSET = ("run_dir", "data.dir", "concept.class_word")
 
 
 def define_flags() -> None:
-    define_config(help="The setting that every row starts from: a file of configs/; --config.KEY=VALUE changes a key.")
+    define_config(help="Config file that every row starts from; --config.KEY=VALUE overrides a key.")
     flags.DEFINE_multi_string(
-        "try", [], "One row: KEY=VALUE pairs, separated by semicolons; may be given several times."
+        "try",
+        [],
+        "Row of the table: KEY=VALUE pairs separated by semicolons; may be repeated; if not set, the config alone.",
     )
-    flags.DEFINE_string("concepts", str(concept_sets.SHIPPED), "A folder of concepts.")
-    flags.DEFINE_string("out", "runs/sweep", "Runs, scores.jsonl, table.md and grids; what is there is not done again.")
-    flags.DEFINE_integer("seeds", 2, "Images per prompt.", lower_bound=1)
-    flags.DEFINE_integer("prompts", 4, "How many of config.sample.prompts.", lower_bound=1)
+    flags.DEFINE_string(
+        "concepts", None, "Folder of concepts with concept.json, train/ and heldout/. Default: the shipped ones."
+    )
+    flags.DEFINE_string(
+        "out",
+        "runs/sweep",
+        "Folder for runs, scores.jsonl, table.md and grids; what it holds already is not computed again.",
+    )
+    flags.DEFINE_integer("seeds", 2, "Number of images per prompt.", lower_bound=1)
+    flags.DEFINE_integer(
+        "prompts", 4, "Number of prompts, taken from the start of config.sample.prompts.", lower_bound=1
+    )
 
 
 def main(arguments: flags.FlagValues) -> int:
-    """Writes scores.jsonl, a line a concept as it is scored, and table.md."""
+    """Writes scores.jsonl, with a line for each concept as soon as it is scored, and table.md."""
     config = checked_config(arguments, UNSET)
     out = expand(arguments.out)
-    folders = concept_sets.find(arguments.concepts)
+    folders = concept_sets.find(arguments.concepts or concept_sets.SHIPPED)
     configs = {setting: override(config, setting) for setting in arguments["try"].value or [""]}
     identity = {"config": config.identity(), "seeds": arguments.seeds, "prompts": arguments.prompts}
     claim(out / "sweep.json", identity)

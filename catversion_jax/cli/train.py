@@ -1,4 +1,4 @@
-"""`catversion train`: learn a concept from a folder of photos."""
+"""`catversion train`: trains a concept on a folder of photos."""
 
 from absl import flags
 
@@ -12,7 +12,7 @@ from catversion_jax.utils.files import write_atomically
 
 def define_flags() -> None:
     define_config()
-    flags.DEFINE_bool("resume", False, "Continue the run in config.run_dir from its last checkpoint.")
+    flags.DEFINE_bool("resume", False, "Resume the run in config.run_dir from its last checkpoint.")
 
 
 def main(arguments: flags.FlagValues) -> int:
@@ -20,8 +20,7 @@ def main(arguments: flags.FlagValues) -> int:
 
 
 def run(config: Config, resume: bool = False) -> int:
-    """Trains, or continues, and writes the sample grid. Returns 0, or 128 + the number of the signal that interrupted
-    it."""
+    """Trains, or resumes, and writes the sample grid. Returns 0, or 128 + the number of the interrupting signal."""
     run = RunDir.of(config)
     run.check(config, resume)
     if run.finished:

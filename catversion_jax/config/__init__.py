@@ -1,4 +1,4 @@
-"""Settings: `Config`, and what a file in configs/ is made of."""
+"""The settings of a run: `Config`, and the functions that the files in configs/ build on."""
 
 from catversion_jax.config.config import Config, default, from_config_dict, to_config_dict
 from catversion_jax.config.published import JUDGED, stable_diffusion

@@ -1,4 +1,4 @@
-"""Every setting: the sections put together, and their way from and to the ConfigDict that flags and files change."""
+"""The complete config: all sections, and the conversion to and from the ConfigDict that flags and files change."""
 
 import dataclasses
 import json
@@ -24,14 +24,16 @@ from catversion_jax.utils.settings import between, check, flatten, one_of, repla
 
 @dataclass(frozen=True)
 class Config:
-    """The paper's setting, on the embedded mini model."""
+    """All settings of a run; the defaults are the paper's, on the embedded mini model."""
 
-    run_dir: str = setting("", "where everything is written; required", text("a folder to write to"))
-    seed: int = setting(0, "of everything random", between(0, 2**32 - 1, "0 to 2^32 - 1"))
+    run_dir: str = setting(
+        "", "Folder that everything is written to; train and batch require it.", text("a folder to write to")
+    )
+    seed: int = setting(0, "Seed of all random numbers.", between(0, 2**32 - 1, "0 to 2^32 - 1"))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     concept: ConceptConfig = field(default_factory=ConceptConfig)
-    method: str = setting("catversion", f"one of {', '.join(METHODS)}", one_of(METHODS))
+    method: str = setting("catversion", f"Personalization method: one of {', '.join(METHODS)}.", one_of(METHODS))
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -42,30 +44,31 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def replaced(self, changes: dict[str, Any]) -> "Config":
-        """The config with the values of some dotted keys changed."""
+        """Returns the config with the values of some dotted keys changed."""
         return replaced(self, changes)
 
     def make_method(self, networks: Networks) -> Method:
-        """The method as the config has it, on a base model's networks."""
+        """Builds the configured method for a base model's networks."""
         hyperparameters = Hyperparameters(self.adapter, self.prior, self.concept.identifier)
         return METHODS[self.method].from_hyperparameters(hyperparameters, networks)
 
     def make_mesh(self, concepts: int = 1) -> Mesh:
-        """The devices of a training step of so many concepts."""
+        """Returns the device mesh of a training step of `concepts` concepts."""
         return make_mesh(concepts, self.train.batch_size, self.mesh.fsdp, self.mesh.tensor)
 
     def sample_prompts(self, count: int | None = None) -> list[str]:
-        """The prompts of the sample grid, or the first `count` of them."""
+        """Returns the prompts of the sample grid, or the first `count` of them."""
         return self.concept.prompts(self.sample.prompts[:count])
 
     def identity(self) -> dict[str, Any]:
-        """Dotted keys and values, without the folder's own name, which may change: what a run's folder records."""
+        """Returns the dotted keys and values that a run's folder records, without run_dir: a folder may be moved."""
         values = {key: value for key, _, value in flatten(self) if key != "run_dir"}
+        # Through JSON, so that tuples become lists, as in the file that this is compared with.
         return json.loads(json.dumps(values, sort_keys=True))
 
 
 def to_config_dict(settings: Any) -> ConfigDict:
-    """A ConfigDict of a settings dataclass: what configs/*.py change and --config.KEY=VALUE overrides."""
+    """Converts a settings dataclass to the ConfigDict that configs/*.py change and --config.KEY=VALUE overrides."""
     types = typing.get_type_hints(type(settings))
     values = {}
     for entry in dataclasses.fields(settings):
@@ -80,9 +83,9 @@ def to_config_dict(settings: Any) -> ConfigDict:
 
 
 def from_config_dict(values: ConfigDict, unset: Collection[str] = ()) -> Config:
-    """The checked config. Dotted keys in `unset` may have no value yet.
+    """Converts a ConfigDict to the checked config. Dotted keys in `unset` may have no value yet.
 
-    Raises UserError for the first value that cannot work, before anything is read or compiled."""
+    Raises UserError for the first invalid value, before anything is read or compiled."""
     config = typed(Config, values)
     check(config, unset)
     for template in (*config.concept.templates, *config.sample.prompts):
@@ -91,7 +94,7 @@ def from_config_dict(values: ConfigDict, unset: Collection[str] = ()) -> Config:
 
 
 def typed(kind: type, values: ConfigDict, prefix: str = "config.") -> Any:
-    """A settings dataclass of a ConfigDict. Raises UserError for a key that it does not have."""
+    """Converts a ConfigDict to a settings dataclass. Raises UserError for an unknown key."""
     fields = {entry.name for entry in dataclasses.fields(kind)}
     types = typing.get_type_hints(kind)
     if unknown := sorted(set(values.keys()) - fields):
@@ -105,10 +108,10 @@ def typed(kind: type, values: ConfigDict, prefix: str = "config.") -> Any:
 
 
 def hashable(value: Any) -> Any:
-    """Lists, which a config file may hold, as tuples."""
+    """Turns lists, which a config file may hold, into tuples: settings are static arguments of jitted functions."""
     return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def default() -> ConfigDict:
-    """Every key at its default: where a file in configs/ begins."""
+    """Returns a ConfigDict with every key at its default, from which a file in configs/ starts."""
     return to_config_dict(Config())

@@ -1,4 +1,4 @@
-"""The methods' published settings on published models: what the files in configs/ begin with."""
+"""The methods' published settings on published models, from which the files in configs/ start."""
 
 from ml_collections import ConfigDict
 
@@ -16,11 +16,11 @@ JUDGED = (
     "a photo of a blue {class_word}",
     "a photo of {concept} wearing a hat",
 )
-"""The prompts that concepts are evaluated with: places, a colour and an accessory."""
+"""Default evaluation prompts: places, a colour and an accessory."""
 
 
 def stable_diffusion(path: str, variant: str = "fp16", method: str = "catversion") -> ConfigDict:
-    """A method's published setting on a published model: bfloat16, and prompts to evaluate with."""
+    """Returns a method's published settings for a published model, in bfloat16 and with the evaluation prompts."""
     if method not in METHODS:
         raise UserError(f"{method}: no such method; expected one of {', '.join(METHODS)}")
     config = default()

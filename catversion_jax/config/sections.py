@@ -1,4 +1,4 @@
-"""The sections of the config that belong to training; the others stand beside what they configure."""
+"""The config's sections for training and checkpoints; the others are defined beside the code that they configure."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,62 +10,68 @@ from catversion_jax.utils.settings import YES_OR_NO, at_least, between, optional
 
 @dataclass(frozen=True)
 class TrainConfig(OptimizerConfig):
-    """The training loop; the optimizer's settings are of the same section."""
+    """The training loop and its optimizer, which share this section."""
 
-    steps: int = setting(1000, "training steps, and the length of the learning rate's schedule", at_least(1))
-    batch_size: int = setting(2, "photos in each step", at_least(1))
+    steps: int = setting(1000, "Number of training steps, and the length of the learning rate schedule.", at_least(1))
+    batch_size: int = setting(2, "Number of photos per concept in each step.", at_least(1))
     background_weight: float = setting(
-        1.0, "of what the photos' masks leave out, in the loss; the subject's is 1", between(0, 1)
+        1.0, "Loss weight of what the photos' masks leave out; the subject's weight is 1.", between(0, 1)
     )
-    remat: bool = setting(False, "compute layers again for the gradient: less memory, more time", YES_OR_NO)
-    steps_per_dispatch: int | None = setting(None, "None: 1 on a CPU, 10 elsewhere", optional(at_least(1)))
+    remat: bool = setting(False, "Recompute the UNet's layers in the backward pass: less memory, more time.", YES_OR_NO)
+    steps_per_dispatch: int | None = setting(
+        None, "Number of training steps per dispatch; None means 1 on a CPU and 10 elsewhere.", optional(at_least(1))
+    )
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """The optimizer's share: what a compiled step depends on."""
+        """The optimizer's settings alone: a compiled step must not depend on the rest of the section."""
         names = [field.name for field in dataclasses.fields(OptimizerConfig)]
         return OptimizerConfig(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
 class StopConfig:
-    """When a concept has learned enough: its loss on fixed photos, noise and timesteps has not fallen any more."""
+    """Early stopping: a concept stops when its loss on fixed photos, noise and timesteps no longer falls."""
 
-    every: int = setting(0, "steps from one evaluation to the next; 0: no early stop", at_least(0, "none"))
-    patience: int = setting(2, "evaluations without a lower loss after which a concept stops", at_least(1))
+    every: int = setting(0, "Number of steps between evaluations; 0 turns early stopping off.", at_least(0, "none"))
+    patience: int = setting(
+        2, "Number of consecutive evaluations without improvement after which a concept stops.", at_least(1)
+    )
     margin: float = setting(
-        0.0, "share of the lowest loss by which a lower one must be lower to count", share("0 to less than 1")
+        0.0,
+        "Relative decrease below the lowest loss that counts as an improvement, such as 0.01.",
+        share("0 to less than 1"),
     )
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Many concepts at once."""
+    """`catversion batch`: many concepts at once."""
 
-    slots: int = setting(8, "concepts in one step of `catversion batch`", at_least(1))
+    slots: int = setting(8, "Number of concepts trained side by side in one step of catversion batch.", at_least(1))
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often the state of training is saved."""
+    """How often the training state is saved."""
 
-    every: int = setting(100, "steps from one checkpoint to the next", at_least(1))
-    keep: int = setting(3, "checkpoints kept; older ones are removed", at_least(1))
+    every: int = setting(100, "Number of steps between checkpoints.", at_least(1))
+    keep: int = setting(3, "Number of checkpoints kept; older ones are deleted.", at_least(1))
 
 
 @dataclass(frozen=True)
 class SampleConfig(SamplerConfig):
-    """The validation images and the sample grid; the sampler's settings are of the same section."""
+    """The validation images, the sample grid and their sampler, which share this section."""
 
-    every: int = setting(0, "steps from one set of validation images to the next; 0: none", at_least(0, "none"))
+    every: int = setting(0, "Number of steps between sets of validation images; 0 turns them off.", at_least(0, "none"))
     prompts: tuple[str, ...] = setting(
         ("a photo of {concept} on the beach", "a photo of {concept} in the snow"),
-        "templates of the sample grid; {concept} is article and class word, {class_word} the word alone",
+        "Prompt templates of the sample grid; {concept} is article and class word, {class_word} the word alone.",
         several("prompt"),
     )
 
     @property
     def sampler(self) -> SamplerConfig:
-        """The sampler's share."""
+        """The sampler's settings alone, as a concept's file records them."""
         names = [field.name for field in dataclasses.fields(SamplerConfig)]
         return SamplerConfig(**{name: getattr(self, name) for name in names})

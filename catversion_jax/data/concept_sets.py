@@ -1,4 +1,4 @@
-"""Sets of concepts to measure with: a folder each, of `concept.json`, `train/`, `heldout/` and their masks."""
+"""Concept sets for evaluation: one folder per concept, with `concept.json`, `train/`, `heldout/` and their masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ KEYS = ("class_word", "article")
 
 @dataclass(frozen=True)
 class ConceptFolder:
-    """One concept: photos to train on, others to score by, and what it is called."""
+    """One concept: photos to train on, held-out photos to evaluate with, and what it is called."""
 
     path: Path
 
@@ -41,7 +41,7 @@ class ConceptFolder:
 
     @cached_property
     def description(self) -> dict[str, str]:
-        """Class word and article. Raises UserError if `concept.json` has not both, or more."""
+        """Class word and article. Raises UserError if `concept.json` does not hold exactly these two."""
         path = self.path / "concept.json"
         concept = read_json(path)
         if not isinstance(concept, dict) or {k: type(v) for k, v in concept.items()} != dict.fromkeys(KEYS, str):
@@ -58,17 +58,17 @@ class ConceptFolder:
         return self.description["article"]
 
     def prompts(self, templates: Sequence[str]) -> tuple[str, ...]:
-        """The templates with this concept in them."""
+        """The templates, filled in for this concept."""
         return tuple(fill(template, self.class_word, self.article) for template in templates)
 
     def changes(self) -> dict[str, str]:
-        """The config's dotted keys to train on this concept, and their values."""
+        """The config's values, by dotted key, to train on this concept."""
         photos = {"data.dir": str(self.train), "data.masks_dir": str(self.train_masks)}
         return photos | {f"concept.{key}": value for key, value in self.description.items()}
 
 
 def find(root: str | Path) -> list[ConceptFolder]:
-    """The concepts of a set, by name. Raises UserError if there is none."""
+    """The concepts of a set, sorted by name. Raises UserError if there are none."""
     paths = sorted(path.parent for path in expand(root).glob("*/concept.json"))
     if not paths:
         raise UserError(f"{root}: no concepts; expected folders with concept.json, train/, heldout/ and their masks")

@@ -1,6 +1,6 @@
-"""The photos of a run as a TFDS dataset in ArrayRecord: what a resumed run reads, wherever the originals went.
+"""A run's photos as a TFDS dataset in ArrayRecord format, which a resumed run reads even if the originals are gone.
 
-Images are stored as encoded PNG bytes in scalar features: TFDS's Image feature would need TensorFlow.
+Images are PNG bytes in scalar features, because TFDS's Image feature needs TensorFlow.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from catversion_jax.utils.errors import UserError
 
 
 def encode(array: np.ndarray | None) -> bytes:
-    """PNG bytes; none for no image."""
+    """Encodes an image or a mask as PNG bytes; None gives empty bytes."""
     if array is None:
         return b""
     buffer = io.BytesIO()
@@ -24,17 +24,17 @@ def encode(array: np.ndarray | None) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes) -> np.ndarray | None:
-    return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",))) if data else None
+def decode(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
 
 
-class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """One split, `train`, of the features name, image and mask (bytes; no mask: empty)."""
+class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # tfds is untyped
+    """One split, `train`, with the features name, image and mask (bytes; empty if there is no mask)."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, photos: list[Photo] | None = None, **kwargs):
-        self._photos = photos
+        self._photos = photos or []
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -51,20 +51,23 @@ class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def write(folder: Path, photos: list[Photo]) -> None:
-    """Write the dataset; a complete one that is there already stays as it is."""
+    """Writes the dataset, unless a complete one exists."""
     tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(compute_stats="skip", try_download_gcs=False)
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads
         Photos(photos, data_dir=folder).download_and_prepare(download_config=config)
 
 
 def read(folder: Path) -> list[Photo]:
-    """The photos by name. Raises UserError if there is no complete dataset."""
+    """Returns the photos, sorted by name. Raises UserError if there is no complete dataset."""
     try:
         source = Photos(data_dir=folder).as_data_source("train")
         records = sorted((record["name"].decode(), record) for record in source)
     except Exception as error:  # TFDS and ArrayRecord raise types of their own
         raise UserError(
             f"{folder}: not a readable photo dataset ({error}); start the run anew in another run_dir"
-        ) from None
-    return [Photo(name, decode(record["image"]), decode(record["mask"])) for name, record in records]
+        ) from error
+    return [
+        Photo(name, decode(record["image"]), decode(record["mask"]) if record["mask"] else None)
+        for name, record in records
+    ]

@@ -1,6 +1,7 @@
-"""The VAE's posterior of every photo, computed once: training only draws from it."""
+"""The VAE's posterior of every photo, computed once: training only samples from it."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ BATCH = 4  # photos per call of the VAE
 
 @partial(jax.jit, static_argnames=("vae",))
 def encode(params: Params, images: UInt8[Array, "B H W 3"], *, vae: AutoencoderKL):
-    """Mean and standard deviation of the latents, scaled as the UNet knows them."""
-    mean, logvar = vae.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1, method="encode")
+    """Returns mean and standard deviation of the latents, scaled as the UNet takes them."""
+    posterior: Any = vae.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1, method="encode")
+    mean, logvar = posterior
     scale = vae.config.scaling_factor
     return mean * scale, jnp.exp(0.5 * logvar) * scale
 
@@ -23,7 +25,7 @@ def encode(params: Params, images: UInt8[Array, "B H W 3"], *, vae: AutoencoderK
 def posteriors(
     vae: AutoencoderKL, params: Params, images: UInt8[np.ndarray, "N H W 3"], flip: bool
 ) -> tuple[Float[np.ndarray, "N F h w c"], Float[np.ndarray, "N F h w c"]]:
-    """Mean and standard deviation of each photo and, with `flip`, of its mirror image (F = 2, else 1)."""
+    """Returns mean and standard deviation for each photo and, with `flip`, for its mirror image (F = 2, else 1)."""
     views = np.stack([images, images[:, :, ::-1]] if flip else [images], axis=1)
     flat = views.reshape(-1, *images.shape[1:])
     padded = np.concatenate([flat, np.repeat(flat[-1:], -len(flat) % BATCH, axis=0)])
@@ -33,10 +35,10 @@ def posteriors(
 
 
 def bucket(count: int) -> int:
-    """The padded size that `count` things share with their neighbours, so that one compiled step serves them."""
+    """The size to pad `count` items to, a power of two from 8 on: similar counts then share one compiled step."""
     return max(8, 1 << (count - 1).bit_length())
 
 
 def pad(array: np.ndarray, size: int) -> np.ndarray:
-    """Zeros up to `size` along the first axis."""
+    """Pads the first axis to `size` with zeros."""
     return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))

@@ -1,4 +1,4 @@
-"""The list of concepts that `catversion batch` learns: a JSON object a line."""
+"""The manifest of concepts that `catversion batch` trains: one JSON object per line."""
 
 import json
 import re
@@ -13,23 +13,23 @@ from catversion_jax.utils.files import expand
 MAX_LINE_BYTES = 2**16
 IDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 RESERVED = ("checkpoints", "config.json", "report.jsonl")
-"""What else lies in the folder of the results."""
+"""Names that the results folder uses for other things."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One concept to learn. What is not given is as the config has it."""
+    """One concept to train. Values that are not given come from the config."""
 
-    id: str  # the name of its folder in the results
-    dir: str  # its photos; a relative one begins at the manifest's folder
+    id: str  # the name of its results folder
+    dir: str  # its photos; a relative path starts at the manifest's folder
     class_word: str
-    masks: str = ""  # as data.masks_dir; relative as dir is
+    masks: str = ""  # as data.masks_dir; a relative path as for dir
     article: str = ""
     seed: int | None = None
-    steps: int | None = None  # also the length of its learning rate's schedule
+    steps: int | None = None  # also the length of its learning rate schedule
 
     def changes(self, folder: Path) -> dict[str, Any]:
-        """The config's dotted keys that the line gives, and their values; `folder` is the manifest's."""
+        """The config's values, by dotted key, that the line gives; `folder` is the manifest's."""
         changes = {
             "data.dir": str(folder / expand(self.dir)),
             "data.masks_dir": self.masks and str(folder / expand(self.masks)),
@@ -48,18 +48,21 @@ RULES = {
     "seed": (lambda value: 0 <= value < 2**32, "0 to 2^32 - 1"),
     "steps": (lambda value: value >= 1, "at least 1"),
 }
-"""key -> what holds for its value, and how that is said."""
+"""key -> a predicate for its value, and a phrase that follows "expected"."""
 
 
 def read(path: Path) -> Iterator[Line]:
-    """The lines of a manifest, one in memory at a time. Raises UserError naming the line that is not one, and an id
-    that occurs twice."""
+    """Yields the lines of a manifest, holding one in memory at a time.
+
+    Raises UserError, naming the line, if a line is not valid or repeats an id.
+    """
     try:
         file = path.open("rb")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a file with a JSON object a line") from None
+        raise UserError(f"{path}: {error.strerror}; expected a file with a JSON object a line") from error
     seen: dict[str, int] = {}
     with file:
+        # A limit on each read: a file without line breaks, such as a photo given by mistake, may be large.
         for number, text in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
             if not text.strip():
                 continue
@@ -75,11 +78,11 @@ def read(path: Path) -> Iterator[Line]:
 
 
 def parse(text: bytes, where: str) -> Line:
-    """A line of a manifest; `where` is its place for messages."""
+    """Parses one line of a manifest; `where` names it in error messages."""
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); expected an object of at most {MAX_LINE_BYTES} bytes") from None
+        raise UserError(f"{where}: not JSON ({error}); expected an object of at most {MAX_LINE_BYTES} bytes") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object with {', '.join(sorted(REQUIRED))}")
     value = {key: entry for key, entry in value.items() if entry is not None or key in REQUIRED}

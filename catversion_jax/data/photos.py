@@ -1,4 +1,4 @@
-"""Read a user's folder of photos, and masks, whatever they come as."""
+"""Reads a user's folder of photos and their masks, and brings all of them to one form."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,16 +15,18 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PHOTOS = 100
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 100 * 10**6
-IGNORED = ("thumbs.db", "desktop.ini")  # what file managers leave in a folder of images; dot files too
+IGNORED = ("thumbs.db", "desktop.ini")  # left in folders by file managers; dot files are ignored too
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The photos to train on."""
 
-    dir: str = setting("", f"a folder of 1 to {MAX_PHOTOS} photos; required", text("a folder of photos"))
-    masks_dir: str = setting("", 'the subject\'s masks, matched by file stem; "": <dir>/masks if it exists', ANY_TEXT)
-    flip: bool = setting(True, "half of the photos are seen as their mirror image", YES_OR_NO)
+    dir: str = setting("", f"Folder of 1 to {MAX_PHOTOS} photos; train requires it.", text("a folder of photos"))
+    masks_dir: str = setting(
+        "", 'Folder of subject masks, matched by file stem; "" means DIR/masks if it exists.', ANY_TEXT
+    )
+    flip: bool = setting(True, "Mirror half of the photos drawn for training.", YES_OR_NO)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Photo:
 
 
 def open_image(path: Path) -> Image.Image:
-    """A decoded, upright image. Raises UserError naming the file for anything else."""
+    """Opens an image, decoded and turned upright (EXIF). Raises UserError, naming the file, for anything else."""
     size = path.stat().st_size
     if size == 0:
         raise UserError(f"{path}: empty file; expected a {', '.join(FORMATS)} image; remove or replace it")
@@ -52,11 +54,11 @@ def open_image(path: Path) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError(f"{path}: not a {', '.join(FORMATS)} image; remove or convert it") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: damaged or truncated image ({error}); remove or replace it") from None
+        raise UserError(f"{path}: damaged or truncated image ({error}); remove or replace it") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey is scaled, transparency is laid over white."""
+    """Converts to 8-bit RGB: 16-bit grey is scaled, transparency is composited over white."""
     if image.mode.startswith("I"):  # 16-bit greyscale
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -66,7 +68,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, resolution: int | None, resample: Image.Resampling) -> np.ndarray:
-    """The largest centred square, resized; without a resolution, all of it as it is."""
+    """Returns the largest centred square, resized; without a resolution, the whole image as it is."""
     if resolution is None:
         return np.asarray(image)
     return np.asarray(ImageOps.fit(image, (resolution, resolution), resample))
@@ -84,11 +86,11 @@ def read_photos(
     most: int = MAX_PHOTOS,
     keep: Callable[[Path], bool] = is_candidate,
 ) -> list[Photo]:
-    """The folder's photos by name, cut to squares of `resolution` pixels (None: as they are), with their masks.
+    """Reads a folder's photos, sorted by name and cropped to squares of `resolution` pixels (None: as they are).
 
-    Masks are images of the photo's shape (bright = subject) in `masks_dir`, or `<folder>/masks` where that exists,
-    with the photo's stem. Raises UserError naming the file for whatever is not a photo, and for a missing mask; `keys`
-    are what the two folders are called there.
+    A mask is an image of its photo's size and file stem (bright = subject) in `masks_dir`, by default in
+    `<folder>/masks` if that exists. Raises UserError, naming the file, for a file that is not a photo and for a missing
+    mask; `keys` are the names of the two folders' settings in these messages.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -105,9 +107,11 @@ def read_photos(
 
 
 def find_masks(folder: Path, masks_dir: Path | None, key: str) -> dict[str, Path] | None:
-    """The masks by stem; None where there are none."""
-    if masks_dir is None and not (masks_dir := folder / "masks").is_dir():
-        return None
+    """Returns the masks by file stem, or None if there is no folder of masks."""
+    if masks_dir is None:
+        masks_dir = folder / "masks"
+        if not masks_dir.is_dir():
+            return None
     if not masks_dir.is_dir():
         raise UserError(f"{masks_dir}: no such folder; {key} takes a folder with a mask for each photo")
     return {path.stem: path for path in filter(is_candidate, masks_dir.iterdir())}

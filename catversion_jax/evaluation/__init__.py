@@ -1,1 +1,1 @@
-"""From images to scores."""
+"""Evaluates concepts: scores of their images, and a report."""

@@ -1,4 +1,4 @@
-"""Public benchmarks as data: which subjects, which prompts, and where their photos lie."""
+"""Public benchmarks: their subjects and prompts, and where their photos are."""
 
 import json
 import re
@@ -14,7 +14,7 @@ IMAGES_PER_PROMPT = 4
 
 @dataclass(frozen=True)
 class Subject:
-    """A concept to be learned, and the prompts it is judged by."""
+    """A concept of a benchmark, and the prompts that it is evaluated with."""
 
     name: str
     class_word: str
@@ -23,7 +23,7 @@ class Subject:
 
 
 LIVE_CLASSES = {"cat", "dog"}
-"""DreamBench judges these by the prompts for live subjects, and all others by those for objects."""
+"""Classes that DreamBench evaluates with its prompts for live subjects; all others get those for objects."""
 
 CLASSES = {
     "backpack": "backpack",
@@ -98,12 +98,12 @@ LIVE_PROMPTS = (
     "a {} in a purple wizard outfit",
     *PROPERTIES,
 )
-"""DreamBench's subjects and prompts (Ruiz et al. 2023, https://github.com/google/dreambooth), the class alone where
-its own have a rare token before it."""
+"""DreamBench's subjects and prompts (Ruiz et al. 2023, https://github.com/google/dreambooth), without the rare token
+that its own prompts have before the class."""
 
 
 def dreambench(folder: Path) -> list[Subject]:
-    """`<subject>/*.jpg`; classes and prompts from prompts_and_classes.txt where the folder has it."""
+    """Returns the subjects of `<subject>/*.jpg`, by prompts_and_classes.txt if the folder has it."""
     path = folder / "prompts_and_classes.txt"
     classes, objects, live = read_dreambench(path) if path.is_file() else (CLASSES, OBJECT_PROMPTS, LIVE_PROMPTS)
     return [
@@ -113,18 +113,20 @@ def dreambench(folder: Path) -> list[Subject]:
 
 
 def read_dreambench(path: Path) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
-    """subject -> class, the prompts for objects and those for live subjects, of DreamBench's own file."""
+    """Reads subject -> class, the prompts for objects and those for live subjects from DreamBench's own file."""
     content = path.read_text("utf-8")
     table = re.search(r"subject_name,class\n((?:[^,\n]+,[^,\n]+\n)+)", content)
     lists = re.findall(r"prompt_list = \[(.*?)\]", content, re.DOTALL)
-    prompts = [tuple(p.replace("{0} {1}", "{}") for p in re.findall(r"'(.*?)'\.format", part)) for part in lists]
-    if not table or len(prompts) != 2 or not all(prompts):
+    found = [tuple(p.replace("{0} {1}", "{}") for p in re.findall(r"'(.*?)'\.format", part)) for part in lists]
+    if not table or len(found) != 2 or not all(found):
         raise UserError(f"{path}: expected DreamBench's table of classes and two lists of prompts; download it again")
-    return dict(line.split(",") for line in table[1].splitlines()), *prompts
+    objects, live = found
+    classes = [line.split(",") for line in table[1].splitlines()]
+    return {subject: word for subject, word in classes}, objects, live
 
 
 def customconcept101(folder: Path) -> list[Subject]:
-    """`dataset.json`, `prompts/*.txt` and `benchmark_dataset/<subject>/`, as they are published."""
+    """Returns the subjects of `dataset.json`, `prompts/*.txt` and `benchmark_dataset/<subject>/`, as published."""
     path = folder / "dataset.json"
     if not path.is_file():
         raise UserError(f"{path}: not found; expected CustomConcept101's dataset.json beside prompts/ and its photos")
@@ -135,9 +137,9 @@ def customconcept101(folder: Path) -> list[Subject]:
             templates = (folder / entry["prompt_filename"]).read_text("utf-8").splitlines()
             subjects.append(Subject(photos.name, word, photos, filled(filter(str.strip, templates), word)))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: {error}; expected CustomConcept101's dataset.json; download it again") from None
+        raise UserError(f"{path}: {error}; expected CustomConcept101's dataset.json; download it again") from error
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; expected the prompts that {path} names") from None
+        raise UserError(f"{error.filename}: {error.strerror}; expected the prompts that {path} names") from error
     return subjects
 
 
@@ -152,7 +154,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[Subject]]] = {
 
 
 def read(benchmark: str, folder: Path, names: list[str]) -> list[Subject]:
-    """The subjects of a benchmark's public folder, or those of `names`. Raises UserError if one is missing."""
+    """Returns all subjects of a benchmark's public folder, or those in `names`. Raises UserError if one is missing."""
     subjects = BENCHMARKS[benchmark](folder)
     known = {subject.name: subject for subject in subjects}
     if unknown := [name for name in names if name not in known]:
@@ -165,6 +167,6 @@ def read(benchmark: str, folder: Path, names: list[str]) -> list[Subject]:
 
 
 def manifest(subjects: list[Subject]) -> str:
-    """The subjects as `catversion batch` takes them."""
+    """Returns the subjects as a manifest for `catversion batch`."""
     lines = [{"id": s.name, "dir": str(s.photos.absolute()), "class_word": s.class_word} for s in subjects]
     return "".join(json.dumps(line) + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""The networks that judge images: CLIP (a base model's own, or a CLIPModel folder) and DINO."""
+"""The encoders that score images: CLIP (a base model's own, or a CLIPModel folder) and DINO."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,12 +32,12 @@ NESTED_DEFAULTS = {
     "text_config": {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "eos_token_id": 49407},
     "vision_config": {},
 }
-"""What a CLIPModel's config.json leaves out where it is so; our own defaults, which hold elsewhere, differ in these."""
+"""Defaults of transformers that a CLIPModel's config.json leaves out, where they differ from ours."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Bicubic to a shorter edge, the centred square out of it, and a mean and deviation removed."""
+    """Bicubic resize of the shorter edge to `edge`, centre crop to `size`, normalization by mean and deviation."""
 
     edge: int
     size: int
@@ -51,16 +51,16 @@ class Preprocessing:
         left, top = (wide - self.size) // 2, (high - self.size) // 2
         resized = Image.fromarray(image).resize((wide, high), Image.Resampling.BICUBIC)
         square = np.asarray(resized.crop((left, top, left + self.size, top + self.size)), np.float32)
-        return (square / 255 - np.float32(self.mean)) / np.float32(self.std)
+        return (square / 255 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
 def clip_preprocessing(size: int) -> Preprocessing:
-    """OpenAI's, for every size of CLIP."""
+    """Returns OpenAI's preprocessing, which all sizes of CLIP share."""
     return Preprocessing(size, size, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 def dino_preprocessing(size: int) -> Preprocessing:
-    """That of DINO's own evaluation: 256 px, of which 224 are seen; ImageNet's mean and deviation."""
+    """Returns that of DINO's own evaluation: resized to 256 px, cropped to 224, ImageNet's mean and deviation."""
     return Preprocessing(size * 256 // 224, size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -82,12 +82,12 @@ class ImageEncoder:
     preprocessing: Preprocessing
 
     def __call__(self, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "N e"]:
-        """Unit embeddings of images of any size."""
+        """Returns unit embeddings of images of any size."""
         pixels = np.stack([self.preprocessing(image) for image in images])
         return normalize(in_batches(partial(embed_pixels, self.params, module=self.module), pixels))
 
     def described(self) -> dict:
-        """What has to be said with every number."""
+        """Returns what has to be reported with every score of this encoder."""
         config = self.module.config
         network = {"layers": config.num_hidden_layers, "width": config.hidden_size, "patch": config.patch_size}
         return {"name": self.name, **network, "resize": "bicubic", **asdict(self.preprocessing)}
@@ -100,21 +100,24 @@ class TextEncoder:
     tokenizer: Tokenizer
 
     def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "N e"]:
-        """Unit embeddings of prompts, in the image encoder's space."""
+        """Returns unit embeddings of prompts, in the image encoder's space."""
         token_ids = self.tokenizer(list(prompts))
         return normalize(in_batches(partial(embed_tokens, self.params, module=self.module), token_ids))
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Both of CLIP's encoders."""
+    """CLIP's image encoder and text encoder."""
 
     image: ImageEncoder
     text: TextEncoder
 
 
 def of_model(path: str | Path) -> Clip:
-    """The encoders of a base model's folder that has an image encoder beside its text encoder, as the mini one."""
+    """Loads CLIP from a base model's folder that has an image encoder beside the text encoder, like the mini model's.
+
+    Raises UserError if it has none.
+    """
     source = open_source(str(path)) if Path(path).expanduser().is_dir() else None  # a published model has none
     if source is None or "image" not in source.components:
         raise UserError(
@@ -131,7 +134,7 @@ def of_model(path: str | Path) -> Clip:
 
 
 def load_clip(name: str) -> Clip:
-    """CLIP as transformers saves a CLIPModel: a folder, or a model's name on Hugging Face."""
+    """Loads CLIP, as transformers saves a CLIPModel, from a folder or by its name on Hugging Face."""
     folder = locate(name, "clip", TOKENIZER_FILES)
     config = typed_config(folder, "clip", "clip", "a transformers CLIPModel, such as openai/clip-vit-large-patch14")
     text_json, vision_json = (
@@ -149,7 +152,7 @@ def load_clip(name: str) -> Clip:
 
 
 def load_dino(name: str) -> ImageEncoder:
-    """DINO as transformers saves a ViTModel: a folder, or a model's name on Hugging Face."""
+    """Loads DINO, as transformers saves a ViTModel, from a folder or by its name on Hugging Face."""
     folder = locate(name, "dino")
     config = typed_config(folder, "dino", "vit", "a transformers ViTModel, such as facebook/dino-vits16")
     module = ViTModel(from_json(ViTConfig, config, VIT_FIXED))
@@ -159,7 +162,7 @@ def load_dino(name: str) -> ImageEncoder:
 
 
 def locate(name: str, what: str, files: Sequence[str] = ()) -> Path:
-    """The folder of a model's config.json, weights and `files`, downloaded where `name` is none."""
+    """Returns the folder of a model's config.json, weights and `files`, which are downloaded if `name` is no folder."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -173,7 +176,7 @@ def locate(name: str, what: str, files: Sequence[str] = ()) -> Path:
 
 
 def typed_config(folder: Path, what: str, kind: str, expected: str) -> dict:
-    """config.json of a model of that type."""
+    """Reads a model's config.json. Raises UserError if its model_type is not `kind`."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
     if config.get("model_type") != kind:
@@ -183,7 +186,7 @@ def typed_config(folder: Path, what: str, kind: str, expected: str) -> dict:
 
 
 def read(folder: Path, table: list[rules.Rule], expected: Params) -> Params:
-    """A folder's weights in float32 on the default device."""
+    """Reads a folder's weights in float32 onto the default device."""
     form, tensors = open_weights(folder)
     if form.is_flax:
         raise UserError(f"{folder}: only Flax weights; expected model.safetensors or pytorch_model.bin")

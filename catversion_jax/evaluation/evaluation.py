@@ -1,4 +1,4 @@
-"""Evaluates concepts: from their images to scores with intervals, and what has to be said with them."""
+"""Evaluates concepts: scores with intervals of their images, and the facts to report with them."""
 
 import importlib.metadata
 import platform
@@ -13,8 +13,9 @@ from tqdm import tqdm
 from catversion_jax import __version__
 from catversion_jax.evaluation import masks, page, scores
 from catversion_jax.evaluation.samples import (
+    ConceptTask,
     EvaluationConfig,
-    EvaluationTask,
+    ImagesTask,
     base_model,
     masked_images,
     read,
@@ -31,23 +32,26 @@ UNRELATED = (
     "a photo of a guitar",
     "a photo of a house",
 )
-"""Prompts for prior_drift. Of these, those that hold the class word are left out."""
+"""Default prompts for prior_drift; those that contain the class word are left out."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
 
 
 @dataclass
 class Evaluation:
-    """What came of some tasks."""
+    """The results of the tasks evaluated so far."""
 
-    rows: list[dict] = field(default_factory=list)  # a concept each
+    rows: list[dict] = field(default_factory=list)  # one for each concept
     units: list[list[Values]] = field(default_factory=list)  # of each concept
     grids: dict[str, Image.Image] = field(default_factory=dict)
 
-    def add(self, task: EvaluationTask, config: EvaluationConfig, encoders: Encoders) -> None:
+    def add(self, task: ConceptTask | ImagesTask, config: EvaluationConfig, encoders: Encoders) -> None:
         """Scores one more concept."""
         references = masked_images(read_references(task))
-        samples = sample_task(base_model(task, config), task, config, encoders) if task.concept else read(task)
+        if isinstance(task, ConceptTask):
+            samples = sample_task(base_model(task, config), task, config, encoders)
+        else:
+            samples = read(task)
         related = scores.of_prompts(samples.prompts, samples.images, references, encoders)
         counts = {"concept": task.name, "references": len(references.images), "pictures": len(samples.prompts)}
         row = counts | {"attention_mask_iou": samples.attention_mask_iou}
@@ -56,8 +60,9 @@ class Evaluation:
         self.grids[task.name] = page.image_grid(references, samples.prompts, samples.images)
 
     def result(self) -> dict:
-        """The scores of all concepts, with each one's."""
+        """Returns the scores over all concepts, with those of each concept."""
         overlaps = [row["attention_mask_iou"] for row in self.rows if row["attention_mask_iou"] is not None]
+        # With several concepts, the intervals resample the concepts; with one, its own units.
         several = len(self.units) > 1
         units = [scores.merged(unit) for unit in self.units] if several else self.units[0]
         return scores.summarize(units) | {
@@ -67,8 +72,8 @@ class Evaluation:
         }
 
 
-def evaluate(tasks: Sequence[EvaluationTask], config: EvaluationConfig, encoders: Encoders) -> Evaluation:
-    """Scores each task's concept."""
+def evaluate(tasks: Sequence[ConceptTask | ImagesTask], config: EvaluationConfig, encoders: Encoders) -> Evaluation:
+    """Scores the concept of each task."""
     evaluation = Evaluation()
     for task in tqdm(tasks, unit=" concepts", disable=len(tasks) == 1):
         evaluation.add(task, config, encoders)
@@ -76,10 +81,10 @@ def evaluate(tasks: Sequence[EvaluationTask], config: EvaluationConfig, encoders
 
 
 def describe(
-    tasks: Sequence[EvaluationTask], config: EvaluationConfig, encoders: Encoders, rows: Sequence[dict]
+    tasks: Sequence[ConceptTask | ImagesTask], config: EvaluationConfig, encoders: Encoders, rows: Sequence[dict]
 ) -> dict:
-    """What has to be said with the numbers: which encoders, how the images were sampled and masked."""
-    concepts = {task.name: task.concept.metadata() for task in tasks if task.concept}
+    """Returns what has to be reported with the scores: the encoders, and how images were sampled and masked."""
+    concepts = {task.name: task.concept.metadata() for task in tasks if isinstance(task, ConceptTask)}
     measured = any(row["masked_clip_i"] is not None for row in rows)
     by_attention = "attention, GrabCut" if config.grabcut else "attention"
     return {
@@ -97,6 +102,6 @@ def describe(
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were computed with."""
+    """Returns the versions that the scores were computed with."""
     ours = {"catversion-jax": __version__, "python": platform.python_version(), "backend": jax.default_backend()}
     return ours | {package: importlib.metadata.version(package) for package in PACKAGES}

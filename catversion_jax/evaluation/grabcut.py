@@ -1,4 +1,4 @@
-"""GrabCut: a rough mask redrawn along the edges of what it shows, by OpenCV, which the extra `grabcut` installs."""
+"""GrabCut: refines a rough mask along the subject's edges with OpenCV, which the extra `grabcut` installs."""
 
 import importlib.util
 
@@ -17,16 +17,21 @@ def check() -> None:
 
 
 def grabcut(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """The subject of an RGB image, of which the mask is a guess at every place: mixtures of the colours within and
-    without, and the cheapest cut between them, in turns (Rother et al. 2004). The mask itself where it or what is found
-    is empty or everything."""
-    import cv2  # of the extra
+    """Returns the refined mask of the subject in an RGB image, treating `mask` as a guess at every position.
+
+    GrabCut alternates between fitting colour mixtures inside and outside the mask and finding the cheapest cut between
+    them (Rother et al. 2004). If `mask` or the result is empty or covers the image, `mask` is returned.
+    """
+    import cv2  # installed by the extra `grabcut`
 
     if not 0 < mask.mean() < 1:
         return mask
     labels = np.where(mask, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
-    cv2.setRNGSeed(0)  # of the mixtures' first centres
+    # The mixtures start from random centres.
+    cv2.setRNGSeed(0)
     image = np.ascontiguousarray(image[..., ::-1])
-    cv2.grabCut(image, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), ITERATIONS, cv2.GC_INIT_WITH_MASK)
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    everywhere = (0, 0, image.shape[1], image.shape[0])  # a mask is given, so this rectangle is not read
+    cv2.grabCut(image, labels, everywhere, *models, ITERATIONS, cv2.GC_INIT_WITH_MASK)
     found = labels == cv2.GC_PR_FGD
     return found if 0 < found.mean() < 1 else mask

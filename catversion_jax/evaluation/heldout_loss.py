@@ -1,4 +1,4 @@
-"""The noise-prediction loss on photos that were held out: the same question for every concept and setting."""
+"""The noise-prediction loss on held-out photos, at the same noise and timesteps for every concept and setting."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ import numpy as np
 from catversion_jax.base.pipeline import Networks, Pipeline
 from catversion_jax.models.unet import Context
 from catversion_jax.training.state import Frozen
-from catversion_jax.training.step import prediction_error
+from catversion_jax.training.step import Minibatch, prediction_error
 from catversion_jax.utils.padded_batches import in_batches
 from catversion_jax.utils.types import Array, Float
 
@@ -27,11 +27,12 @@ def batch_error(
     networks: Networks,
 ) -> Float[Array, "B"]:
     context = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), context)
-    return prediction_error(frozen, latents, noise, timesteps, context, networks=networks)
+    batch = Minibatch(latents, noise, timesteps, prompts=())
+    return prediction_error(frozen, batch, context, networks=networks)
 
 
 def heldout_loss(pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"], context: Context) -> float:
-    """The loss on latents at fixed timesteps and noise, in a context of one prompt."""
+    """Returns the loss on latents at fixed timesteps and noise, conditioned on one prompt."""
     networks, params = pipeline.networks, pipeline.params
     frozen = Frozen(params["unet"], params["text"], jnp.asarray(networks.schedule.alphas_cumprod))
     total = networks.schedule.num_train_timesteps

@@ -1,4 +1,4 @@
-"""The report of an evaluation for people to look at: one HTML file with its images and plots in it."""
+"""The report of an evaluation: one HTML file that contains its images and plots."""
 
 import base64
 import io
@@ -13,21 +13,21 @@ from catversion_jax.utils.image_grid import grid
 
 TEMPLATE = Path(__file__).parent / "page.html"
 THUMBNAIL = 128  # pixels
-COLUMNS = 6  # images of a row, at most; masked ones follow them
+COLUMNS = 6  # images in a row, at most; masked images follow them
 PLOTTED = ("clip_t", "clip_i", "masked_clip_i", "dino")  # the cosines
 COLOURS = ("#1b6ca8", "#d1603d", "#3f8f5b", "#7d5ba6")
 MAX_LABELS = 40
 
 
 def number(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """A score as it is shown."""
+    """Formats a score and its interval."""
     if value is None:
         return "not measured"
     return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def thumbnails(images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The first images, whole on a white square."""
+    """Returns the first COLUMNS images, each uncropped on a white square."""
     out = []
     for image in images[:COLUMNS]:
         small = Image.fromarray(image)
@@ -39,7 +39,7 @@ def thumbnails(images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def image_grid(references: MaskedImages, prompts: Sequence[str], sampled: MaskedImages) -> Image.Image:
-    """References, then a row for each prompt; where there are masks, also as the encoder sees them masked."""
+    """Returns a grid of the references and a row for each prompt; with masks, also as the encoder sees them masked."""
 
     def row(shown: MaskedImages) -> list[np.ndarray]:
         return thumbnails(shown.images) + (thumbnails(shown.masked()) if shown.masks is not None else [])
@@ -47,8 +47,7 @@ def image_grid(references: MaskedImages, prompts: Sequence[str], sampled: Masked
     rows = {"references": row(references)}
     for prompt in dict.fromkeys(prompts):
         index = [i for i, p in enumerate(prompts) if p == prompt]
-        of_prompt = [None if x is None else [x[i] for i in index] for x in (sampled.images, sampled.masks)]
-        rows[prompt] = row(MaskedImages(*of_prompt))
+        rows[prompt] = row(sampled.selected(index))
     return grid(list(rows.values()), list(rows))
 
 
@@ -63,8 +62,8 @@ def jpeg(image: Image.Image) -> str:
 
 
 def plot_rows(rows: Sequence[dict], label: str) -> str:
-    """Each row's cosines with their intervals."""
-    from matplotlib.figure import Figure  # here: a second of import that only this command needs
+    """Plots each row's cosines with their intervals."""
+    from matplotlib.figure import Figure  # here: its import takes a second, and only this command needs it
 
     rows = rows[:MAX_LABELS]
     figure = Figure((9, 1.2 + 0.32 * len(rows)), layout="constrained")
@@ -88,7 +87,7 @@ def plot_rows(rows: Sequence[dict], label: str) -> str:
 
 
 def plot_plane(concepts: Sequence[dict]) -> str:
-    """CLIP-T against CLIP-I, a point a prompt."""
+    """Plots CLIP-I over CLIP-T, with a point for each prompt."""
     from matplotlib.figure import Figure
 
     figure = Figure((6, 4), layout="constrained")
@@ -111,7 +110,7 @@ def png(figure) -> str:
 
 
 def render(result: dict, grids: dict[str, Image.Image]) -> str:
-    """The page of what `catversion evaluate` writes as JSON."""
+    """Returns the HTML page of the result that `catversion evaluate` writes as JSON."""
     import jinja2  # here: only this command needs it
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

@@ -31,25 +31,37 @@ MAX_IMAGES = 10_000
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """One concept to evaluate: `concept`, or images of it that exist."""
+    """One concept to evaluate."""
 
     name: str
     prompts: tuple[str, ...]
     references: Path
-    masks: Path | None
-    concept: Concept | None
+    masks: Path | None  # of the references; None: the references' own masks folder, if it exists
     source: Path  # of the concept, or the folder of images
+
+
+@dataclass(frozen=True)
+class ConceptTask(EvaluationTask):
+    """A concept whose images are sampled."""
+
+    concept: Concept
+
+
+@dataclass(frozen=True)
+class ImagesTask(EvaluationTask):
+    """A concept whose images exist already."""
+
     image_masks: Path | None = None
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A task's images, one for each of `prompts`, and what sampling them told besides."""
+    """A task's images, one for each of `prompts`, and what was measured while sampling them."""
 
     prompts: list[str]
     images: MaskedImages
     unrelated: dict[str, Values] = field(default_factory=dict)
-    attention_mask_iou: float | None = None  # of the attention masks and the given ones, of the references
+    attention_mask_iou: float | None = None  # of attention masks and given masks, on the references
 
 
 @dataclass(frozen=True)
@@ -57,58 +69,62 @@ class EvaluationConfig:
     """How images of a concept are sampled for an evaluation."""
 
     sampler: SamplerConfig
-    seeds: tuple[int, ...]  # an image of each prompt with each
+    seeds: tuple[int, ...]  # one image of each prompt for each seed
     strength: float
-    unrelated: tuple[str, ...]  # prompts to see by how far the base model moved
+    unrelated: tuple[str, ...]  # prompts for prior_drift
     model: str  # "": the one the concept was trained on
     dtype: str
-    grabcut: bool = False  # redraw the attention masks along edges
+    grabcut: bool = False  # refine the attention masks along edges
 
     def personalization(self, concept: Concept) -> Personalization:
         return Personalization((concept,), self.strength)
 
 
 def read_references(task: EvaluationTask, resolution: int | None = None) -> list[Photo]:
-    """As they are or, with a resolution, as squares."""
+    """Reads a task's reference photos, uncropped or, with a resolution, as squares."""
     return read_photos(task.references, resolution, task.masks or "", ("references", "masks"), MAX_IMAGES)
 
 
 def masked_images(photos: Sequence[Photo]) -> MaskedImages:
-    if photos[0].mask is None:
-        return MaskedImages([photo.image for photo in photos], None)
-    empty = [photo.name for photo in photos if not photo.mask.any()]
+    """Returns the photos with their masks, which all or none of them have. Raises UserError for an empty mask."""
+    masks = [photo.mask for photo in photos if photo.mask is not None]
+    empty = [photo.name for photo in photos if photo.mask is not None and not photo.mask.any()]
     if empty:
         raise UserError(f"{empty[0]}: its mask shows no subject; expected it bright on black; correct the mask")
-    return MaskedImages([photo.image for photo in photos], [photo.mask for photo in photos])
+    return MaskedImages([photo.image for photo in photos], masks or None)
 
 
 def is_image(path: Path) -> bool:
     return is_candidate(path) and not GRID.fullmatch(path.name)
 
 
-def read(task: EvaluationTask) -> Samples:
-    """Images that exist: of one prompt all of them; of several, named as `catversion generate` does."""
+def read(task: ImagesTask) -> Samples:
+    """Reads existing images: all of a folder for one prompt; for several, by the names `catversion generate` gives."""
     keys = ("images", "image_masks")
     photos = read_photos(task.source, None, task.image_masks or "", keys, MAX_IMAGES, is_image)
     if len(task.prompts) == 1:
         return Samples([*task.prompts] * len(photos), masked_images(photos))
     by_slug = dict(zip(unique_slugs(task.prompts), task.prompts, strict=True))
-    found = [(match := NAMED.fullmatch(photo.name)) and by_slug.get(match["slug"]) for photo in photos]
     named = "of several prompts, images are named <prompt-slug>_<seed>.png, as catversion generate does"
-    if None in found:
-        raise UserError(f"{task.source / photos[found.index(None)].name}.*: of none of the prompts; {named}")
-    if missing := [prompt for prompt in task.prompts if prompt not in found]:
+    by_prompt: dict[str, list[Photo]] = {prompt: [] for prompt in task.prompts}
+    for photo in photos:
+        match = NAMED.fullmatch(photo.name)
+        prompt = by_slug.get(match["slug"]) if match else None
+        if prompt is None:
+            raise UserError(f"{task.source / photo.name}.*: of none of the prompts; {named}")
+        by_prompt[prompt].append(photo)
+    if missing := [prompt for prompt, found in by_prompt.items() if not found]:
         raise UserError(f"{task.source}: no image of {len(missing)} prompts, such as {missing[0]!r}; {named}")
-    pairs = sorted(zip(found, photos, strict=True), key=lambda pair: task.prompts.index(pair[0]))
-    return Samples([prompt for prompt, _ in pairs], masked_images([photo for _, photo in pairs]))
+    prompts = [prompt for prompt, found in by_prompt.items() for _ in found]
+    return Samples(prompts, masked_images([photo for found in by_prompt.values() for photo in found]))
 
 
 load_once = functools.cache(load)
-"""Concepts of one base model share it."""
+"""`load`, but concepts of one base model share it."""
 
 
-def base_model(task: EvaluationTask, config: EvaluationConfig) -> Pipeline:
-    """The model to sample from. Raises UserError if it is not the concept's, or a prompt lacks the class word."""
+def base_model(task: ConceptTask, config: EvaluationConfig) -> Pipeline:
+    """Loads the model to sample from. Raises UserError if it is not the concept's, or a prompt lacks the class word."""
     concept = task.concept
     concepts = {str(task.source): concept}
     pipeline, warnings = open_model(concepts, model_of(concepts, config.model, config.dtype), load_once)
@@ -130,7 +146,7 @@ def sample(
     personalization: Personalization = BASE_MODEL,
     name: str = "",
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """An image of each prompt with each of the config's seeds; `name` is whose progress is shown."""
+    """Samples an image of each prompt with each of the config's seeds; `name` labels the progress bar."""
     request = SampleRequest.every(prompts, config.seeds, config.sampler)
     images = sample_images(pipeline, request, personalization)
     return list(tqdm(images, total=len(request.prompts), unit=" images", desc=name, leave=False))
@@ -140,12 +156,12 @@ def sample(
 def sample_base(
     pipeline: Pipeline, prompts: tuple[str, ...], config: EvaluationConfig
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """The base model's images, which concepts share."""
+    """Samples the base model's images, which are cached since all concepts share them."""
     return sample(pipeline, prompts, config)
 
 
-def sample_task(pipeline: Pipeline, task: EvaluationTask, config: EvaluationConfig, encoders: Encoders) -> Samples:
-    """Images of the concept, their masks if the references have some, and how far the base model moved."""
+def sample_task(pipeline: Pipeline, task: ConceptTask, config: EvaluationConfig, encoders: Encoders) -> Samples:
+    """Samples images of the concept, finds masks if the references have masks, and measures the prior drift."""
     concept = task.concept
     photos = read_references(task, pipeline.networks.resolution)
     masked = photos[0].mask is not None and bool(concept.class_word)
@@ -162,7 +178,9 @@ def sample_task(pipeline: Pipeline, task: EvaluationTask, config: EvaluationConf
         return list(map(grabcut, images, rough)) if config.grabcut else list(rough)
 
     found = find_masks(np.stack([photo.image for photo in photos]), [plain_prompt(concept)] * len(photos))
-    overlaps = [masks.iou(mask, photo.mask) for mask, photo in zip(found, photos, strict=True)]
+    overlaps = [
+        masks.iou(mask, photo.mask) for mask, photo in zip(found, photos, strict=True) if photo.mask is not None
+    ]
     with_masks = MaskedImages(images, find_masks(np.stack(images), prompts))
     return Samples(prompts, with_masks, unrelated, float(np.mean(overlaps)))
 
@@ -170,7 +188,7 @@ def sample_task(pipeline: Pipeline, task: EvaluationTask, config: EvaluationConf
 def measure_drift(
     pipeline: Pipeline, concept: Concept, config: EvaluationConfig, encoders: Encoders
 ) -> dict[str, Values]:
-    """The drift of each unrelated prompt that does not hold the class word."""
+    """Returns the drift of each unrelated prompt that does not contain the class word."""
     prompts = tuple(without_word(pipeline.tokenizer, concept.class_word, config.unrelated))
     if not prompts:
         return {}
@@ -185,7 +203,7 @@ def measure_drift(
 
 
 def plain_prompt(concept: Concept) -> str:
-    """The prompt for the references: the first with the class word that the concept was learned with."""
+    """Returns the prompt for the references: the concept's first training prompt with the class word."""
     templates = (*concept.templates, "a photo of {concept}")
     template = next(template for template in templates if "{concept}" in template or "{class_word}" in template)
     return fill(template, concept.class_word, article(concept.class_word))

@@ -1,4 +1,4 @@
-"""From images to rows of scores: of each prompt, each concept and all of them, each with an interval."""
+"""Rows of scores for each prompt, each concept and all concepts, with intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +13,22 @@ from catversion_jax.utils.types import Bool, Float, UInt8
 
 @dataclass(frozen=True)
 class MaskedImages:
-    """MaskedImages of any sizes, and where each shows the subject."""
+    """Images of any sizes, with the masks of their subjects if there are any."""
 
     images: Sequence[UInt8[np.ndarray, "h w 3"]]
     masks: Sequence[Bool[np.ndarray, "h w"]] | None
 
+    def selected(self, index: Sequence[int]) -> "MaskedImages":
+        """Some of the images, with their masks."""
+        masks = None if self.masks is None else [self.masks[i] for i in index]
+        return MaskedImages([self.images[i] for i in index], masks)
+
     def masked(self) -> list[UInt8[np.ndarray, "h w 3"]]:
-        return [fill_background(image, mask) for image, mask in zip(self.images, self.masks, strict=True)]
+        return [fill_background(image, mask) for image, mask in zip(self.images, self.masks or (), strict=True)]
 
     def backgrounds(self) -> list[UInt8[np.ndarray, "h w 3"]]:
-        """What is not the subject."""
-        return [fill_background(image, ~mask) for image, mask in zip(self.images, self.masks, strict=True)]
+        """Returns the images with the subject filled."""
+        return [fill_background(image, ~mask) for image, mask in zip(self.images, self.masks or (), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class Encoders:
 
 
 Values = dict[str, Float[np.ndarray, "N"]]
-"""Score -> its values in images of one prompt: one an image, or one for all of them; none, or no such key, where
-it is not measured."""
+"""Score -> its values for the images of one prompt, called a unit: one for each image, or one for all of them; empty
+or missing if it is not measured."""
 
 OF_PROMPTS = ("clip_t", "clip_i", "masked_clip_i", "overall", "dino", "diversity")
 OF_UNRELATED = ("prior_drift", "prior_drift_text")
@@ -56,13 +61,13 @@ DEFINITIONS = {
     "intervals": "95 % bootstrap percentile intervals (9,999 resamples) of a prompt's images, of a concept's prompts "
     "(its images where it has one prompt), of the concepts (as the concept's where there is one)",
 }
-"""Raw cosines: neither scaled nor clipped."""
+"""Score -> its definition, as reports give it. Cosines are raw: neither scaled nor clipped."""
 
 
 def of_prompts(
     prompts: Sequence[str], sampled: MaskedImages, references: MaskedImages, encoders: Encoders
 ) -> dict[str, Values]:
-    """The values of each prompt; `prompts` are those of the images sampled, one for each."""
+    """Returns the values of each prompt; `prompts` has one entry for each sampled image."""
     unique = list(dict.fromkeys(prompts))
     index = np.asarray([unique.index(prompt) for prompt in prompts])
     seen = encoders.clip.image(sampled.images)
@@ -85,7 +90,7 @@ def of_prompts(
 def of_unrelated(
     base: Sequence[UInt8[np.ndarray, "h w 3"]], moved, states: Sequence[np.ndarray], encoders: Encoders
 ) -> Values:
-    """The values of an unrelated prompt: its images and text states in the base model and with the concept."""
+    """Returns the values of an unrelated prompt, from its images and text states without and with the concept."""
     seen = encoders.clip.image([*base, *moved])
     return {
         "prior_drift": metrics.drift(*np.split(seen, 2)),
@@ -94,19 +99,22 @@ def of_unrelated(
 
 
 def single(unit: Values) -> list[Values]:
-    """A unit for each image; what is one for all of them is the first one's."""
+    """Splits a unit into one for each image; a value for all images goes to the first."""
     return [{name: x[i : i + 1] for name, x in unit.items()} for i in range(max(map(len, unit.values())))]
 
 
 def sums(units: Sequence[Values], *names: str) -> tuple[Float[np.ndarray, "units"], ...]:
-    """Of the units that have these scores: how many values, and the sum of each score's."""
+    """Returns, for the units that have these scores, the number of values and the sum of each score's values."""
     having = [unit for unit in units if all(len(unit.get(name, ())) for name in names)]
     counts = np.asarray([len(unit[names[0]]) for unit in having], float)
     return counts, *(np.asarray([unit[name].sum() for unit in having], float) for name in names)
 
 
 def summarize(units: Sequence[Values], scores: Sequence[str] = SCORES) -> dict:
-    """The mean of all values of each score, None where there are none, and its interval from resampling the units."""
+    """Returns each score's mean over all values, None if there are none, and its interval from resampling the units."""
+    # Units are resampled and not values, since the images of one prompt resemble each other, and resampling them singly
+    # would make the interval too narrow. A unit enters as a count and a sum: the ratio of the resampled sums and counts
+    # is the mean of the values, however many each unit has.
     row, intervals = {}, {}
     for name in scores:
         if name == "overall":
@@ -126,7 +134,7 @@ def overall(clip_i, clip_t, count):
 
 
 def concept_row(related: dict[str, Values], unrelated: dict[str, Values]) -> dict:
-    """A concept's scores, with those of each prompt and each unrelated prompt."""
+    """Returns a concept's scores, with those of each prompt and each unrelated prompt."""
     return summarize(concept_units(related, unrelated)) | {
         "prompts": [
             {"prompt": prompt, "pictures": len(unit["clip_t"])} | summarize(single(unit), OF_PROMPTS)
@@ -137,13 +145,13 @@ def concept_row(related: dict[str, Values], unrelated: dict[str, Values]) -> dic
 
 
 def concept_units(related: dict[str, Values], unrelated: dict[str, Values]) -> list[Values]:
-    """What a concept's interval resamples: its prompts; of one prompt, its images."""
+    """Returns what a concept's interval resamples: its prompts or, if it has only one, its images."""
     (first, *more) = related.values()
     return [*([first, *more] if more else single(first)), *unrelated.values()]
 
 
 def merged(units: Sequence[Values]) -> Values:
-    """One unit of several."""
+    """Merges several units into one."""
     return {
         name: np.concatenate([unit.get(name, np.zeros(0)) for unit in units]) for name in SCORES if name != "overall"
     }

@@ -1,1 +1,1 @@
-"""What a concept is learned as: CatVersion and its baselines, concepts in files and in prompts."""
+"""CatVersion and its baselines, and the concepts that they train: in files, on base models and in prompts."""

@@ -1,4 +1,4 @@
-"""The interface of every method: what a concept is learned as, and where that enters the base model."""
+"""The interface of all methods: what is trained for a concept, and where it enters the base model."""
 
 import abc
 from collections.abc import Mapping, Sequence, Set
@@ -19,59 +19,62 @@ from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
 
 @dataclass(frozen=True)
 class Method(abc.ABC):
-    """A way to learn a concept: what is learned, and where it enters the base model.
+    """A method: which parameters are trained for a concept, and where they enter the base model.
 
-    A method is static and hashable. What is learned is a dict, or nested dicts, of float32 arrays. `strength` in [0, 1]
-    scales what it does; at 0 the base model is left, exactly.
+    A method is static and hashable. The learned parameters are a dict, or nested dicts, of float32 arrays. `strength`
+    in [0, 1] scales their effect; 0 gives exactly the base model.
     """
 
     published: ClassVar[dict[str, Any]] = {}  # hyperparameters that differ from the config's defaults
-    changes_unet: ClassVar[bool] = False  # then concepts cannot share a step
-    identifier: ClassVar[str] = ""  # a word that stands before the class word in every prompt; "": none
-    prior_weight: ClassVar[float] = 0.0  # of the loss on the base model's own images of the class; 0: there are none
+    changes_unet: ClassVar[bool] = False  # if so, concepts cannot share a training step
+    # Not annotated, so they are not fields here; a method that uses them declares them as fields.
+    identifier = ""  # the word put before the class word in every prompt; "": none
+    prior_weight = 0.0  # loss weight of the base model's own images of the class; 0: none are used
 
     @classmethod
     def from_hyperparameters(cls, hyperparameters: Hyperparameters, networks: Networks) -> "Method":
-        """The method as the config has it. Raises UserError for what the networks have no room for."""
+        """Builds the method from the config. Raises UserError if it does not fit the networks."""
         return cls()
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any], learned: Params) -> "Method":
-        """The method as a concept's file has it. Raises ValueError for metadata and arrays of no such concept."""
+        """Builds the method from a concept's file. Raises ValueError if metadata or arrays are not this method's."""
         check_keys(metadata, {field.name for field in fields(cls)})
         return cls(**metadata)
 
     def metadata(self) -> dict[str, Any]:
-        """What a concept's file has to tell, in JSON's types."""
+        """The method's fields for a concept's file, in JSON's types."""
         return asdict(self)
 
     @abc.abstractmethod
     def init(self, key: Key[Array, ""], networks: Networks) -> Params:
-        """What is learned, before the first step."""
+        """Returns the learned parameters before the first step."""
 
     @abc.abstractmethod
     def first_layers(self, networks: Networks) -> tuple[int, ...]:
-        """Of each text encoder, the first layer that what is learned reaches."""
+        """The first layer of each text encoder that the learned parameters reach."""
 
     @abc.abstractmethod
     def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
-        """The token positions where what is learned enters; `word` is the identifier or, without one, the class
-        word."""
+        """The token mask: the positions where the learned parameters enter.
+
+        `word` holds the token ids of the identifier or, without one, of the class word.
+        """
 
     @abc.abstractmethod
     def apply_to_prompts(
         self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float
     ) -> tuple[tuple[PromptStates, ...], Sequence[Prefix | None]]:
-        """The prompts of each text encoder with what is learned in them, and its prefix."""
+        """Returns each text encoder's prompts, changed by the learned parameters, and its prefix, if any."""
 
     def misfit(self, learned: Params, networks: Networks) -> str | None:
-        """What of the learned arrays the networks have no room for, if anything."""
+        """Says how the learned arrays do not fit the networks; None if they do."""
         expected = jax.eval_shape(lambda: self.init(jax.random.key(0), networks))
         found, expected = (jax.tree.map(np.shape, tree) for tree in (learned, expected))
         return None if found == expected else "arrays of other names or shapes than those of its networks"
 
     def prompt(self, prompt: str, class_word: str) -> str:
-        """A prompt as the text encoder is given it."""
+        """Returns the prompt that the text encoder is given."""
         return put_before(prompt, class_word, self.identifier) if self.identifier else prompt
 
     def condition(
@@ -82,20 +85,21 @@ class Method(abc.ABC):
         networks: Networks,
         strength: Float[Array, ""] | float = 1.0,
     ) -> Context:
-        """What the UNet is conditioned on, from the states below `first_layers`."""
+        """Returns the UNet's text conditioning, from the states below `first_layers`."""
         changed, prefixes = self.apply_to_prompts(learned, prompts, strength)
         return upper_layers(networks.text, text_params, changed, prefixes, self.first_layers(networks))
 
     def unet(self, learned: Params, unet: Params, strength: Float[Array, ""] | float = 1.0) -> Params:
-        """The UNet's parameters."""
+        """Returns the UNet's parameters, with the method's change if it has one."""
         return unet
 
 
 @dataclass(frozen=True)
 class TextUnchanged(Method):
-    """A method that leaves the text encoders as they are."""
+    """A method that does not change the text encoders."""
 
     def first_layers(self, networks: Networks) -> tuple[int, ...]:
+        # After the last layer that reaches the UNet: the text states are then computed once per prompt.
         return tuple(encoder.config.depth for encoder in networks.text)
 
     def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
@@ -109,18 +113,18 @@ class TextUnchanged(Method):
 
 @dataclass(frozen=True)
 class BaseModel(TextUnchanged):
-    """The base model itself: nothing is learned."""
+    """The base model itself: nothing is trained."""
 
     def init(self, key: Key[Array, ""], networks: Networks) -> Params:
         return {}
 
 
 def check_keys(metadata: Mapping[str, Any], required: Set[str], optional: Set[str] = frozenset()) -> None:
-    """Raises ValueError for metadata that lacks a key or has one more."""
+    """Raises ValueError if the metadata lacks a required key or has an unknown one."""
     if odd := sorted((metadata.keys() ^ required) - optional):
         raise ValueError(f"metadata missing or unknown: {', '.join(odd)}")
 
 
 def of_encoders(name: str, count: int) -> tuple[str, ...]:
-    """What an array of each of `count` text encoders is called: `name` and, in SDXL, `name`_2."""
+    """The names of an array for each of `count` text encoders: `name` and, in SDXL, `name`_2."""
     return (name, f"{name}_2")[:count]

@@ -1,4 +1,11 @@
-"""CatVersion as the training step takes it: a prefix in each text encoder. What a prefix does is in adapter.py."""
+"""CatVersion as a method: what is trained, and where it enters; its attention is in models/prefix_attention.py.
+
+learned         a prefix of keys and values in each text encoder: float32 [P, L, 2, H, D]
+initialisation  N(0, init_std^2); a part (key or value) that is not trained is 0 (`init`)
+where it enters the text encoder's layers `layers`, the last three by default (`first_layers`, `apply_to_prompts`)
+who sees it     by `scope`: all tokens, or those from the class word on (`token_mask`)
+loss            the base model's own denoising loss on the photos (training/step.py); the base model is frozen
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,15 +29,14 @@ DEFAULTS = AdapterConfig()
 
 @dataclass(frozen=True)
 class CatVersion(Method):
-    """Zhao et al. 2023 (arXiv 2311.14631). Learns `prefix` [P, L, 2, H, D] and, for SDXL's second text encoder,
-    `prefix_2`."""
+    """Zhao et al. 2023 (arXiv 2311.14631). Trains `prefix` and, in SDXL's second text encoder, `prefix_2`."""
 
-    layers: tuple[tuple[int, ...], ...]  # for each text encoder, ascending indices into its layers
-    logit_bias: float = DEFAULTS.logit_bias  # added to every prefix logit: 0 in the paper, 1 in the authors' files
-    scope: str = DEFAULTS.scope  # one of adapter.SCOPES
-    parts: tuple[str, ...] = PARTS  # which of them are learned; the others stay 0
-    length: int = field(default=DEFAULTS.length, compare=False)  # P at the start
-    init_std: float = field(default=DEFAULTS.init_std, compare=False)  # standard deviation at the start
+    layers: tuple[tuple[int, ...], ...]  # per text encoder: ascending layer indices
+    logit_bias: float = DEFAULTS.logit_bias  # added to every prefix logit: 0 in the paper, 1 in the authors' code
+    scope: str = DEFAULTS.scope  # one of prefix_attention.SCOPES
+    parts: tuple[str, ...] = PARTS  # those that are trained; the other one stays 0
+    length: int = field(default=DEFAULTS.length, compare=False)  # P; only `init` uses it
+    init_std: float = field(default=DEFAULTS.init_std, compare=False)  # only `init` uses it
 
     @classmethod
     def from_hyperparameters(cls, hyperparameters: Hyperparameters, networks: Networks) -> "CatVersion":
@@ -38,7 +44,7 @@ class CatVersion(Method):
         try:
             layers = tuple(resolve_layers(adapter.layers, encoder.config.depth) for encoder in networks.text)
         except ValueError as error:
-            raise UserError(f"config.adapter.{error}") from None
+            raise UserError(f"config.adapter.{error}") from error
         return cls(**(vars(adapter) | {"layers": layers}))
 
     @classmethod
@@ -72,7 +78,9 @@ class CatVersion(Method):
         return learned
 
     def misfit(self, learned: Params, networks: Networks) -> str | None:
-        for prefix, layers, encoder in zip(learned.values(), self.layers, networks.text, strict=False):
+        names = of_encoders("prefix", len(learned))
+        for name, layers, encoder in zip(names, self.layers, networks.text, strict=False):
+            prefix = learned[name]
             heads, depth = encoder.config.heads, encoder.config.num_hidden_layers
             if prefix.shape[3:] != heads or not set(layers) <= set(range(depth)):
                 theirs = f"[heads, head_dim] {[*prefix.shape[3:]]} in layers {[*layers]}"
@@ -93,6 +101,7 @@ class CatVersion(Method):
     def apply_to_prompts(
         self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float
     ) -> tuple[tuple[PromptStates, ...], Sequence[Prefix]]:
+        # The prompts stay as they are: the prefix acts inside the layers' attention.
         bias = strength_bias(self.logit_bias, strength)
         of_each = zip(of_encoders("prefix", len(prompts)), prompts, self.layers, strict=True)
         return prompts, [
@@ -101,6 +110,6 @@ class CatVersion(Method):
         ]
 
     def learned_parts(self, prefix: Float[Array, "P L 2 H D"]) -> Float[Array, "P L 2 H D"]:
-        """The prefix with 0 for what is not learned: no gradient reaches it either."""
+        """Sets the parts of a prefix that are not trained to 0, which also stops their gradient."""
         fixed = [i for i, part in enumerate(PARTS) if part not in self.parts]
         return prefix.at[:, :, jnp.asarray(fixed)].set(0) if fixed else prefix

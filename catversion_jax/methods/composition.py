@@ -1,4 +1,4 @@
-"""The concepts of a prompt: one or, side by side, several, each seen from its own class word on."""
+"""The concepts of a prompt: none, one, or several side by side, each seen from its own class word on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +17,14 @@ from catversion_jax.utils.types import Bool, Int, Params
 
 @dataclass(frozen=True, eq=False)
 class Composition:
-    """Concepts that act together: by one method, on what each of them learned."""
+    """Concepts that act together: one method, and the learned parameters of all of them."""
 
     concepts: tuple[Concept, ...]
     method: Method
     learned: Params
 
     def prompt(self, prompt: str) -> str:
-        """A prompt as the text encoder is given it."""
+        """Returns the prompt that the text encoder is given."""
         for concept in self.concepts:
             prompt = concept.method.prompt(prompt, concept.class_word)
         return prompt
@@ -32,11 +32,12 @@ class Composition:
     def token_masks(
         self, tokenizer: Tokenizer, token_ids: Sequence[Int[np.ndarray, "T Q"]]
     ) -> tuple[Bool[np.ndarray, "T Q #P"], ...]:
-        """For each text encoder's tokens, the positions where what was learned, or each of its P parts, enters."""
+        """The token mask of each text encoder: where the learned parameters, or the P prefix positions, enter."""
         words = [tokenizer.word(concept.method.identifier or concept.class_word) for concept in self.concepts]
         if len(words) < 2:
             word = words[0] if words else ()
             return tuple(self.method.token_mask(ids, word) for ids in token_ids)
+        # The prefixes are joined along P, so each concept's token mask is repeated over its own positions.
         lengths = [len(concept.learned["prefix"]) for concept in self.concepts]
         return tuple(
             np.concatenate(
@@ -51,10 +52,10 @@ class Composition:
 
 
 def compose(concepts: Sequence[Concept]) -> Composition:
-    """One concept as it was learned, none as the base model, and several of CatVersion's next to each other: their
-    prefixes are joined, and each is seen from its own class word on, whatever its scope.
+    """Composes concepts: no concepts give the base model, and a single one is used as it was trained.
 
-    Raises UserError for concepts that cannot share a prompt.
+    The prefixes of several, all of CatVersion, are joined, and each is seen from its own class word on, whatever its
+    scope. Raises UserError for concepts that cannot share a prompt.
     """
     if not concepts:
         return Composition((), BaseModel(), {})
@@ -64,9 +65,12 @@ def compose(concepts: Sequence[Concept]) -> Composition:
     words = [concept.class_word.lower() for concept in concepts]
     if "" in words or len(set(words)) < len(words):
         raise UserError(f"class words {words}: expected another one for each concept of a prompt")
-    methods = [isinstance(c.method, CatVersion) and replace(c.method, scope="trigger") for c in concepts]
+    # A prefix is a set of keys and values, so prefixes join as more positions of the same attention, if they have the
+    # same layers, bias and base model. With scope "all", every token would see every concept; "trigger" keeps a
+    # concept's prefix from the tokens before its own class word.
+    methods = [replace(c.method, scope="trigger") for c in concepts if isinstance(c.method, CatVersion)]
     shapes = [jax.tree.map(lambda x: x.shape[1:], c.learned) for c in concepts]
-    if not all(methods) or any(other != (methods[0], shapes[0]) for other in zip(methods, shapes, strict=True)):
+    if len(methods) < len(concepts) or any(x != methods[0] for x in methods) or any(x != shapes[0] for x in shapes):
         raise UserError(
             f"the concepts of {', '.join(words)}: cannot share a prompt; expected all by method catversion, of one "
             "base model, with the same adapter.layers and adapter.logit_bias"
@@ -77,19 +81,17 @@ def compose(concepts: Sequence[Concept]) -> Composition:
 
 @dataclass(frozen=True, eq=False)
 class Personalization:
-    """What images are personalized with: concepts at a strength from 1, as learned, down to 0.
-
-    At 0, or without concepts, it is the base model, exactly.
-    """
+    """The concepts to sample with, and their strength: 1 is as trained, 0 is exactly the base model."""
 
     concepts: tuple[Concept, ...] = ()
     strength: float = 1.0
 
     @cached_property
     def composition(self) -> Composition:
-        """The concepts as they act. Raises UserError for concepts that cannot share a prompt."""
+        """The composed concepts. Raises UserError for concepts that cannot share a prompt."""
+        # At strength 0 the concepts are left out, not scaled by 0: the base model's own text states are used.
         return compose(self.concepts if self.strength else ())
 
 
 BASE_MODEL = Personalization()
-"""No concept."""
+"""No concepts: the base model."""

@@ -1,4 +1,4 @@
-"""`concept.safetensors`: a learned concept, a few kilobytes unless its method changes the UNet, and all to use it."""
+"""`concept.safetensors`: a concept and all that is needed to use it; kilobytes, unless its method changes the UNet."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from catversion_jax.base.pipeline import Networks
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.base import Method, check_keys
 from catversion_jax.methods.registry import METHODS, name_of
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, short
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.settings import flatten, follows
 from catversion_jax.utils.types import Params
@@ -23,19 +23,19 @@ from catversion_jax.weights import safetensors
 
 FILE_NAME = "concept.safetensors"
 FORMAT_VERSION = 1
-MAX_BYTES = 64 * 2**20  # a concept is kilobytes; what is larger is something else
+MAX_BYTES = 64 * 2**20  # a concept takes kilobytes; a larger file is something else
 MAX_UNET_BYTES = 16 * 2**30  # unless its method changes the UNet
 
 
 @dataclass(frozen=True)
 class Concept:
-    """What was learned and where it came from."""
+    """A concept: its learned parameters, and how they were trained."""
 
-    learned: Params  # nested dicts of float32 arrays, as the method has them
+    learned: Params  # nested dicts of float32 arrays, as `method` names them
     method: Method
-    class_word: str  # "": not known, as in the authors' files
+    class_word: str  # "": unknown, as in the authors' files
     templates: tuple[str, ...]  # the training prompts' templates
-    fingerprint: str  # of the text encoder it was learned in; "": not known
+    fingerprint: str  # of the text encoder it was trained in; "": unknown
     model_path: str  # "": the mini model
     steps: int
     learning_rate: float
@@ -43,10 +43,10 @@ class Concept:
     model_revision: str = ""  # how model_path was read, as in the config
     model_variant: str = ""
     model_prediction_type: str = ""
-    sampler: SamplerConfig | None = None  # that it was judged with; None: not known
+    sampler: SamplerConfig | None = None  # as in the config it was trained with; None: unknown
 
     def metadata(self) -> dict[str, Any]:
-        """All but the arrays, in JSON's types."""
+        """Everything but the arrays, in JSON's types."""
         of_method = {} if self.method_name == DEFAULT_METHOD else {"method": self.method_name}
         values = {name: getattr(self, name) for name in FIELDS}
         sampler = self.sampler and {name: getattr(self.sampler, name) for name in SAMPLER}
@@ -61,24 +61,28 @@ FIELDS = tuple(
     field.name for field in dataclasses.fields(Concept) if field.name not in ("learned", "method", "sampler")
 )
 SAMPLER = ("scheduler", "steps", "guidance")
-"""What of the sampler's settings is the concept's; how many images at once is the machine's."""
+"""The sampler's settings that are recorded; the batch size is left out, as it depends on the machine."""
 OPTIONAL = {"model_revision", "model_variant", "model_prediction_type"}
 """Fields that a file may lack."""
 DEFAULT_METHOD = "catversion"
-"""Of a file that names none."""
+"""The method of a file that names none."""
 
 
 def save(path: Path, concept: Concept) -> None:
-    """Write the file, whole or not at all."""
+    """Writes the file completely or not at all. Raises StorageError or UserError if that fails."""
     metadata = {name: json.dumps(value) for name, value in concept.metadata().items()}
     metadata["format_version"] = json.dumps(FORMAT_VERSION)
     arrays = flatten_dict(concept.learned, sep="/")
     tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    try:
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    except SafetensorError as error:  # what the system said, in the library's own type
+        kind = StorageError if is_storage_error(error) else UserError
+        raise kind(f"{path}: could not write the concept ({short(error)}); make room, or grant access") from error
 
 
 def load(path: str | Path) -> Concept:
-    """Read a concept from its file or its run directory. Raises UserError for anything that is not one."""
+    """Reads a concept from its file or its run directory. Raises UserError for anything else."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
@@ -87,11 +91,12 @@ def load(path: str | Path) -> Concept:
         with safe_open(path, framework="numpy") as file:
             metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             method = METHODS.get(metadata.pop("method", DEFAULT_METHOD))
-        large = bool(method and method.changes_unet)  # of a benchmark's concepts not all can be in memory
+        # A concept that changes the UNet takes gigabytes, and a benchmark opens many: these are memory-mapped.
+        large = bool(method and method.changes_unet)
         check_size(path, MAX_UNET_BYTES if large else MAX_BYTES)
         tensors = {name: x.mapped() if large else x.read() for name, x in safetensors.open_file(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable concept ({error}); train it again or copy it again") from None
+        raise UserError(f"{path}: not a readable concept ({error}); train it again or copy it again") from error
     version = metadata.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}; this program reads version {FORMAT_VERSION}; update it")
@@ -108,11 +113,11 @@ def load(path: str | Path) -> Concept:
         values["templates"] = tuple(values["templates"])
         return Concept(learned, method.from_metadata(metadata, learned), **values)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}; expected a concept of format {FORMAT_VERSION}; copy it again") from None
+        raise UserError(f"{path}: {error}; expected a concept of format {FORMAT_VERSION}; copy it again") from error
 
 
 def read_sampler(values: dict[str, Any]) -> SamplerConfig:
-    """The sampler's settings of a file. Raises ValueError for any that cannot be."""
+    """Reads the sampler's settings of a file. Raises ValueError if one is not valid."""
     check_keys(values, set(SAMPLER))
     sampler = SamplerConfig(**values)
     for key, field, value in flatten(sampler):
@@ -128,9 +133,10 @@ def check_size(path: Path, most: int) -> None:
 
 
 def check_model(concept: Concept, fingerprint: str, networks: Networks, source: str, model: str) -> list[str]:
-    """Raises UserError if a concept was learned in another text encoder than the model's, or has no place in its
-    networks. Returns what to warn of: where the concept does not tell its text encoder, only the shapes were
-    compared."""
+    """Raises UserError if a concept was trained in another text encoder than the model's, or does not fit its networks.
+
+    Returns warnings: if the concept does not record its text encoder, only the shapes were compared.
+    """
     if concept.fingerprint not in ("", fingerprint):
         raise UserError(
             f"{source}: learned in text encoder {concept.fingerprint}, but {model} has {fingerprint}; "

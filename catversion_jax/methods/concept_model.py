@@ -1,4 +1,4 @@
-"""The base model that concepts are used with: the one they were trained on, or another that has its text encoder."""
+"""The base model that concepts are used with: the one they were trained on, or one with the same text encoder."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from catversion_jax.utils.errors import UserError
 
 
 def model_of(concepts: Mapping[str, Concept], path: str = "", dtype: str = ModelConfig.dtype) -> ModelConfig:
-    """The model at `path` or, without one, that the first concept was trained on."""
+    """The model at `path` or, without a path, the one that the first concept was trained on."""
     first, *_ = concepts.values()
     if path:
         return ModelConfig(path, dtype=dtype)
@@ -20,9 +20,9 @@ def model_of(concepts: Mapping[str, Concept], path: str = "", dtype: str = Model
 
 
 def open_model(concepts: Mapping[str, Concept], model: ModelConfig, load=load) -> tuple[Pipeline, list[str]]:
-    """Loads a base model for the concepts, which are given by their sources; returns warnings too.
+    """Loads a base model for concepts, given by their sources; returns it with warnings.
 
-    Raises UserError if it is not the one that each of the concepts was trained on.
+    Raises UserError if a concept was trained in another text encoder or does not fit the model's networks.
     """
     pipeline = load(model)
     name = model.path or str(MINI)
@@ -35,7 +35,7 @@ def open_model(concepts: Mapping[str, Concept], model: ModelConfig, load=load) -
 
 
 def warnings(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization) -> list[str]:
-    """One line for each thing that makes the concepts do less than one would think."""
+    """Returns one warning for each likely mistake: a strength of 0, no class word in a prompt, a truncated prompt."""
     lines = []
     concepts = personalization.concepts
     if personalization.strength == 0:
@@ -52,7 +52,7 @@ def warnings(pipeline: Pipeline, prompts: Sequence[str], personalization: Person
 
 
 def recorded_sampler(concepts: Mapping[str, Concept]) -> SamplerConfig:
-    """The sampler's settings that the concepts were judged with, or the defaults if none of them tells.
+    """Returns the sampler's settings that the concepts record, or the defaults if none of them does.
 
     Raises UserError if they differ.
     """

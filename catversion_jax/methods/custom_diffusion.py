@@ -1,5 +1,8 @@
-"""Custom Diffusion (Kumari et al. 2022, arXiv 2212.04488): the projections to keys and values in the UNet's
-cross-attention and the embedding of a new word, with images of the class beside the photos."""
+"""Custom Diffusion (Kumari et al. 2022, arXiv 2212.04488).
+
+Trains the key and value projections of the UNet's cross-attention and the embedding of a new word, on the photos and on
+images of the class.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,16 +23,19 @@ PUBLISHED = {"train.learning_rate": 8e-5, "train.batch_size": 8, "train.steps": 
 """As in the paper, section 4, for one concept."""
 
 LAYERS = ("to_k", "to_v")
-"""What is learned of each cross-attention (attn2)."""
+"""The projections of each cross-attention (attn2) that are trained."""
 
 WORD = TextualInversion()
-"""How the new word is learned."""
+"""How the new word is trained."""
 
 
 @dataclass(frozen=True)
 class CustomDiffusion(Method):
-    """Learns `unet`: what is added to LAYERS; and `word`, as Textual Inversion does, but the identifier's. The paper's
-    images of the class are real ones; here the base model samples them, which the paper looks at too."""
+    """Trains `unet`, which is added to LAYERS, and `word`, as in Textual Inversion but in the identifier's place.
+
+    The paper's images of the class are real ones; here the base model samples them, a variant that the paper also
+    examines.
+    """
 
     published = PUBLISHED
     changes_unet = True

@@ -1,5 +1,8 @@
-"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): the whole UNet, fine-tuned on prompts with a rare identifier, while
-a second loss on the base model's own images of the class preserves what it knew."""
+"""DreamBooth (Ruiz et al. 2022, arXiv 2208.12242).
+
+Fine-tunes the whole UNet on prompts with a rare identifier; a second loss, on the base model's own images of the class,
+preserves its prior.
+"""
 
 from dataclasses import dataclass
 
@@ -18,7 +21,7 @@ PUBLISHED = {"train.learning_rate": 5e-6, "train.batch_size": 1, "train.steps": 
 
 @dataclass(frozen=True)
 class DreamBooth(TextUnchanged):
-    """Learns `unet`: what is added to each of the UNet's parameters. The text encoder stays as it is."""
+    """Trains `unet`, which is added to the UNet's parameters. The text encoder is not changed."""
 
     published = PUBLISHED
     changes_unet = True
@@ -37,5 +40,6 @@ class DreamBooth(TextUnchanged):
 
 
 def unet_changes(networks: Networks) -> Params:
-    """What is added to each of the UNet's parameters before the first step: zeros, float32."""
+    """Returns what is added to the UNet's parameters before the first step: zeros, float32."""
+    # Differences, not the parameters themselves: `strength` scales them, and 0 gives exactly the base model.
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract("unet", networks.unet))

@@ -1,7 +1,7 @@
-"""The adapter files of the paper's authors (github.com/RoyZhao926/CatVersion): read and written without PyTorch.
+"""Reads and writes the adapter files of the paper's authors (github.com/RoyZhao926/CatVersion) without PyTorch.
 
-`pytorch_adapter.bin` is a torch.save of one flat storage, our canonical layout flattened, listed under four names. The
-format has no place for the class word, the layers, the bias and the scope: they are what the authors' code fixes.
+`pytorch_adapter.bin` is a torch.save of one flat storage, our prefix [P, L, 2, H, D] flattened, listed under four
+names. The format does not record class word, layers, bias and scope, which are fixed in the authors' code.
 """
 
 import struct
@@ -28,7 +28,7 @@ NAMES = (
 
 
 def read(path: Path, class_word: str = "") -> Concept:
-    """A concept of an authors' adapter; what the file does not tell is empty. Raises UserError for any other file."""
+    """Reads an authors' adapter as a concept; unknown fields are empty. Raises UserError for any other file."""
     contents = torch_zip.read(path)
     if contents.foreign:
         names = ", ".join(sorted(contents.foreign))
@@ -55,7 +55,7 @@ def read(path: Path, class_word: str = "") -> Concept:
 
 
 def write(path: Path, concept: Concept, source: Path) -> None:
-    """An authors' adapter of the concept at `source`, whole or not at all. Raises UserError for what it cannot hold."""
+    """Writes the concept of `source` as an authors' adapter, or nothing. Raises UserError if that cannot hold it."""
     if not isinstance(concept.method, CatVersion):
         raise UserError(f"{source}: learned by {concept.method_name}; the authors' format holds catversion's alone")
     arrays = concept.learned
@@ -74,13 +74,15 @@ def write(path: Path, concept: Concept, source: Path) -> None:
     def write_zip(temporary: Path) -> None:
         with zipfile.ZipFile(temporary, "w") as file:
             for name, data in entries.items():
-                file.writestr(zipfile.ZipInfo(f"archive/{name}"), data)  # ZipInfo: always the same date
+                # A bare ZipInfo has a fixed date, so equal concepts give equal files.
+                file.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
 
     write_atomically(path, write_zip)
 
 
 def listing(size: int) -> bytes:
-    """The pickle {name: a flat view of storage "0", for each of NAMES}, opcode by opcode."""
+    """The pickle of {name: a flat view of storage "0"} for NAMES, opcode by opcode."""
+    # By hand: Python's pickler imports every name that it writes, and these are PyTorch's.
 
     def text(value: str) -> bytes:
         return b"X" + struct.pack("<I", len(value)) + value.encode()

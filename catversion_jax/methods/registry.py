@@ -1,4 +1,4 @@
-"""CatVersion and its baselines, by the names that `config.method` and a concept's file call them."""
+"""CatVersion and its baselines, by their names in `config.method` and in concept files."""
 
 from catversion_jax.methods.base import Method
 from catversion_jax.methods.catversion import CatVersion

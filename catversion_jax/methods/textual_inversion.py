@@ -1,4 +1,4 @@
-"""Textual Inversion (Gal et al. 2022, arXiv 2208.01618): a new embedding for one token, in every prompt that has it."""
+"""Textual Inversion (Gal et al. 2022, arXiv 2208.01618): trains the embedding of one token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,16 @@ from catversion_jax.methods.base import Method, of_encoders
 from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
 
 PUBLISHED = {"train.learning_rate": 2e-3, "train.batch_size": 4, "train.steps": 3000}
-"""As in the README of diffusers' examples/textual_inversion, whose 5e-4 is multiplied by the batch."""
+"""As in the README of diffusers' examples/textual_inversion, whose rate of 5e-4 is multiplied by the batch size."""
 
 
 @dataclass(frozen=True)
 class TextualInversion(Method):
-    """Learns `word` [c] and, for SDXL's second text encoder, `word_2`: what is added to the embedding of the class
-    word's last token. The paper starts at the class word's embedding: here that is 0."""
+    """Trains `word` [c] and, for SDXL's second text encoder, `word_2`.
+
+    It is added to the embedding of the class word's last token. The paper starts at the class word's embedding,
+    which here is an added 0.
+    """
 
     published = PUBLISHED
 

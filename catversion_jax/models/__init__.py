@@ -1,1 +1,1 @@
-"""Flax modules of Stable Diffusion 1.x and 2.x, NHWC, with diffusers 0.39's and transformers 4.57's parameter names."""
+"""Flax modules of Stable Diffusion 1.x, 2.x and XL, NHWC, with parameter names of diffusers 0.39, transformers 4.57."""

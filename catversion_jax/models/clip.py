@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable] = {
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """What both of CLIP's encoders are made of; the names are those of transformers' configs."""
+    """The fields that CLIP's two encoders share, named as in transformers' configs."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -40,22 +40,22 @@ class CLIPConfig:
 
 @dataclass(frozen=True)
 class CLIPTextConfig(CLIPConfig):
-    """`skip` is not transformers' own: the pipeline says how many of the last layers its UNet does without."""
+    """The text encoder's fields. The pipeline sets `skip`, the number of last layers that the UNet does not use."""
 
     vocab_size: int = 49408
     max_position_embeddings: int = 77
     projection_dim: int | None = None  # None: the tree has no text_projection
     eos_token_id: int = 2
-    skip: int = 0  # 1 in SDXL, whose UNet is conditioned on the last but one layer's output, without the final norm
+    skip: int = 0  # 1 in SDXL: its UNet takes the penultimate layer's output, without the final norm
 
     @property
     def depth(self) -> int:
-        """How many layers reach the UNet's cross-attention."""
+        """The number of layers that reach the UNet's cross-attention."""
         return self.num_hidden_layers - self.skip
 
     @property
     def pools(self) -> bool:
-        """Whether the UNet also takes the prompt's embedding: SDXL's second text encoder."""
+        """Whether the UNet also takes the prompt's pooled embedding: in SDXL, from the second text encoder."""
         return self.skip > 0 and self.projection_dim is not None
 
 
@@ -119,7 +119,7 @@ class CLIPLayers(nn.Module):
     ) -> list[Float[Array, "B Q c"]]:
         states = [x]
         for i in range(start, stop):
-            hook = prefix and prefix.at(i)
+            hook = None if prefix is None else prefix.at(i)
             states.append(CLIPEncoderLayer(self.config, name=str(i))(states[-1], mask, hook))
         return states
 
@@ -129,7 +129,7 @@ class CLIPEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask, prefix=None, start=0, stop=None) -> list[Float[Array, "B Q c"]]:
-        """Layers start..stop-1; returns the input and the output of each."""
+        """Runs layers start to stop - 1; returns the first one's input and the output of each."""
         stop = self.config.num_hidden_layers if stop is None else stop
         return CLIPLayers(self.config, name="layers")(x, mask, prefix, start, stop)
 
@@ -162,9 +162,10 @@ class CLIPTextTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """The text encoder in parts, so that the layers below the prefix run once per prompt and never again.
+    """The text encoder in parts: the layers below the prefix run once per prompt, those above it in every step.
 
-    `__call__` is `embed`, then all `layers`, then `finish`.
+    `__call__` runs all of it: `embed`, `layers` and `finish`. base/text_states.py runs the two halves: `embed` and the
+    lower `layers`, then `upper`.
     """
 
     config: CLIPTextConfig
@@ -180,29 +181,35 @@ class CLIPTextModel(nn.Module):
     def layers(
         self, x: Float[Array, "B Q c"], prefix: Prefix | None = None, start: int = 0, stop: int | None = None
     ) -> list[Float[Array, "B Q c"]]:
-        """Layers start..stop-1 under the causal mask; returns the input and the output of each."""
+        """Runs layers start to stop - 1 under the causal mask; returns the first one's input and the output of each."""
         mask = jnp.tril(jnp.ones((x.shape[-2], x.shape[-2]), bool))
         return self.text_model.encoder(x, mask, prefix, start, stop)
 
     def finish(self, x: Float[Array, "B Q c"]) -> Float[Array, "B Q c"]:
-        """The final layer norm."""
+        """Applies the final layer norm."""
         return self.text_model.final_layer_norm(x)
 
     def end(self, token_ids: Int[Array, "B Q"]) -> Int[Array, "B"]:
-        """The end token's position."""
-        # Configs from before the end token was recorded say 2; there it is the largest id of the sequence.
+        """The position of the end token."""
+        # Configs written before transformers' pull request 24773 have a wrong eos_token_id of 2. For these,
+        # transformers' modeling_clip.py takes the largest id, which in CLIP's vocabulary is the end token's (49407).
+        # argmax finds the first one: Stable Diffusion 1.x also pads with it.
         is_end = token_ids == self.config.eos_token_id
         return jnp.argmax(token_ids if self.config.eos_token_id == 2 else is_end, axis=-1)
 
     def project(self, x: Float[Array, "B Q c"], end: Int[Array, "B"]) -> Float[Array, "B e"]:
-        """The finished state at the end token, in the space that CLIP's image encoder shares."""
+        """Projects the final state at the end token to the embedding space shared with CLIP's image encoder."""
         return self.text_projection(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
 
     def upper(
         self, hidden: Float[Array, "B Q c"], end: Int[Array, "B"], prefix: Prefix | None, start: int
     ) -> tuple[Float[Array, "B Q c"], Float[Array, "B e"] | None]:
-        """From the states below layer `start` to what the UNet takes: states, and the prompt's embedding where the
-        model `pools`."""
+        """Runs the layers from `start` on; returns what the UNet takes from this encoder.
+
+        That is the text states and, if the model `pools`, the prompt's pooled embedding.
+        """
+        # states[i] is the input of layer start + i. With `skip`, the UNet's states leave before the last layers and the
+        # final norm, but the pooled embedding needs all of them, so every layer runs.
         states = self.layers(hidden, prefix, start)
         last = self.finish(states[-1])
         context = states[self.config.depth - start] if self.config.skip else last
@@ -211,12 +218,15 @@ class CLIPTextModel(nn.Module):
     def __call__(
         self, token_ids: Int[Array, "B Q"], prefix: Prefix | None = None
     ) -> dict[str, Float[Array, "..."] | list[Float[Array, "B Q c"]]]:
-        """Returns hidden_states (as in transformers, the last one before the final norm), last_hidden_state and,
-        where the model has a projection, text_embeds."""
-        out = {"hidden_states": self.layers(self.embed(token_ids), prefix)}
-        out["last_hidden_state"] = self.finish(out["hidden_states"][-1])
+        """Returns hidden_states, last_hidden_state and, if the model has a projection, text_embeds.
+
+        As in transformers, the last of hidden_states is taken before the final norm.
+        """
+        states = self.layers(self.embed(token_ids), prefix)
+        last = self.finish(states[-1])
+        out: dict[str, Array | list[Array]] = {"hidden_states": states, "last_hidden_state": last}
         if self.config.projection_dim is not None:
-            out["text_embeds"] = self.project(out["last_hidden_state"], self.end(token_ids))
+            out["text_embeds"] = self.project(last, self.end(token_ids))
         return out
 
 
@@ -255,7 +265,7 @@ class CLIPVisionModel(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B e"]:
-        """Image embeddings (not normalized) of pixels with CLIP's mean and standard deviation removed."""
+        """Returns image embeddings, not normalized, for pixels with CLIP's mean and standard deviation removed."""
         cfg = self.config
         x = CLIPVisionTransformer(cfg, name="vision_model")(pixels)
         return nn.Dense(cfg.projection_dim, use_bias=False, dtype=cfg.dtype, name="visual_projection")(x)

@@ -1,4 +1,4 @@
-"""What the UNet and the VAE are built of: residual blocks, resampling and the spatial transformer (NHWC)."""
+"""Building blocks of the UNet and the VAE, NHWC: residual blocks, resampling and the spatial transformer."""
 
 from functools import partial
 from typing import Any
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from catversion_jax.models.attention import dot_product_attention, probabilities
 from catversion_jax.utils.types import Array, Float
 
-# Both are the PyTorch values. The last Flax classes used 1e-5 and tanh-GELU in the transformer; the published
-# weights were trained with these.
+# The published weights were trained with this epsilon and the exact GELU (CompVis' ldm/modules/attention.py, Normalize
+# and GEGLU; diffusers' PyTorch classes too). The last Flax classes of diffusers used 1e-5 and the tanh approximation.
 TRANSFORMER_GROUP_NORM_EPS = 1e-6
 gelu = partial(nn.gelu, approximate=False)
 
@@ -45,7 +45,7 @@ class Downsample2D(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h/2 w/2 {self.channels}"]:
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h//2 w//2 {self.channels}"]:
         return conv3x3(self.channels, self.dtype, "conv", strides=2, padding=self.padding)(x)
 
 
@@ -54,7 +54,7 @@ class Upsample2D(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B 2h 2w {self.channels}"]:
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B 2*h 2*w {self.channels}"]:
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
         return conv3x3(self.channels, self.dtype, "conv")(x)
@@ -63,7 +63,7 @@ class Upsample2D(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of x over `context`; softmax in float32.
 
-    Applied with mutable="intermediates" it also hands out its `probabilities`, which nothing else computes.
+    Applied with mutable="intermediates" it also sows its `probabilities`, which are not computed otherwise.
     """
 
     heads: int
@@ -127,7 +127,7 @@ class Transformer2D(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"], context: Float[Array, "B K e"]) -> Float[Array, "B h w c"]:
         b, h, w, c = x.shape
-        # A 1x1 convolution is a matrix product; only the shape of the stored kernel differs.
+        # A 1x1 convolution is a matrix product; only the shape of the published kernels differs.
         project = partial(nn.Dense, c) if self.linear_projection else partial(nn.Conv, c, (1, 1))
         y = nn.GroupNorm(self.groups, epsilon=TRANSFORMER_GROUP_NORM_EPS, dtype=self.dtype, name="norm")(x)
         y = project(dtype=self.dtype, name="proj_in")(y).reshape(b, h * w, c)

@@ -1,14 +1,17 @@
-"""CatVersion: learned keys and values, concatenated in front of the text encoder's own.
+"""CatVersion's attention: the learned prefix in front of the keys and values; it is trained by methods/catversion.py.
 
-The method (arXiv 2311.14631, section 3.2) in one formula, for each of the last three self-attention
+The method (Zhao et al. 2023, arXiv 2311.14631, section 3.2) in one formula, for each of the last three self-attention
 layers of the text encoder and each of its heads:
 
     Attn = softmax(Q [dK ; K]^T / sqrt(D) + mask) [dV ; V]
 
-which equals (1 - m(q)) Attn(Q, K, V) + m(q) Attn(Q, dK, dV), where m(q) is the attention mass that
-query q gives to the prefix: a learned residual on the attention output. The prefix (dK, dV) is all that
-is trained. Its layout, here and in every file we write, is float32 [P, L, 2, H, D], 2 = (key, value).
-A model with two text encoders (SDXL) has a prefix in each. catversion.py has it as the training step takes it.
+which equals (1 - m(q)) Attn(Q, K, V) + m(q) Attn(Q, dK, dV), where m(q) is the attention mass that query q gives to
+the prefix: a learned residual on the attention output.
+
+    learned         the prefix (dK, dV) and nothing else: float32 [P, L, 2, H, D], 2 = (key, value), here and in every
+                    file we write; a model with two text encoders (SDXL) has a prefix in each
+    initialisation  N(0, std^2) by `init_prefix`; the published std is 1
+    where it enters `attend`, which every self-attention layer of the text encoder calls (CLIPAttention in clip.py)
 """
 
 from collections.abc import Sequence
@@ -17,23 +20,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from catversion_jax.utils.types import Array, Bool, Float, Key
+from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Key
 
 SCOPES = ("all", "trigger")
 """`all` (the paper): every token of every prompt sees the prefix.
-`trigger`: only tokens at and after the class word do, and only in prompts that hold it."""
+`trigger`: only the class word and the tokens after it see it, and only in prompts that contain the class word."""
 
 
 class Prefix(flax.struct.PyTreeNode):
-    """What the hook in the text encoder takes: the learned embeddings and who sees them."""
+    """A prefix as the text encoder takes it: the learned keys and values, and the token mask of who sees them."""
 
     embeddings: Float[Array, "P L 2 H D"]
     logit_bias: Float[Array, ""]  # added to the prefix logits; -inf removes the prefix exactly
-    token_mask: Bool[Array, "B Q #P"]  # which query positions see the prefix
+    token_mask: Bool[AnyArray, "B Q #P"]  # the query positions that see the prefix
     layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     def at(self, layer: int) -> "LayerPrefix | None":
-        """The share of one text encoder layer, or None where the layer has none."""
+        """The prefix of one text encoder layer, or None if the layer has no prefix."""
         if layer not in self.layers:
             return None
         key, value = jnp.moveaxis(self.embeddings[:, self.layers.index(layer)], 1, 0)
@@ -41,18 +44,18 @@ class Prefix(flax.struct.PyTreeNode):
 
 
 class LayerPrefix(flax.struct.PyTreeNode):
-    """`Prefix` at one layer."""
+    """The prefix of one layer."""
 
     key: Float[Array, "P H D"]
     value: Float[Array, "P H D"]
     logit_bias: Float[Array, ""]
-    token_mask: Bool[Array, "B Q #P"]
+    token_mask: Bool[AnyArray, "B Q #P"]
 
 
 def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Ascending non-negative layer indices; negative ones count from the last layer that reaches the UNet.
+    """Returns ascending, non-negative layer indices; negative ones count from the last layer that reaches the UNet.
 
-    Raises ValueError for an index outside the text encoder's `depth` layers, a double one, or none at all.
+    Raises ValueError for an index outside the text encoder's `depth` layers, a repeated index, or no index.
     """
     resolved = sorted(layer + depth if layer < 0 else layer for layer in layers)
     if not resolved or len(set(resolved)) < len(resolved) or not 0 <= resolved[0] <= resolved[-1] < depth:
@@ -63,12 +66,14 @@ def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
 def init_prefix(
     key: Key[Array, ""], length: int, layers: int, heads: tuple[int, int], std: float
 ) -> Float[Array, "P L 2 H D"]:
-    """A prefix drawn from N(0, std^2), float32; `heads` are (H, D) of its text encoder."""
+    """Samples an initial prefix from N(0, std^2), float32; `heads` is (H, D) of its text encoder."""
     return std * jax.random.normal(key, (length, layers, 2, *heads), jnp.float32)
 
 
 def strength_bias(logit_bias: float, strength: Float[Array, ""] | float) -> Float[Array, ""]:
-    """The prefix logit's bias at a strength in [0, 1]: log(strength) is added, so 0 removes the prefix exactly."""
+    """The bias of the prefix logits at a strength in [0, 1]; a strength of 0 removes the prefix exactly."""
+    # exp(logit + log(strength)) = strength * exp(logit): the softmax counts the prefix `strength` times before it
+    # normalizes, and log(0) = -inf gives it a weight of exactly 0.
     return logit_bias + jnp.log(jnp.float32(strength))
 
 
@@ -81,8 +86,8 @@ def attend(
 ) -> Float[Array, "B Q H D"]:
     """Softmax attention with the prefix in front of the keys and values; logits and softmax in float32.
 
-    Every query position that `prefix.token_mask` names sees all prefix positions; `mask` (True = may see)
-    governs the tokens alone. Without a prefix this is the text encoder's own attention.
+    A query position in `prefix.token_mask` sees all prefix positions; `mask` (True = may see) applies to the tokens
+    only. Without a prefix this is the text encoder's own attention.
     """
 
     def logits(keys, equation):
@@ -92,9 +97,13 @@ def attend(
     if prefix is None:
         weights = jax.nn.softmax(scores).astype(value.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    # [dK ; K] and [dV ; V] of the formula are never built. The tokens' keys have a batch axis and the causal mask; the
+    # prefix has neither, but its own bias and token mask. So the two logits are computed apart, which needs no copy of
+    # the prefix for each prompt, and joined before the softmax, which has to normalize over both.
     bias = jnp.where(prefix.token_mask, prefix.logit_bias, -jnp.inf)  # [B, Q, P]
     prefix_scores = logits(prefix.key.astype(key.dtype), "bqhd,phd->bhqp") + bias[:, None]
     length = prefix.key.shape[0]
     weights = jax.nn.softmax(jnp.concatenate([prefix_scores, scores], axis=-1)).astype(value.dtype)
+    # m(q) Attn(Q, dK, dV), then (1 - m(q)) Attn(Q, K, V): the softmax has already weighted the two terms.
     residual = jnp.einsum("bhqp,phd->bqhd", weights[..., :length], prefix.value.astype(value.dtype))
     return residual + jnp.einsum("bhqk,bkhd->bqhd", weights[..., length:], value)

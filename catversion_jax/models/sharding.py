@@ -1,4 +1,4 @@
-"""The mesh of devices, and which of its axes each array axis is split over: the one file that knows."""
+"""The device mesh, and the mesh axis that each array axis is split over: no other file decides that."""
 
 import math
 import re
@@ -15,16 +15,21 @@ from catversion_jax.utils.settings import Rule, at_least, setting
 from catversion_jax.utils.types import Params
 
 AXES = ("concept", "data", "fsdp", "tensor")
-"""concept: independent concepts. data: a concept's batch. fsdp: the batch too, and the base model's parameters, which
-are gathered where they are used. tensor: the base model's channels and heads, of one and the same batch."""
+"""The mesh axes. concept: independent concepts. data: a concept's batch. fsdp: the batch too, and the base model's
+parameters, which are gathered before use. tensor: the base model's channels and heads; its devices share a batch."""
 
 RULES = {
     "concept": "concept",  # the leading axis of state and data
-    "batch": ("concept", "data", "fsdp"),  # concepts x batch, flattened: what the UNet sees
-    "frozen": None,  # what of the base model no rule splits: whole on every device
+    "batch": ("concept", "data", "fsdp"),  # concepts x batch, flattened: the UNet's batch
+    "frozen": None,  # base model parameters that no rule splits: a copy on every device
 }
 """logical axis -> mesh axes, None = not split."""
 
+# Megatron-LM's pairs (Shoeybi et al. 2019, section 3). A column layer is split by its output channels, so each device
+# computes its own heads (to_q, to_k, to_v) or hidden channels (fc1, conv1) without communication; time_emb_proj is
+# added to conv1's output, so it is split alike. The row layer that follows is split by the same channels, now its
+# inputs: each device holds a partial sum of the output, and one all-reduce joins the pair. A row layer's bias is added
+# after that sum, so it stays whole. Kernels are [..., in, out]: -1 is the output axis, -2 the input axis.
 COLUMN = r".*/(to_[qkv]|[qkv]_proj|fc1|conv1|time_emb_proj)/(kernel|bias)"
 ROW = r".*/(to_out_0|out_proj|fc2|conv2)/kernel"
 FROZEN = (
@@ -33,8 +38,8 @@ FROZEN = (
     (COLUMN, -2, "fsdp"),
     (r".*/(kernel|embedding)", -1, "fsdp"),
 )
-"""How the base model is split: (pattern of parameter paths, array axis, mesh axis); of the rules for one mesh axis, the
-first that matches. Pairs of layers are split by output, then by input channels, so that one sum joins each pair."""
+"""How the base model is split: (pattern of parameter paths, array axis, mesh axis). For each mesh axis, the first rule
+that matches a path applies."""
 
 Rules = Sequence[tuple[str, int, str]]
 
@@ -46,13 +51,13 @@ def are_rules(value: Rules) -> bool:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How a process's devices are arranged: over concepts and batches as far as these divide evenly, and besides."""
+    """How many of a process's devices share a base model; `make_mesh` spreads concepts and batches over the rest."""
 
-    fsdp: int = setting(1, "devices that share a copy of the base model, and a batch", at_least(1))
-    tensor: int = setting(1, "devices that share a copy of the base model: its channels and heads", at_least(1))
+    fsdp: int = setting(1, "Number of devices that share a copy of the base model and split the batch.", at_least(1))
+    tensor: int = setting(1, "Number of devices that split the base model's channels and heads.", at_least(1))
     rules: Rules = setting(
         FROZEN,
-        "which parameters are split how: (pattern of parameter paths, array axis, mesh axis)",
+        "How the base model is split: (pattern of parameter paths, array axis, mesh axis) for each rule.",
         Rule(are_rules, f"(pattern, array axis, one of {', '.join(AXES)}) for each rule"),
     )
 
@@ -60,10 +65,10 @@ class MeshConfig:
 def make_mesh(
     concepts: int, batch_size: int, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh over as many of this process's devices as divide the work evenly: `fsdp` x `tensor` devices hold one copy
-    of the base model; over the copies, first the concepts are split, then each concept's batch.
+    """Builds a mesh over as many of this process's devices as divide the work evenly.
 
-    Raises UserError if the devices or the work cannot be divided so.
+    `fsdp` x `tensor` devices hold one copy of the base model. The concepts are split over the copies, then each
+    concept's batch over the copies that are left. Raises UserError if the devices or the work cannot be divided so.
     """
     devices = jax.local_devices() if devices is None else devices
     copies, rest = divmod(len(devices), fsdp * tensor)
@@ -84,23 +89,24 @@ def make_mesh(
 
 
 def sharding(mesh: Mesh, logical: str) -> NamedSharding:
-    """Split the first array axis as RULES say for the logical axis."""
+    """The sharding that splits the first array axis as RULES say for the logical axis."""
     return NamedSharding(mesh, PartitionSpec(RULES[logical]))
 
 
 def on_each_device(attend: Callable, heads: int) -> Callable:
-    """Attention [B, positions, heads, channels] of each device's share, where a step's mesh is in force: its images
-    and, where they can be divided, its heads."""
+    """Wraps attention on [B, positions, heads, channels] to run on each device's own images and, if they divide evenly,
+    heads. Outside the mesh of a training step it is returned as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return attend
     share = PartitionSpec(RULES["batch"], None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
+    # check_vma: a Pallas kernel does not declare over which mesh axes its output varies.
     return jax.shard_map(attend, in_specs=(share, share, share), out_specs=share, check_vma=False)
 
 
 def param_shardings(params: Params, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
-    """Where each parameter of a network (arrays or shapes) lies: as `rules` split it over the mesh; without a mesh, on
-    the default device."""
+    """The sharding of each parameter of a network (arrays or shapes): as `rules` split it over the mesh or, without a
+    mesh, on the default device."""
     if mesh is None:
         return jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), params)
     specs = {path: spec(path, leaf.shape, mesh, rules) for path, leaf in flatten_dict(params, sep="/").items()}
@@ -108,7 +114,7 @@ def param_shardings(params: Params, mesh: Mesh | None = None, rules: Rules = ())
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
-    """The mesh axis of each array axis of a parameter; an array axis that cannot be divided evenly stays whole."""
+    """The mesh axis of each array axis of a parameter; an array axis that does not divide evenly stays whole."""
     split: list[str | None] = [None] * len(shape)
     for axis in AXES:
         array_axis = next((n for pattern, n, name in rules if name == axis and re.fullmatch(pattern, path)), None)

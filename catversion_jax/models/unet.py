@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Transformer2D, Upsample2D, conv3x3
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.json_config import from_json
-from catversion_jax.utils.types import Array, Float, Int
+from catversion_jax.utils.types import AnyArray, Array, Float, Int
 
 FIXED = {
     "act_fn": "silu",
@@ -32,10 +32,10 @@ FIXED = {
     "time_cond_proj_dim": None,
     "time_embedding_type": "positional",
 }
-"""Config keys whose other values are other networks (upscalers, ...)."""
+"""Config keys with the only value that is implemented; any other would be a different network (upscalers, ...)."""
 
 ADDED_EMBEDDINGS = (None, "text_time")
-"""Values of addition_embed_type: none, or SDXL's."""
+"""The supported values of addition_embed_type: none, or SDXL's."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class UNetConfig:
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    # Heads per block, in spite of its name: diffusers kept the name of an old mistake.
+    # The number of heads per block, in spite of its name, which diffusers keeps for old configs (its issue 2011).
     attention_head_dim: int | tuple[int, ...] = 8
     cross_attention_dim: int = 1280
     use_linear_projection: bool = False
@@ -61,12 +61,12 @@ class UNetConfig:
     addition_embed_type: str | None = None  # one of ADDED_EMBEDDINGS
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
-    resolution: int = 512  # pixels along each side, of which SDXL's UNet is told; not in the config.json
+    resolution: int = 512  # pixels along each side, an input of SDXL's UNet; not in config.json
     dtype: Any = jnp.float32  # of the computation; norms' statistics and softmax stay float32
-    remat: bool = False  # layers are computed again for the gradient instead of kept: less memory, a third more work
+    remat: bool = False  # layers are recomputed in the backward pass: less memory, a third more work
 
     def layer(self, module: type[nn.Module]) -> type[nn.Module]:
-        """A residual block or a transformer as `remat` has it."""
+        """A residual block or a transformer, rematerialized if `remat` is set."""
         return nn.remat(module) if self.remat else module
 
     @classmethod
@@ -78,7 +78,7 @@ class UNetConfig:
         return config
 
     def per_block(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
-        """A field that is either one number for every block or one for each."""
+        """Expands a field that is either one number for all blocks or one number per block."""
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @property
@@ -91,27 +91,27 @@ class UNetConfig:
 
     @property
     def pooled_dim(self) -> int | None:
-        """The size of the prompt's embedding that SDXL's UNet takes beside the sizes."""
-        if self.addition_embed_type is None:
+        """The size of the pooled embedding that SDXL's UNet takes, without that of `time_ids`; None in other models."""
+        if self.projection_class_embeddings_input_dim is None or self.addition_time_embed_dim is None:
             return None
         return self.projection_class_embeddings_input_dim - len(self.time_ids) * self.addition_time_embed_dim
 
     @property
     def time_ids(self) -> tuple[int, ...]:
-        """What SDXL is told of an image: its original size, its crop's corner and its size."""
+        """SDXL's size conditioning (Podell et al. 2023): an image's original size, its crop's corner and its size."""
         size = (self.resolution, self.resolution)
         return (*size, 0, 0, *size)
 
 
 class Context(NamedTuple):
-    """What the UNet is conditioned on."""
+    """The UNet's text conditioning."""
 
-    states: Float[Array, "B K e"]  # of the text encoders, side by side
-    pooled: Float[Array, "B p"] | None = None  # SDXL: the prompt's embedding
+    states: Float[AnyArray, "B K e"]  # the text encoders' states, concatenated along the channels
+    pooled: Float[AnyArray, "B p"] | None = None  # SDXL: the prompt's pooled embedding
 
 
 def sinusoids(values: Array, channels: int, config: UNetConfig) -> Float[Array, "*values channels"]:
-    """Of timesteps (Ho et al. 2020) and of sizes, float32."""
+    """Sinusoidal embeddings, float32, of timesteps (Ho et al. 2020) or of SDXL's sizes."""
     half = channels // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - config.freq_shift))
     angles = values.astype(jnp.float32)[..., None] * frequencies
@@ -129,13 +129,13 @@ class TimestepEmbedding(nn.Module):
         return nn.Dense(self.channels, dtype=self.dtype, name="linear_2")(x)
 
 
-def resnet(config: UNetConfig, channels: int, j: int) -> ResnetBlock2D:
+def resnet(config: UNetConfig, channels: int, j: int) -> nn.Module:
     return config.layer(ResnetBlock2D)(
         channels, config.norm_num_groups, config.norm_eps, config.dtype, name=f"resnets_{j}"
     )
 
 
-def transformer(config: UNetConfig, heads: int, depth: int, j: int) -> Transformer2D:
+def transformer(config: UNetConfig, heads: int, depth: int, j: int) -> nn.Module:
     linear = config.use_linear_projection
     return config.layer(Transformer2D)(
         heads, depth, config.norm_num_groups, linear, config.dtype, name=f"attentions_{j}"
@@ -153,7 +153,7 @@ class DownBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"], time, context) -> list[Float[Array, "B _ _ _"]]:
-        """Returns the output of every layer: the skip connections; the last one is the block's output."""
+        """Returns the outputs of all layers, which are the skip connections; the last one is the block's output."""
         skips = []
         for j in range(self.config.layers_per_block):
             x = resnet(self.config, self.channels, j)(x, time)
@@ -179,7 +179,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """UpBlock2D or, with attention, CrossAttnUpBlock2D. Takes its skip connections off the end of `skips`."""
+    """UpBlock2D or, with attention, CrossAttnUpBlock2D. Pops its skip connections off the end of `skips`."""
 
     config: UNetConfig
     channels: int
@@ -198,12 +198,12 @@ class UpBlock(nn.Module):
         return x
 
 
-DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # type: has attention
+DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # whether a type has attention
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
 class UNet2DConditionModel(nn.Module):
-    """Predicts the noise, or the velocity, in noisy latents, given the timestep and the text states."""
+    """Predicts the noise, or the velocity, of noisy latents from the timestep and the text conditioning."""
 
     config: UNetConfig
 
@@ -222,6 +222,8 @@ class UNet2DConditionModel(nn.Module):
         time = sinusoids(timesteps, channels[0], cfg).astype(cfg.dtype)
         time = TimestepEmbedding(4 * channels[0], cfg.dtype, name="time_embedding")(time)
         if cfg.addition_embed_type is not None:
+            if pooled is None or cfg.addition_time_embed_dim is None:
+                raise ValueError("pooled: missing; this UNet is conditioned on the prompt's embedding too")
             sizes = sinusoids(jnp.asarray(cfg.time_ids), cfg.addition_time_embed_dim, cfg).reshape(1, -1)
             added = jnp.concatenate([pooled, jnp.broadcast_to(sizes, (len(pooled), sizes.size))], axis=-1)
             time += TimestepEmbedding(4 * channels[0], cfg.dtype, name="add_embedding")(added.astype(cfg.dtype))

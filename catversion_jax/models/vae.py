@@ -76,6 +76,12 @@ class MidBlock(nn.Module):
         return resnet(self.config, x.shape[-1], 1)(x)
 
 
+PIXELS = "B h*{self.config.downscale} w*{self.config.downscale} {self.config.out_channels}"
+LATENTS = "B h//{self.config.downscale} w//{self.config.downscale} {self.config.latent_channels}"
+MOMENTS = "B h//{self.config.downscale} w//{self.config.downscale} {2*self.config.latent_channels}"
+"""The shapes of decoded latents [B, h, w, c] (PIXELS) and of encoded images [B, h, w, 3] (the other two)."""
+
+
 class DownEncoderBlock(nn.Module):
     config: VAEConfig
     channels: int
@@ -85,7 +91,7 @@ class DownEncoderBlock(nn.Module):
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ {self.channels}"]:
         for j in range(self.config.layers_per_block):
             x = resnet(self.config, self.channels, j)(x)
-        if self.downsample:  # padded on the right and the bottom alone
+        if self.downsample:  # padded on the right and at the bottom only, as CompVis' Downsample
             x = Downsample2D(self.channels, ((0, 1), (0, 1)), self.config.dtype, name="downsamplers_0")(x)
         return x
 
@@ -106,7 +112,7 @@ class Encoder(nn.Module):
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w 3"]) -> Float[Array, "B h/f w/f 2*c"]:
+    def __call__(self, x: Float[Array, "B h w 3"]) -> Float[Array, MOMENTS]:
         cfg = self.config
         x = conv3x3(cfg.block_out_channels[0], cfg.dtype, "conv_in")(x)
         for i, channels in enumerate(cfg.block_out_channels):
@@ -120,7 +126,7 @@ class Decoder(nn.Module):
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h*f w*f 3"]:
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, PIXELS]:
         cfg = self.config
         x = conv3x3(cfg.block_out_channels[-1], cfg.dtype, "conv_in")(x)
         x = MidBlock(cfg, name="mid_block")(x)
@@ -140,17 +146,15 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv(2 * cfg.latent_channels, (1, 1), dtype=cfg.dtype)
         self.post_quant_conv = nn.Conv(cfg.latent_channels, (1, 1), dtype=cfg.dtype)
 
-    def encode(
-        self, images: Float[Array, "B h w 3"]
-    ) -> tuple[Float[Array, "B h/f w/f c"], Float[Array, "B h/f w/f c"]]:
-        """Mean and log-variance of the posterior, float32, not scaled."""
+    def encode(self, images: Float[Array, "B h w 3"]) -> tuple[Float[Array, LATENTS], Float[Array, LATENTS]]:
+        """Returns the posterior's mean and log-variance, float32, not yet scaled by `scaling_factor`."""
         mean, logvar = jnp.split(self.quant_conv(self.encoder(images)).astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B h*f w*f 3"]:
-        """Images of latents that are not scaled."""
+    def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, PIXELS]:
+        """Returns the images of latents that are not scaled by `scaling_factor`."""
         return self.decoder(self.post_quant_conv(latents))
 
     def __call__(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B h w 3"]:
-        """Encode and decode the posterior's mean: what `init` traces."""
+        """Encodes images and decodes the posterior's mean; only `init` traces it."""
         return self.decode(self.encode(images)[0])

@@ -15,12 +15,12 @@ FIXED = {
     "num_channels": 3,
     "qkv_bias": True,
 }
-"""Config keys whose other values are other networks."""
+"""Config keys with the only value that is implemented; any other would be a different network."""
 
 
 @dataclass(frozen=True)
 class ViTConfig(CLIPConfig):
-    """The layers are those of CLIP; the defaults are ViT-S/16's."""
+    """The fields of a ViT, whose layers are CLIP's; the defaults are those of ViT-S/16."""
 
     hidden_size: int = 384
     intermediate_size: int = 1536
@@ -36,7 +36,7 @@ class ViTModel(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B c"]:
-        """The class token's final state (not normalized) of pixels with ImageNet's mean and deviation removed."""
+        """Returns the class token's state, not normalized, for pixels with ImageNet's mean and deviation removed."""
         cfg = self.config
         patch = (cfg.patch_size, cfg.patch_size)
         x = nn.Conv(cfg.hidden_size, patch, patch, padding="VALID", dtype=cfg.dtype, name="patch_embedding")(pixels)

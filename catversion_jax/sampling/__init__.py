@@ -1,1 +1,1 @@
-"""From prompts and concepts to images."""
+"""Samples images from prompts and concepts."""

@@ -1,4 +1,4 @@
-"""Prompts and concepts to what the UNet is conditioned on, and how far a concept moves that."""
+"""The UNet's conditioning on prompts and concepts, and how far a concept moves it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,14 +14,14 @@ from catversion_jax.base.text_states import lower_layers
 from catversion_jax.methods.base import BaseModel, Method
 from catversion_jax.methods.composition import BASE_MODEL, Personalization
 from catversion_jax.models.unet import Context
-from catversion_jax.utils.types import Array, Bool, Float, Int, Params
+from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Params
 
 
 class Tokens(NamedTuple):
-    """Prompts as a text encoder takes them."""
+    """The tokens of prompts for one text encoder."""
 
-    ids: Int[Array, "B Q"]
-    mask: Bool[Array, "B Q #P"]  # where what is learned enters
+    ids: Int[AnyArray, "B Q"]
+    mask: Bool[AnyArray, "B Q #P"]  # positions where a concept enters
 
 
 @partial(jax.jit, static_argnames=("networks", "method"))
@@ -34,15 +34,14 @@ def encode(
     networks: Networks,
     method: Method,
 ) -> Context:
-    """Tokens, as each text encoder takes them, to what the UNet is conditioned on."""
+    """Encodes the tokens of each text encoder into the UNet's conditioning."""
     of_encoders = zip(networks.text, params, tokens, method.first_layers(networks), strict=True)
     prompts = tuple(lower_layers(encoder, p, *of_encoder, stop=first) for encoder, p, of_encoder, first in of_encoders)
     return method.condition(learned, prompts, params, networks, strength)
 
 
 def condition(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization = BASE_MODEL) -> Context:
-    """Prompts to what the UNet is conditioned on. In the base model, and for a prompt in which no concept enters, that
-    is exactly the base model's, by the same program."""
+    """Encodes prompts into the UNet's conditioning; prompts that no concept enters get exactly the base model's."""
     those = personalization.composition
     prompts = [those.prompt(prompt) for prompt in prompts]
     token_ids = tuple(tokenizer(prompts) for tokenizer in pipeline.tokenizers)
@@ -50,6 +49,8 @@ def condition(pipeline: Pipeline, prompts: Sequence[str], personalization: Perso
     touched = np.any([mask.any((1, 2)) for mask in masks], axis=0)
     tokens = tuple(map(Tokens, token_ids, masks))
     run = partial(encode, pipeline.params["text"], tokens, networks=pipeline.networks)
+    # Two compiled programs may round differently, so prompts that no concept enters go through the base model's own
+    # program: they are promised to give its images bit for bit (docs/method.md).
     if not touched.any():
         return run({}, 0.0, method=BaseModel())
     moved = run(those.learned, personalization.strength, method=those.method)
@@ -60,7 +61,7 @@ def condition(pipeline: Pipeline, prompts: Sequence[str], personalization: Perso
 
 
 def with_unet(pipeline: Pipeline, personalization: Personalization) -> Pipeline:
-    """The pipeline with the UNet as the concepts have it."""
+    """Returns the pipeline with the concepts' UNet, if their method changes it."""
     those = personalization.composition
     if not those.method.changes_unet:
         return pipeline
@@ -69,15 +70,17 @@ def with_unet(pipeline: Pipeline, personalization: Personalization) -> Pipeline:
 
 
 def context(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization = BASE_MODEL) -> Context:
-    """What the UNet is conditioned on, float32, on the host."""
-    # One prompt at a time: one program, however many prompts.
+    """Returns the UNet's conditioning on prompts, float32, on the host."""
+    # One prompt at a time, so that one compiled program serves any number of prompts.
     parts = [condition(pipeline, [prompt], personalization) for prompt in prompts]
     return jax.tree.map(lambda *x: np.concatenate(x).astype(np.float32), *parts)
 
 
 def movement(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization) -> Iterator[str]:
-    """One line a prompt: the relative L2 change of its text states against the base model, and where it is largest.
-    The base model is given the concept's identifier too, if it has one."""
+    """Yields a line per prompt: the relative L2 change of its text states, and the token where it is largest.
+
+    The change is against the base model, whose prompt has the concept's identifier too, if the concept has one.
+    """
     those = personalization.composition
     unet = "; the UNet is another one" if those.method.changes_unet else ""
     for prompt in prompts:
@@ -89,6 +92,6 @@ def movement(pipeline: Pipeline, prompts: Sequence[str], personalization: Person
             yield f"{prompt!r}: nothing moved{unet}"
             continue
         most = int(steps.argmax())
-        token = pipeline.tokenizer.token(pipeline.tokenizer([given])[0, most])
+        token = pipeline.tokenizer.token(int(pipeline.tokenizer([given])[0, most]))
         change = np.linalg.norm(moved - base) / np.linalg.norm(base)
         yield f"{prompt!r}: moved by {change:.2%}, the most at token {most}, {token!r}{unet}"

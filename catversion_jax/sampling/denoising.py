@@ -1,7 +1,7 @@
-"""Denoising with classifier-free guidance, from noise to latents and to images."""
+"""Denoising with classifier-free guidance: from noise to latents, and from latents to images."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,27 +9,29 @@ import jax.numpy as jnp
 from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.models.unet import Context
-from catversion_jax.utils.types import Array, Float, Int, Params, UInt8, UInt32
+from catversion_jax.utils.types import AnyArray, Array, Float, Int, Params, UInt8, UInt32
 
 
 @partial(jax.jit, static_argnums=1)
 def initial_latents(seeds: UInt32[Array, "B"], shape: tuple[int, int, int]) -> Float[Array, "B h w c"]:
-    """Each image's noise is a function of its own seed alone."""
+    """Returns the noise that sampling starts from."""
+    # From each image's own seed, and not one key for the batch: an image must not depend on its neighbours.
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
 
 
 def step_noise(
-    seeds: UInt32[Array, "B"], index: Int[Array, ""], shape: tuple[int, int, int]
+    seeds: UInt32[Array, "B"], number: Int[AnyArray, ""] | int, shape: tuple[int, ...]
 ) -> Float[Array, "B h w c"]:
-    """Fresh noise for the UNet's call `index`; like the first, each image's own."""
-    return jax.vmap(lambda seed: jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape))(seeds)
+    """Returns fresh noise for the UNet's call `number`, from each image's own seed."""
+    # The call's number is folded in, so that the split into dispatches does not change the noise.
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), shape))(seeds)
 
 
 class Guided(NamedTuple):
-    """What the images of a batch are sampled from."""
+    """Seeds, conditioning and guidance of a batch of images."""
 
     seeds: UInt32[Array, "B"]
-    context: Context  # the unconditional and the conditional one, [2, B, ...]
+    context: Context  # unconditional and conditional, [2, B, ...]
     guidance: Float[Array, ""]  # the scale of classifier-free guidance; 1: none
 
 
@@ -42,19 +44,20 @@ def denoise_steps(
     *,
     networks: Networks,
 ) -> Float[Array, "slots B h w c"]:
-    """Guided steps of any scheduler."""
+    """Runs the guided steps of some calls, of any scheduler. The state's buffers are donated."""
     both = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), guided.context)
 
     def step(state, call: schedulers.Calls):
         twice = jnp.concatenate([state[0], state[0]])
         timesteps = jnp.full(twice.shape[:1], call.timestep)
-        out = networks.unet.apply({"params": unet}, twice, timesteps, *both).astype(jnp.float32)
-        unconditional, conditional = jnp.split(out, 2)
+        out: Any = networks.unet.apply({"params": unet}, twice, timesteps, *both)
+        unconditional, conditional = jnp.split(out.astype(jnp.float32), 2)
         prediction = unconditional + guided.guidance * (conditional - unconditional)
-        noise = step_noise(guided.seeds, call.index, prediction.shape[1:])
+        noise = step_noise(guided.seeds, call.number, prediction.shape[1:])
         return schedulers.step(state, prediction, noise, call.update), None
 
-    if len(calls.index) == 1:  # no loop: train_step.chunk says why
+    # XLA's CPU convolutions are slow in a loop's body, even in a scan of one call (docs/performance.md).
+    if len(calls.number) == 1:
         return step(state, jax.tree.map(lambda x: x[0], calls))[0]
     return jax.lax.scan(step, state, calls)[0]
 
@@ -68,9 +71,9 @@ def denoise(
     networks: Networks,
     calls_per_dispatch: int,
 ) -> Float[Array, "B h w c"]:
-    """From pure noise to latents. `calls_per_dispatch` changes the speed, not the numbers."""
+    """Denoises pure noise to latents. `calls_per_dispatch` changes the speed, not the numbers."""
     state = trajectory.start(noise)
-    for start in range(0, len(trajectory.calls.index), calls_per_dispatch):
+    for start in range(0, len(trajectory.calls.number), calls_per_dispatch):
         part = schedulers.Calls(*(x[start : start + calls_per_dispatch] for x in trajectory.calls))
         state = denoise_steps(unet, state, guided, part, networks=networks)
     return state[0]
@@ -78,7 +81,7 @@ def denoise(
 
 @partial(jax.jit, static_argnames=("networks",))
 def decode(vae: Params, latents: Float[Array, "B h w c"], *, networks: Networks) -> UInt8[Array, "B H W 3"]:
-    """Latents, scaled as the UNet knows them, to images."""
+    """Decodes latents, in the UNet's scale, to images."""
     net = networks.vae
-    images = net.apply({"params": vae}, latents / net.config.scaling_factor, method="decode")
+    images: Any = net.apply({"params": vae}, latents / net.config.scaling_factor, method="decode")
     return jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)

@@ -1,10 +1,11 @@
-"""A concept for other programs: the files that use it in PyTorch and ComfyUI, and text states for any pipeline."""
+"""Exports a concept: with the code that uses it in PyTorch and ComfyUI, or as text states for any pipeline."""
 
 import json
 import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from catversion_jax.base.pipeline import MINI, Pipeline
@@ -18,7 +19,7 @@ from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 
 FOLDER = Path(__file__).parents[1] / "exported"
-"""Files for other programs: data to us, imported nowhere here."""
+"""Code for other programs, which is copied as data and never imported here."""
 
 COMFYUI = "comfyui_catversion"
 FILES = {
@@ -27,20 +28,20 @@ FILES = {
     f"{COMFYUI}/README.md": "comfyui_README.md",
     f"{COMFYUI}/catversion_torch.py": "catversion_torch.py",
 }
-"""What is written -> the file in FOLDER it is a copy of."""
+"""Name of the written file -> name of the file in FOLDER that it is a copy of."""
 
 CONCEPTS = (concept_file.FILE_NAME, f"{COMFYUI}/{concept_file.FILE_NAME}")
 EMBEDS = "prompt_embeds.safetensors"
 
 
 def check_exportable(concept: Concept, source: str) -> None:
-    """Raises UserError for a concept that other programs could not use."""
+    """Raises UserError for a concept that other programs cannot use."""
     if not isinstance(concept.method, CatVersion):
         raise UserError(f"{source}: learned by {concept.method_name}; only catversion's can be exported")
 
 
 def write_concept(out: Path, concept: Concept) -> list[str]:
-    """Writes the concept and the files that use it; returns their names in `out`."""
+    """Writes the concept and the code that uses it; returns the names of the files in `out`."""
     for name, source in FILES.items():
         write_atomically(out / name, partial(shutil.copyfile, FOLDER / source))
     for name in CONCEPTS:
@@ -51,14 +52,20 @@ def write_concept(out: Path, concept: Concept) -> list[str]:
 def write_embeds(
     path: Path, pipeline: Pipeline, request: SampleRequest, personalization: Personalization, model_path: str
 ) -> None:
-    """The request's text states, named as the arguments of a diffusers pipeline, which wants positive and negative ones
-    of a shape."""
+    """Writes the text states of the request's prompts, named like the arguments of a diffusers pipeline.
+
+    There are as many negative as positive ones, since diffusers expects both in one shape.
+    """
     (concept,) = personalization.concepts
     positive = context(pipeline, request.prompts, personalization)
     negative = context(pipeline, [request.negative_prompt] * len(request.prompts))
-    tensors = {"prompt_embeds": positive.states, "negative_prompt_embeds": negative.states}
-    if positive.pooled is not None:  # SDXL
-        tensors |= {"pooled_prompt_embeds": positive.pooled, "negative_pooled_prompt_embeds": negative.pooled}
+    arrays = {
+        "prompt_embeds": positive.states,
+        "negative_prompt_embeds": negative.states,
+        "pooled_prompt_embeds": positive.pooled,  # SDXL
+        "negative_pooled_prompt_embeds": negative.pooled,
+    }
+    tensors = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     metadata = {
         "prompts": list(request.prompts),
         "negative_prompt": request.negative_prompt,

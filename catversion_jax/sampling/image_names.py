@@ -1,4 +1,4 @@
-"""What the images of a prompt are called on the disk: a slug of the prompt, and the seed."""
+"""File names of sampled images: a slug of the prompt, and the seed."""
 
 import hashlib
 import re
@@ -7,13 +7,13 @@ from pathlib import Path
 
 SLUG_LENGTH = 80
 GRID = re.compile(r"grid(_\d+)?\.png")
-"""Grids of images, which lie beside the images."""
+"""File names of image grids, which are in the same folder as the images."""
 NAMED = re.compile(r"(?P<slug>.+)_\d+")
-"""The stem of an image: slug and seed."""
+"""Stem of an image's file name: slug and seed."""
 
 
 def slug(prompt: str) -> str:
-    """A file name of a prompt; a cut one gets a hash, so that prompts with one beginning stay apart."""
+    """Returns a file name for a prompt; a shortened one ends in a hash, so that long prompts do not collide."""
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
     if words and len(words) <= SLUG_LENGTH:
         return words
@@ -25,12 +25,12 @@ def digest(prompt: str) -> str:
 
 
 def unique_slugs(prompts: Sequence[str]) -> list[str]:
-    """A slug for each prompt; those that differ only in punctuation get a hash."""
+    """Returns a slug for each prompt; prompts that differ only in punctuation get a hash."""
     slugs = [slug(prompt) for prompt in prompts]
     return [s if slugs.count(s) == 1 else f"{s}-{digest(prompt)}" for s, prompt in zip(slugs, prompts, strict=True)]
 
 
 def free_grid_name(folder: Path) -> Path:
-    """grid.png, or the next free grid_N.png."""
+    """Returns grid.png or, if it exists, the first free grid_N.png."""
     names = (folder / (f"grid_{i}.png" if i else "grid.png") for i in range(10**6))
     return next(path for path in names if not path.exists())

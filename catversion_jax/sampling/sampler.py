@@ -1,4 +1,4 @@
-"""Images of prompts: a fixed batch at a time, whatever their number."""
+"""Samples images of any number of prompts, one batch of fixed size at a time."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from catversion_jax.utils.types import Array, Float, UInt8
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Images to sample: one of each prompt with its seed."""
+    """Images to sample: one for each prompt and its seed."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -29,7 +29,7 @@ class SampleRequest:
 
     @classmethod
     def every(cls, prompts: Sequence[str], seeds: Sequence[int], *rest: Any) -> "SampleRequest":
-        """Every prompt with every seed: the images of the first prompt come first."""
+        """Returns the request for every prompt with every seed, ordered by prompt."""
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
         return cls(tuple(prompt for prompt, _ in pairs), tuple(seed for _, seed in pairs), *rest)
 
@@ -37,10 +37,10 @@ class SampleRequest:
 def sample_images(
     pipeline: Pipeline, request: SampleRequest, personalization: Personalization = BASE_MODEL
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-    """The request's images in its order, sampled as they are asked for.
+    """Returns an iterator over the request's images, in its order, which are sampled on demand.
 
-    An image depends on its prompt and seed, not on its neighbours. The negative (or unconditional) branch never
-    sees the prefix. Raises UserError at once for a scheduler that cannot be had in that many steps.
+    An image depends on its prompt and seed, not on its neighbours. The negative (or unconditional) branch never sees
+    the concept. Raises UserError at once if the scheduler does not allow that many steps.
     """
 
     def images(latents: Float[Array, "B h w c"]) -> UInt8[np.ndarray, "B H W 3"]:
@@ -53,18 +53,19 @@ def sample_images(
 def sample_latents(
     pipeline: Pipeline, request: SampleRequest, personalization: Personalization = BASE_MODEL
 ) -> Iterator[tuple[Float[Array, "B h w c"], int]]:
-    """The latents of `sample_images`, a batch at a time, and how many of the batch are asked for."""
+    """Returns an iterator over the latents of `sample_images`: a batch, and how many of its images were requested."""
     net, sampler = pipeline.networks, request.sampler
     size, count = sampler.batch_size, len(request.prompts)
     trajectory = schedulers.plan(net.schedule, sampler.scheduler, sampler.steps)
-    # On a CPU one call a dispatch, since a loop body's convolutions are slow there.
-    calls_per_dispatch = 1 if jax.default_backend() == "cpu" else len(trajectory.calls.index)
+    # One call per dispatch on a CPU: XLA's CPU convolutions are slow in a loop's body (docs/performance.md).
+    calls_per_dispatch = 1 if jax.default_backend() == "cpu" else len(trajectory.calls.number)
     unet = with_unet(pipeline, personalization).params["unet"]
     negative = condition(pipeline, [request.negative_prompt])
 
     def batch(start: int) -> tuple[Float[Array, "B h w c"], int]:
         real = min(size, count - start)
-        index = np.minimum(np.arange(start, start + size), start + real - 1)  # the last one fills up the batch
+        # The last image is repeated to fill the batch, so that one compiled program serves all batches.
+        index = np.minimum(np.arange(start, start + size), start + real - 1)
         positive = condition(pipeline, [request.prompts[i] for i in index], personalization)
         seeds = jnp.asarray([request.seeds[i] for i in index], jnp.uint32)
         both = jax.tree.map(lambda n, p: jnp.stack([jnp.broadcast_to(n, p.shape), p]), negative, positive)

@@ -1,1 +1,1 @@
-"""`catversion study`: CatVersion against its baselines, its ablation, and several concepts in one prompt."""
+"""Studies: CatVersion against its baselines, its ablation, several concepts in one prompt, and a user's sweeps."""

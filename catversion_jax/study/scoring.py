@@ -1,4 +1,4 @@
-"""Scores a setting's concepts as `catversion evaluate` does: by held-out photos, masks and unrelated prompts."""
+"""Scores a setting's concepts like `catversion evaluate`: with held-out photos, masks and unrelated prompts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,19 +9,19 @@ from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.photos import read_photos
 from catversion_jax.evaluation import metrics, scores
-from catversion_jax.evaluation.samples import EvaluationConfig, EvaluationTask, masked_images, sample, sample_task
+from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig, masked_images, sample, sample_task
 from catversion_jax.evaluation.scores import Encoders, MaskedImages, Values
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.utils.tree import count
 from catversion_jax.utils.types import UInt8
 
 SELECTING_SEED = 1000
-"""The first seed of the images that a rate is chosen by; those of the table begin at 0."""
+"""First seed of the images by which a learning rate is chosen; the seeds of the table's images begin at 0."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A row's numbers, and images for people: of each concept, the first of each prompt."""
+    """A row's scores and, for each concept, the first image of each prompt."""
 
     row: dict
     images: dict[str, list[UInt8[np.ndarray, "h w 3"]]]
@@ -40,12 +40,12 @@ class Scorer:
         return replace(self, config=replace(self.config, strength=strength))
 
     def score(self, concepts: Mapping[str, Concept], folders: Sequence[ConceptFolder]) -> Scored:
-        """The scores of all concepts, with intervals over their prompts, and each concept's."""
+        """Returns the scores over all concepts, with intervals over their prompts, and those of each concept."""
         units: list[Values] = []
         rows, images = [], {}
         for folder in folders:
-            prompts, source = folder.prompts(self.templates), concepts[folder.name]
-            task = EvaluationTask(folder.name, prompts, folder.heldout, folder.heldout_masks, source, folder.path)
+            prompts, concept = folder.prompts(self.templates), concepts[folder.name]
+            task = ConceptTask(folder.name, prompts, folder.heldout, folder.heldout_masks, folder.path, concept)
             samples = sample_task(self.pipeline, task, self.config, self.encoders)
             related = scores.of_prompts(samples.prompts, samples.images, heldout(folder), self.encoders)
             rows.append({"concept": folder.name} | scores.concept_row(related, samples.unrelated))
@@ -58,8 +58,10 @@ class Scorer:
         )
 
     def fitness(self, concepts: Mapping[str, Concept], folders: Sequence[ConceptFolder]) -> float | None:
-        """The overall score against the photos that were trained on, by images that no table shows: what a rate is
-        chosen by. None if it has no value."""
+        """Returns the overall score against the photos that were trained on, by which a learning rate is chosen.
+
+        Its images are in no table. None if the score is NaN.
+        """
         config = replace(self.config, seeds=tuple(SELECTING_SEED + seed for seed in self.config.seeds))
         values = []
         for folder in folders:
@@ -82,11 +84,10 @@ def photos_trained_on(folder: ConceptFolder) -> MaskedImages:
 
 
 def copied(sampled: MaskedImages, trained_on: MaskedImages, encoders: Encoders) -> float:
-    """How near the images' backgrounds, without the subject, are to those of the photos trained on: the mean cosine
-    over all pairs."""
+    """Returns the mean cosine over all pairs of a sampled image's and a training photo's background."""
     return float(metrics.clip_i(*(encoders.clip.image(x.backgrounds()) for x in (sampled, trained_on))).mean())
 
 
 def size(concepts: Mapping[str, Concept]) -> int:
-    """How many numbers are learned of a concept."""
+    """Returns how many parameters are learned for a concept."""
     return max(count(concept.learned) for concept in concepts.values())

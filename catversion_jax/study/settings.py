@@ -1,4 +1,4 @@
-"""What is compared: the rows of each table, and how much of it."""
+"""What is compared: the rows of each table, and how much is computed for them."""
 
 import re
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of a table's work is done."""
+    """How much is computed for a table."""
 
-    concepts: tuple[str, ...]  # folders; where there are none of these: all
-    steps: int | None  # of training; None: as the config has it
+    concepts: tuple[str, ...]  # names of folders; if none of them exists: all
+    steps: int | None  # of training; None: the config's
     seeds: int  # images of each prompt
     prompts: int  # of config.sample.prompts
     unrelated: int  # of evaluation.UNRELATED
@@ -22,12 +22,12 @@ TOGETHER = Scale((), None, 2, 8, 0)
 QUICK_TOGETHER = Scale(("teapot", "backpack", "rocket"), None, 2, 4, 0)
 
 TRIED_ON = QUICK.concepts
-"""The concepts that a method's rate is chosen by: on the others, only the best rate is trained."""
+"""Concepts by which a method's learning rate is chosen; the others are trained at the best rate only."""
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """A way to train: what it changes in the config."""
+    """A way to train, as changes to the config."""
 
     group: str
     name: str
@@ -35,12 +35,12 @@ class Setting:
 
     @property
     def folder(self) -> str:
-        """What its folder in a study's is called."""
+        """The name of its folder in a study's folder."""
         return "-".join(re.sub(r"[^\w.]+", "-", part) for part in (self.group, self.name))
 
     @property
     def title(self) -> str:
-        """What it is called under an image."""
+        """Its label in an image grid."""
         return f"{self.group} {self.name}".replace("_", " ")
 
 
@@ -50,8 +50,8 @@ RATES = {
     "dreambooth": (3e-5, 1e-4),
     "custom_diffusion": (1e-4, 3e-4),
 }
-"""The learning rates that each method is tried at: the published ones are for a UNet 64 times as large and for more
-steps. Found by a few runs on the teapot, which at rates three times lower learn little, and at higher ones forget the
+"""Learning rates at which each method is tried. The published ones are for a UNet 64 times as large and for more steps.
+These come from a few runs on the teapot: at rates three times lower they learn little, at higher ones they forget the
 prompt."""
 
 BASELINES = tuple(
@@ -80,5 +80,5 @@ ABLATION = (
     Setting("class word", "none in training, scope all", {"adapter.scope": "all", "concept.templates": ("a photo",)}),
     Setting("background", "weight 0 in the loss", {"train.background_weight": 0.0}),
 )
-"""Each row changes the config in one thing, or two where one makes no sense alone: without the class word in the
-training prompt, nothing sees a prefix of scope `trigger`."""
+"""Each row changes one thing in the config, or two if one makes no sense alone: without the class word in the training
+prompt, no token sees a prefix of scope `trigger`."""

@@ -1,4 +1,4 @@
-"""A study: what all rows of a table share, and each row once, kept in the study's folder."""
+"""A study: what all rows of a table share, and its rows, each computed once and kept in the study's folder."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -30,6 +30,7 @@ class Study:
     scorer: Scorer
 
     def config_of(self, setting: Setting) -> Config:
+        # Only the trained concept is used: no validation images, and no checkpoint before the last step.
         config = self.config.replaced(setting.changes)
         steps = self.scale.steps or config.train.steps
         changes = {"train.steps": steps, "sample.every": 0, "checkpoint.every": steps, "checkpoint.keep": 1}
@@ -37,24 +38,25 @@ class Study:
 
     @property
     def tried_on(self) -> tuple[ConceptFolder, ...]:
-        """The concepts that a rate is chosen by."""
+        """The concepts by which a learning rate is chosen."""
         return named(self.folders, TRIED_ON)
 
     def trained(self, setting: Setting, folders: tuple[ConceptFolder, ...]) -> tuple[dict[str, Concept], float | None]:
         return train(self.config_of(setting), folders, self.out / setting.folder, self.scorer.pipeline)
 
     def claim(self) -> None:
-        """Makes the folder this study's. Raises UserError if it is another's."""
+        """Records that the folder belongs to this study. Raises UserError if it belongs to another."""
         concepts = [folder.name for folder in self.folders]
         identity = {"config": self.config.identity(), "scale": asdict(self.scale), "concepts": concepts}
         claim(self.out / "study.json", identity)
 
     def scored(self, setting: Setting, trained_by: Setting) -> dict:
-        """A row of the table, with the images beside it; once."""
+        """Returns a row of the table, which is computed once; its images are kept beside it."""
         folder = self.out / setting.folder
 
         def make() -> dict:
             concepts, seconds = self.trained(trained_by, self.folders)
+            # The base model is scored as a concept at strength 0: with the same prompts, seeds and masks.
             scorer = self.scorer.at_strength(0.0) if setting is BASE else self.scorer
             scored = scorer.score(concepts, self.folders)
             folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ class Study:
         return once(folder / "row.json", make)
 
     def candidate(self, setting: Setting) -> dict:
-        """How well a setting does on the photos it was trained on; once."""
+        """Returns how well a setting does on the photos it was trained on, which is computed once."""
 
         def make() -> dict:
             concepts, seconds = self.trained(setting, self.tried_on)
@@ -77,13 +79,13 @@ class Study:
         return once(self.out / setting.folder / "candidate.json", make)
 
     def images(self, path: Path) -> list[UInt8[np.ndarray, "h w 3"]]:
-        """The images of a `strip`."""
+        """Reads the images of a `strip`."""
         image = np.asarray(Image.open(path))
         return np.split(image, image.shape[1] // self.scorer.pipeline.networks.resolution, axis=1)
 
 
 def once(path: Path, make: Callable[[], dict]) -> dict:
-    """What `make` gave the first time, which the file keeps."""
+    """Returns the result of `make`, which is called only the first time; the file keeps it."""
     if not path.is_file():
         text = json.dumps(make(), indent=1)
         write_atomically(path, lambda file: file.write_text(text))
@@ -91,11 +93,11 @@ def once(path: Path, make: Callable[[], dict]) -> dict:
 
 
 def named(folders: Sequence[ConceptFolder], names: tuple[str, ...]) -> tuple[ConceptFolder, ...]:
-    """The folders of these names, in their order; all if there is none of them."""
+    """Returns the folders of these names, in their order; all folders if none of them exists."""
     found = {folder.name: folder for folder in folders}
     return tuple(found[name] for name in names if name in found) or tuple(folders)
 
 
 def strip(images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> Image.Image:
-    """Images of one size in a row."""
+    """Joins images of one size in a row."""
     return Image.fromarray(np.concatenate(images, axis=1))

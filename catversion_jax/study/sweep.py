@@ -1,4 +1,4 @@
-"""A sweep: a study whose rows are a user's own settings, scored one concept at a time as each is trained."""
+"""A sweep: a study whose rows are the user's own settings; each concept is scored as soon as it is trained."""
 
 import json
 import re
@@ -32,7 +32,7 @@ PLACE = re.compile(r"a photo of \{concept\} (.+)")
 
 @dataclass(frozen=True)
 class Score:
-    """One concept under one setting; base is the untouched model on the same prompts and seeds."""
+    """The scores of one concept under one setting, and those of the base model on the same prompts and seeds."""
 
     setting: str
     concept: str
@@ -46,7 +46,10 @@ class Score:
 
 
 def override(config: Config, setting: str) -> Config:
-    """The config with a row's `KEY=VALUE;KEY=VALUE`; values are JSON, or else text. Raises UserError for others."""
+    """Returns the config with a row's `KEY=VALUE;KEY=VALUE`, whose values are JSON, or else text.
+
+    Raises UserError for an unknown key or an invalid value.
+    """
     values = to_config_dict(config)
     for pair in filter(None, setting.split(";")):
         key, _, value = pair.partition("=")
@@ -57,18 +60,20 @@ def override(config: Config, setting: str) -> Config:
         try:
             values.update_from_flattened_dict({key.strip(): tuple(parsed) if isinstance(parsed, list) else parsed})
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{setting}: {key} cannot be {value} ({error})") from None
+            raise UserError(f"{setting}: {key} cannot be {value} ({error})") from error
     return from_config_dict(values, unset=("run_dir", "data.dir", "concept.class_word"))
 
 
 def folder_of(setting: str) -> str:
-    """What a setting's folder is called."""
+    """Returns the name of a setting's folder."""
     return re.sub(r"[^\w.=]+", "_", setting) or "config"
 
 
 def score(config: Config, setting: str, folder: ConceptFolder, out: Path, scorer: Scorer) -> Score:
-    """Trains a concept on its photos, unless that is done, and scores it against its held-out ones. Of the scorer's
-    config the sampler is replaced by the setting's."""
+    """Trains a concept on its photos, unless that is done, and scores it against its held-out photos.
+
+    `scorer` must use the setting's sampler.
+    """
     pipeline, clip = scorer.pipeline, scorer.encoders.clip
     run_folder = out / folder_of(setting)
     concept = train_alone(config, folder, run_folder, pipeline)
@@ -97,14 +102,14 @@ def score(config: Config, setting: str, folder: ConceptFolder, out: Path, scorer
 def loss_at(
     scorer: Scorer, concept: Concept, strength: float, prompt: str, latents: Float[np.ndarray, "N h w c"]
 ) -> float:
-    """The noise-prediction loss on held-out latents with the concept at a strength."""
+    """Returns the noise-prediction loss on held-out latents, with the concept at `strength`."""
     personalization = Personalization((concept,), strength)
     context = conditioning.condition(scorer.pipeline, [prompt], personalization)
     return heldout_loss(conditioning.with_unet(scorer.pipeline, personalization), latents, context)
 
 
 def place_captions(config: Config, folder: ConceptFolder, scorer: Scorer) -> dict[str, Float[np.ndarray, "e"]]:
-    """Place -> its caption's embedding, for the places that the base model knows."""
+    """Returns place -> its caption's embedding, for the places that the base model knows."""
     known = read_json(config.model.folder / "world.json")["phrases"]
     captions = folder.prompts([f"a photo of {{concept}} {place}" for place in known])
     return dict(zip(known, scorer.encoders.clip.text(captions), strict=True))
@@ -113,8 +118,10 @@ def place_captions(config: Config, folder: ConceptFolder, scorer: Scorer) -> dic
 def place_accuracy(
     embeddings: Float[np.ndarray, "G e"], scorer: Scorer, places: Mapping[str, Float[np.ndarray, "e"]]
 ) -> float:
-    """Of the images whose prompt asks for one of `places`, the share whose nearest caption is the one asked for; not a
-    number if no prompt does."""
+    """Returns the share of images whose nearest caption is that of the place in their prompt.
+
+    Only images whose prompt asks for one of `places` count; NaN if there are none.
+    """
     found = metrics.nearest(embeddings, np.stack(list(places.values())))
     asked = [match and match[1] for match in map(PLACE.fullmatch, scorer.templates) for _ in scorer.config.seeds]
     hits = [list(places)[i] == place for i, place in zip(found, asked, strict=True) if place in places]
@@ -131,11 +138,11 @@ COLUMNS = (
     ("base", lambda mean: f"{mean['heldout_loss_base']:.4f}"),
     ("steps", lambda mean: f"{mean['steps']:.0f}"),
 )
-"""Of the table: header, and what stands there of the means of some scores."""
+"""Columns of the table: header, and the cell for mean scores."""
 
 
 def to_table(found: list[Score]) -> str:
-    """Markdown: a line for each concept and setting, then a line a setting with the means."""
+    """Returns the scores as a Markdown table: for each setting, a line for each concept and one with the means."""
     rows = []
     for setting in dict.fromkeys(score.setting for score in found):
         of_setting = [score for score in found if score.setting == setting]

@@ -29,11 +29,11 @@ SCORED = (
     ("drift of text", score("prior_drift_text")),
 )
 COST = (("numbers learned", numbers), ("seconds a concept", seconds))
-"""Columns: header, and what stands there of a row."""
+"""Columns: header, and the cell for a row."""
 
 
 def to_table(rows: Sequence[dict], columns: Sequence[tuple[str, Callable[[dict], str]]]) -> str:
-    """A line for each row."""
+    """Returns a Markdown table with a line for each row."""
     return markdown.table([name for name, _ in columns], ([cell(row) for _, cell in columns] for row in rows)) + "\n"
 
 
@@ -42,7 +42,7 @@ def of_scores(rows: Sequence[dict]) -> str:
 
 
 def of_candidates(rows: Sequence[dict]) -> str:
-    """What each method was tried at, and what of that was chosen."""
+    """Returns the table of the settings tried for each method, with the ones that were chosen."""
     columns = (
         ("overall, on the photos learned from", lambda row: number(row["fitness"])),
         ("chosen", lambda row: "yes" if row["chosen"] else ""),
@@ -51,7 +51,7 @@ def of_candidates(rows: Sequence[dict]) -> str:
 
 
 def of_groups(groups: dict[str, dict]) -> str:
-    """A line for each concept of each group, by the group's name."""
+    """Returns the table with a line for each concept of each group; `groups` are by name."""
     rows = [row | {"group": name, "all": group["all"]} for name, group in groups.items() for row in group["rows"]]
     columns = (
         ("prompt", lambda row: row["group"].replace("-", " ")),

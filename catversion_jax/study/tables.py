@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, each made of a study's rows, with grids of images."""
+"""The tables of docs/results.md, each made from a study's rows, with grids of images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Table:
 
 
 def of_settings(study: Study, settings: Sequence[Setting], more: str = "") -> Table:
-    """A row for the base model and each setting, and a grid for each concept."""
+    """Returns the table with a row for the base model and each setting, and a grid for each concept."""
     rows = [study.scored(BASE, settings[0]), *(study.scored(setting, setting) for setting in settings)]
     grids = {folder.name: image_grid(study, folder, [BASE, *settings]) for folder in study.folders}
     return Table("\n".join(filter(None, [table.of_scores(rows), more])), grids)
@@ -47,7 +47,7 @@ def fitness(row: dict) -> float:
 
 
 def baselines(study: Study) -> Table:
-    """Each method at the best of its rates, and all of them."""
+    """Returns the table of each method at its best learning rate, followed by all rates tried."""
     tried = {setting: study.candidate(setting) for setting in BASELINES}
     best: dict[str, Setting] = {}
     for setting, row in tried.items():
@@ -62,7 +62,7 @@ def ablation(study: Study) -> Table:
 
 
 def several(study: Study) -> Table:
-    """Every two, and every three, concepts in one prompt."""
+    """Returns the table of all pairs and triples of concepts in one prompt."""
     concepts, _ = study.trained(CONFIG, study.folders)
     groups = [*combinations(study.folders, 2), *combinations(study.folders, 3)]
     found, grids = {}, {}
@@ -84,7 +84,7 @@ def several(study: Study) -> Table:
 
 
 class Kind(NamedTuple):
-    """A table: how it is made, how large it is, and how large the quick form is."""
+    """A kind of table: how it is made, and the size of its full and its quick form."""
 
     make: Callable[[Study], Table]
     full: Scale
@@ -99,7 +99,7 @@ TABLES = {
 
 
 def image_grid(study: Study, folder: ConceptFolder, settings: Sequence[Setting]) -> Image.Image:
-    """Held-out photos, then a row for each setting: its first image of each prompt."""
+    """Returns a grid of the held-out photos and a row for each setting, with its first image of each prompt."""
     rows = [study.images(study.out / setting.folder / f"{folder.name}.png") for setting in settings]
     photos = read_photos(folder.heldout, study.scorer.pipeline.networks.resolution, folder.heldout_masks)
     labels = ["held out", *(setting.title for setting in settings)]

@@ -1,4 +1,4 @@
-"""Several concepts in one prompt: whether each is there, looked for where the UNet attends to its word."""
+"""Several concepts in one prompt: whether each is shown, measured where the UNet attends to its class word."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from catversion_jax.utils.types import Float, UInt8
 
 @dataclass(frozen=True)
 class Group:
-    """What came of concepts in one prompt."""
+    """The scores of concepts in one prompt."""
 
     rows: list[dict]  # of each concept: masked CLIP-I in the base model, with it alone and with all; its share shown
     all_shown: float  # share of the images that show every concept
@@ -26,15 +26,18 @@ class Group:
 
 
 def prompts(folders: Sequence[ConceptFolder], templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates with all of the concepts in the place of one."""
+    """Returns the templates filled with all of the concepts instead of one."""
     first, *others = folders
     *names, last = (first.class_word, *(f"{folder.article} {folder.class_word}" for folder in others))
     return tuple(fill(template, f"{', '.join(names)} and {last}", first.article) for template in templates)
 
 
 def score_group(scorer: Scorer, folders: Sequence[ConceptFolder], concepts: Sequence[Concept]) -> Group:
-    """An image shows a concept if what is at its word is nearer to its held-out photos than to those of the others, and
-    nearer than the base model's with the same prompt and seed."""
+    """Scores concepts that are sampled in one prompt.
+
+    An image shows a concept if the region of its class word is nearer to its held-out photos than to those of the
+    others, and nearer than the base model's region with the same prompt and seed.
+    """
     pipeline, clip, config = scorer.pipeline, scorer.encoders.clip, scorer.config
     asked = prompts(folders, scorer.templates)
     each = [prompt for prompt in asked for _ in config.seeds]
@@ -43,7 +46,7 @@ def score_group(scorer: Scorer, folders: Sequence[ConceptFolder], concepts: Sequ
     references = [clip.image(heldout(folder).masked()) for folder in folders]
 
     def at_word(images: list[np.ndarray], word: str) -> Float[np.ndarray, "G e"]:
-        """Embeddings of what is at the word."""
+        """Returns the embeddings of the word's region in the images."""
         found = masks.attention_masks(pipeline, np.stack(images), each, word)
         return clip.image(MaskedImages(images, list(found)).masked())
 

@@ -1,4 +1,4 @@
-"""A setting's concepts, trained: side by side in one compiled step if the method lets them share it."""
+"""Trains a setting's concepts, side by side in one compiled step if the method lets them share it."""
 
 import json
 import time
@@ -19,14 +19,17 @@ from catversion_jax.utils.files import write_atomically
 
 SECONDS = "seconds.json"
 SLOTS = len(TRIED_ON)
-"""Concepts side by side."""
+"""Number of concepts trained side by side."""
 
 
 def train(
     config: Config, folders: Sequence[ConceptFolder], out: Path, pipeline: Pipeline
 ) -> tuple[dict[str, Concept], float | None]:
-    """The concept of each folder, by its name, and the seconds a concept took, compilation included, the first time
-    that any were trained in `out`; None if that was interrupted. What is there already is not trained again."""
+    """Returns the concept of each folder, by its name, and the seconds per concept.
+
+    Existing concepts are not trained again. The seconds include compilation and are those of the first call for `out`;
+    None if that was interrupted.
+    """
     whole = not out.exists()
     start = time.monotonic()
     (separately if METHODS[config.method].changes_unet else side_by_side)(config, folders, out, pipeline)
@@ -59,5 +62,5 @@ def separately(config: Config, folders: Sequence[ConceptFolder], out: Path, pipe
 
 
 def train_alone(config: Config, folder: ConceptFolder, out: Path, pipeline: Pipeline) -> Concept:
-    """A concept in a run of its own, in `out`; once."""
+    """Trains a concept in a run of its own in `out`, unless it exists; returns it."""
     return train_once(config.replaced(folder.changes() | {"run_dir": str(out / folder.name)}), pipeline)

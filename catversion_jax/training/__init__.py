@@ -1,1 +1,1 @@
-"""From photos to concepts: one run, or many concepts at once."""
+"""Trains concepts on photos: in a run of one concept, or many concepts at once."""

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: the training state, kilobytes unless the UNet is learned; folders named by the step."""
+"""Orbax checkpoints of the training state, in folders named by step; kilobytes, unless the method trains the UNet."""
 
 import contextlib
 import logging
@@ -8,17 +8,19 @@ import jax
 import orbax.checkpoint as ocp
 
 from catversion_jax.training.state import TrainState
-from catversion_jax.utils.errors import StorageError, UserError, is_forbidden, short
+from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, short
 
+# Orbax logs several lines for every save, through both loggers.
 for name in ("absl", "orbax"):
-    logging.getLogger(name).setLevel(logging.ERROR)  # Orbax narrates every save
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Checkpoints:
-    """The checkpoints below `folder`; saves run in the background, `close` waits for them."""
+    """The checkpoints in `folder`. Saves run in the background; `close` waits for them."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder.absolute()
+        # A process that is killed during a save leaves a temporary folder behind, which the next run removes.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -27,7 +29,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, config: dict) -> None:
-        """Save under `step`, unless it is there. Raises UserError if the disk refuses, older ones being kept."""
+        """Saves the state under `step`, unless it is there. Earlier checkpoints are kept if the save fails.
+
+        Raises UserError if access is denied, StorageError for other failures.
+        """
         if step == self.latest:
             return
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
@@ -35,24 +40,31 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def restore(self, like: TrainState) -> TrainState:
-        """The latest state, placed as `like` (arrays or shapes with shardings)."""
+        """Returns the latest state, with the sharding of `like` (arrays, or shapes with shardings).
+
+        Raises UserError if the checkpoint is not readable.
+        """
         try:
             items = ocp.args.Composite(
                 state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
             )
             return self._manager.restore(self.latest, args=items).state
         except (OSError, ValueError, KeyError) as error:
-            path = self.folder / str(self.latest)
-            raise UserError(
-                f"{path}: not a readable checkpoint ({short(error)}); remove it to resume from the one before"
-            ) from None
+            raise self._unreadable(error) from error
 
     def note(self) -> dict:
-        """The config that was saved with the latest state."""
-        return self._manager.restore(self.latest, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        """Returns the config saved with the latest state. Raises UserError if the checkpoint is not readable."""
+        try:
+            return self._manager.restore(self.latest, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        except (OSError, ValueError, KeyError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> UserError:
+        path = self.folder / str(self.latest)
+        return UserError(f"{path}: not a readable checkpoint ({short(error)}); remove it to resume from the one before")
 
     def close(self) -> None:
-        """Wait for the saves under way."""
+        """Waits for pending saves. Raises UserError or StorageError, as `save` does, if one of them failed."""
         with explained(f"{self.folder}: could not save the last checkpoint"):
             self._manager.wait_until_finished()
         self._manager.close()
@@ -60,9 +72,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def explained(what: str):
-    """Turns what a storage library raises into one line."""
+    """Turns what a storage library raises into a UserError or StorageError of one line."""
     try:
         yield
-    except Exception as error:  # of the disk or the library, which wraps what the system said
-        kind = UserError if is_forbidden(error) else StorageError
+    # Not OSError alone: Orbax and TensorStore wrap the system's error in types of their own.
+    except Exception as error:
+        kind = StorageError if is_storage_error(error) else UserError
         raise kind(f"{what} ({short(error)}); make room, or grant access, and resume") from error

@@ -1,4 +1,4 @@
-"""A concept's photos and prompts as the training step takes them: the VAE and the tokenizer are done before it runs."""
+"""Prepares a concept's photos and prompts for the training step, which needs neither the VAE nor the tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +24,11 @@ from catversion_jax.utils.types import Float
 
 
 class Images(NamedTuple):
-    """Photos, or images of the class, as latents."""
+    """Latents of photos, or of images of the class."""
 
     mean: Float[np.ndarray, "N F h w c"]
     std: Float[np.ndarray, "N F h w c"]
-    weight: Float[np.ndarray, "N F h w 1"] | None  # of each position in the loss; None: all alike
+    weight: Float[np.ndarray, "N F h w 1"] | None  # of each position in the loss; None: all equal
 
 
 def prepare(
@@ -39,8 +39,11 @@ def prepare(
     size: int = 0,
     kept: Path | None = None,
 ) -> ConceptData:
-    """Latents and text states of one concept, padded to `size` photos or to their bucket, with a concept axis of size
-    1; and, if the method preserves a prior, those of the class, whose latents the file `kept` keeps."""
+    """Returns the latents and text states of one concept, with a concept axis of size 1.
+
+    They are padded to `size` photos or to their bucket. If the method preserves a prior, they include the images of the
+    class, whose latents are cached in the file `kept`.
+    """
     networks = pipeline.networks
     images = np.stack([photo.image for photo in photos])
     mean, std = posteriors(networks.vae, pipeline.params["vae"], images, config.data.flip)
@@ -61,11 +64,12 @@ def prepare(
 def to_data(
     config: Config, method: Method, pipeline: Pipeline, images: Images, prompts: Sequence[str], size: int
 ) -> ConceptData:
-    """Images and prompts, which are as the text encoder is given them, without a concept axis."""
+    """Converts images and prompts, in the form that the text encoder takes, to data without a concept axis."""
     networks = pipeline.networks
     token_ids = [tokenizer(list(prompts)) for tokenizer in pipeline.tokenizers]
     word = pipeline.tokenizer.word(method.identifier or config.concept.class_word)
     of_encoders = zip(networks.text, pipeline.params["text"], token_ids, method.first_layers(networks), strict=True)
+    # Nothing learned reaches the lower layers, so they run once per prompt here and not in every step.
     lowered = tuple(
         lower_layers(encoder, params, ids, method.token_mask(ids, word), stop=first)
         for encoder, params, ids, first in of_encoders
@@ -74,16 +78,16 @@ def to_data(
     return ConceptData(
         mean=pad(images.mean, size),
         std=pad(images.std, size),
-        photos=np.int32(len(images.mean)),
+        photos=np.asarray(len(images.mean), np.int32),
         prompts=jax.tree.map(lambda x: pad(np.asarray(x), length), lowered),
-        prompt_count=np.int32(len(prompts)),
-        steps=np.int32(config.train.steps),
+        prompt_count=np.asarray(len(prompts), np.int32),
+        steps=np.asarray(config.train.steps, np.int32),
         weight=None if images.weight is None else pad(images.weight, size),
     )
 
 
 def check_masks(photos: Sequence[Photo], background: float) -> None:
-    """Raises UserError if the loss is to weigh the background and a photo has no mask."""
+    """Raises UserError if the background has its own weight in the loss and a photo has no mask."""
     missing = [photo.name for photo in photos if photo.mask is None or not photo.mask.any()]
     if background != 1 and missing:
         raise UserError(
@@ -95,12 +99,15 @@ def check_masks(photos: Sequence[Photo], background: float) -> None:
 def subject_weights(
     photos: Sequence[Photo], shape: tuple[int, ...], background: float
 ) -> Float[np.ndarray, "N F h w 1"] | None:
-    """How much each position of the latents [N, F, h, w, c] counts in the loss: the subject's share of it and, for the
-    rest, `background`; the mean over a photo is 1. None if all positions count alike. The photos have masks."""
+    """Returns the loss weight of each latent position; None if all are equal. `shape` is [N, F, h, w, c].
+
+    It is the share of the position that the subject covers plus `background` times the rest, scaled to a mean of 1
+    over each photo. All photos must have masks.
+    """
     if background == 1:
         return None
     _, views, height, width, _ = shape
-    masks = np.stack([photo.mask for photo in photos]).astype(np.float32)
+    masks = np.stack([photo.mask for photo in photos if photo.mask is not None]).astype(np.float32)
     side = masks.shape[1] // height
     share = masks.reshape(len(masks), height, side, width, side).mean((2, 4))
     weights = background + (1 - background) * share
@@ -111,28 +118,35 @@ def subject_weights(
 def class_images(
     config: Config, method: Method, pipeline: Pipeline, prompts: Sequence[str], kept: Path | None
 ) -> ConceptData:
-    """The base model's images of the class, of the training prompts in turn and without the identifier. They stay
-    the latents they were sampled as, and are not sampled again if the file `kept` has them: no VAE."""
+    """Returns the base model's images of the class, for the training prompts in turn, without the identifier.
+
+    They remain latents, so the VAE is not used, and are not sampled again if the file `kept` has them.
+    """
     count = config.prior.pictures
-    mean = kept and read_latents(kept, (count, *pipeline.networks.latent_shape))
-    if mean is None:
+    latents = read_latents(kept, (count, *pipeline.networks.latent_shape)) if kept else None
+    if latents is None:
         asked = tuple(prompts[i % len(prompts)] for i in range(count))
-        batches = sample_latents(pipeline, SampleRequest(asked, tuple(range(count)), config.sample.sampler))
-        with tqdm(total=count, unit=" images", desc="of the class", leave=False) as bar:
-            sampled = []
-            for latents, real in batches:
-                sampled.append(np.asarray(latents)[:real])
-                bar.update(real)
-        mean = np.concatenate(sampled)
+        sampled = sample_class(pipeline, SampleRequest(asked, tuple(range(count)), config.sample.sampler))
         if kept:
-            write_atomically(kept, lambda path: np.save(path, mean, allow_pickle=False))
-    mean = mean[:, None]
+            write_atomically(kept, lambda path: np.save(path, sampled, allow_pickle=False))
+        latents = sampled
+    mean = latents[:, None]
     weight = np.full((*mean.shape[:-1], 1), method.prior_weight, np.float32)
     return to_data(config, method, pipeline, Images(mean, np.zeros_like(mean), weight), prompts, bucket(count))
 
 
+def sample_class(pipeline: Pipeline, request: SampleRequest) -> Float[np.ndarray, "N h w c"]:
+    """Samples the latents of the request's images, with a progress bar."""
+    parts = []
+    with tqdm(total=len(request.prompts), unit=" images", desc="of the class", leave=False) as bar:
+        for latents, real in sample_latents(pipeline, request):
+            parts.append(np.asarray(latents)[:real])
+            bar.update(real)
+    return np.concatenate(parts)
+
+
 def read_latents(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."] | None:
-    """The file's latents; None where it has none of this shape."""
+    """Returns the file's latents; None if it has none of this shape."""
     try:
         latents = np.load(path, allow_pickle=False)
     except (OSError, ValueError):

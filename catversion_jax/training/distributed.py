@@ -1,14 +1,14 @@
-"""Several processes, on one machine or many, that share the work: which of them this one is.
+"""Identifies this process among several, on one machine or many, and waits until all of them have started.
 
-Concepts share nothing, so neither do processes: each is a JAX of its own on its own devices, and one that is lost takes
-no other one with it. `jax.distributed` serves for one thing, that all of them have started, and in a process of its
-own: where the others do not come, its client ends the process that it runs in.
+Concepts share nothing, so neither do the processes: each runs JAX by itself on its own devices, and losing one does not
+affect the others. `jax.distributed` is used only to wait for all of them, in a process of its own, because its client
+terminates the process that it runs in if the others do not come.
 """
 
 import os
 import subprocess
 import sys
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from catversion_jax.utils.errors import UserError
 
@@ -22,8 +22,9 @@ jax.distributed.shutdown()
 """
 
 
-class Process(NamedTuple):
-    """This process among those that share the work."""
+@dataclass(frozen=True)
+class Process:
+    """The index of this process, and the number of processes that share the work."""
 
     index: int = 0
     count: int = 1
@@ -35,11 +36,11 @@ CLUSTERS = (
     ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
     ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),  # GKE; the names of all, with commas
 )
-"""Environment variables in which a cluster tells the process and how many there are."""
+"""Environment variables that hold the process's index and the number of processes, for each kind of cluster."""
 
 
 def from_environment() -> Process:
-    """The process as the cluster's environment has it. Raises UserError if no known cluster's variables are set."""
+    """Reads the process from the cluster's environment. Raises UserError if no known cluster's variables are set."""
     for index, count in CLUSTERS:
         if index in os.environ and count in os.environ:
             value = os.environ[count]
@@ -56,10 +57,13 @@ def from_environment() -> Process:
 
 
 def meet(address: str, process: Process, timeout: int) -> None:
-    """Waits until all processes are there. Raises UserError if they are not in time."""
+    """Waits until all processes have started. Raises UserError if they have not within `timeout` seconds."""
+    if process.count == 1:
+        return
     values = map(str, (address, process.count, process.index, timeout))
     run = [sys.executable, "-c", MEET, *values]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # no device is needed, and none must be taken
+    # On a TPU only one process can hold the devices, and that must be this one.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     try:
         met = subprocess.run(run, env=environment, capture_output=True, timeout=timeout + 60).returncode == 0
     except subprocess.TimeoutExpired:

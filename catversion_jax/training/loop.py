@@ -1,8 +1,9 @@
-"""The training loop of one concept; all of its mathematics is in train_step."""
+"""The training loop of one concept; all of its mathematics is in training/step.py."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,10 +32,10 @@ def loop(
     run: RunDir,
     checkpoints: Checkpoints,
 ) -> tuple[TrainState, signal.Signals | None]:
-    """Trains from the last checkpoint, or from the start, to the last step.
+    """Trains to the last step, from the last checkpoint if there is one.
 
-    Returns the state and, if a signal ended it early, the signal. Raises UserError at a loss that is not finite, the
-    last good state saved.
+    Returns the state and, if a signal ended the training early, the signal. Raises UserError if a loss or gradient is
+    not finite, after saving the last good state.
     """
     on_concepts = sharding(step_config.mesh, "concept")
     state = jax.device_put(step_config.init_state([config.seed]), on_concepts)
@@ -60,6 +61,7 @@ def loop(
                 start, step = step, int(state.step[0])
                 started(bar)
                 record(writer, bar, start, jax.device_get(metrics), step - start)
+                # A step whose loss or gradient is not finite does not count: `update` keeps the last good state.
                 if step < start + length:
                     save()
                     raise UserError(not_finite(run, step, config))
@@ -79,23 +81,23 @@ def loop(
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
+    """Returns whether something that happens every `every` steps (0: never) happens after this one."""
     return every > 0 and step % every == 0
 
 
 def next_length(config: Config, step: int) -> int:
-    """Steps of the next dispatch: none goes over a step after which something is due."""
+    """Returns the length of the next dispatch, which ends no later than a step after which something is due."""
     every = (config.train.steps, config.checkpoint.every, config.sample.every, config.stop.every)
     return min(steps_per_dispatch(config.train), *(n - step % n for n in every if n))
 
 
 def training_bar(total: int, step: int) -> tqdm:
-    """A progress bar of steps, which says that the first of them is being compiled."""
+    """Returns a progress bar of steps, labelled as compiling until the first dispatch is done."""
     return tqdm(total=total, initial=step, unit=" steps", desc="compiling")
 
 
 def started(bar: tqdm) -> None:
-    """Notes that compiling is over: the rate and the time left are those of the steps alone."""
+    """Relabels the bar after the first dispatch; its rate and time left then exclude the compilation."""
     if bar.desc.startswith("compiling"):
         bar.unpause()
         bar.set_description("training", refresh=False)
@@ -121,13 +123,14 @@ def not_finite(run: RunDir, step: int, config: Config) -> str:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and SIGINT, so that the step under way ends and is saved; a second Ctrl-C acts at once. A second
-    SIGTERM does not: at a machine's shutdown it comes from its parent and from the system."""
+    """Collects SIGTERM and SIGINT, so that the current step is finished and saved; a second Ctrl-C acts at once."""
     received: list[signal.Signals] = []
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
 
+    # The handler only takes a note: an exception raised from it could interrupt a dispatch or a save.
     def receive(number, frame):
         received.append(signal.Signals(number))
+        # Not for SIGTERM: at a machine's shutdown it comes twice, from the parent process and from the system.
         if number == signal.SIGINT:
             signal.signal(number, previous[number])
 

@@ -1,8 +1,8 @@
-"""Many concepts at once: those of a manifest, in one compiled step.
+"""Trains the concepts of a manifest, many at once in one compiled step.
 
-Concepts stream through a fixed number of slots: the step's shapes never change, and a slot whose concept is finished
-takes the next one, which was read and encoded while the devices trained. Concepts share nothing but the base model, so
-each gets the numbers of a run of its own, and processes that share a manifest need not talk to each other.
+Concepts stream through a fixed number of slots, so the step's shapes never change. A slot whose concept is finished
+takes the next one, which was read and encoded while the devices trained. Concepts share nothing but the base model:
+each is trained exactly as in a run of its own, and processes that share a manifest need not communicate.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -45,24 +45,24 @@ from catversion_jax.utils.errors import UserError, short
 class Share:
     """One process's share of a manifest."""
 
-    config: Config  # what the lines do not say
+    config: Config  # settings that the lines do not give
     manifest: Path
     process: Process = Process()
 
     @classmethod
     def of(cls, config: Config, manifest: Path, process: Process = Process()) -> "Share":
-        """The config is what the lines do not say: photos and class word are those of each line."""
+        """Returns the share. `config` gives what the lines do not; each line has its own photos and class word."""
         return cls(config.replaced({"data.dir": "", "concept.class_word": "thing"}), manifest, process)
 
     def lines(self) -> Iterator[Line]:
         return itertools.islice(manifest.read(self.manifest), self.process.index, None, self.process.count)
 
     def config_of(self, line: Line) -> Config:
-        """The config of a line's concept."""
+        """Returns the config of a line's concept."""
         return self.config.replaced(line.changes(self.manifest.parent))
 
     def photo_count(self, line: Line) -> int:
-        """How many photos a line has, as far as its folder can be listed."""
+        """Returns how many photos a line has, 0 if its folder cannot be listed; at most MAX_PHOTOS."""
         try:
             return min(MAX_PHOTOS, sum(map(is_candidate, Path(self.config_of(line).data.dir).iterdir())))
         except OSError:
@@ -70,23 +70,23 @@ class Share:
 
     @property
     def most_photos(self) -> int:
-        """Of any line of the whole manifest: what a slot has room for, whoever takes the line."""
+        """The largest number of photos of a line in the whole manifest, for which each slot has room."""
         return max(1, *map(self.photo_count, manifest.read(self.manifest)))
 
 
 @dataclass(frozen=True)
 class BatchOutcome:
-    """What a process's share of a manifest came to."""
+    """The outcome of one process's share of a manifest."""
 
     concepts: int  # lines of the share
-    trained: int  # of them, in this call; those that were there already are not among them
+    attempted: int  # of them, those that were not done before this call
     failed: int
     report: Path
     interrupted_by: signal.Signals | None
 
 
 def train_many(share: Share, pipeline: Pipeline | None = None) -> BatchOutcome:
-    """Trains a share of a manifest, in the config's base model, which `pipeline` is if it is loaded.
+    """Trains a share of a manifest on the config's base model, which is loaded unless it is given as `pipeline`.
 
     Raises UserError for a mistake in the config or the manifest, before anything is compiled.
     """
@@ -114,8 +114,10 @@ def artifact_path(run: RunDir, line: Line) -> Path:
 Prepared = tuple[Line, Future]
 
 
-def ahead(lines: Iterable[Line], prepare: Callable[[Line], ConceptData], count: int) -> Iterator[Prepared]:
-    """Each line with what `prepare` makes of it in a thread, `count` lines ahead of the one that is asked for."""
+def ahead(lines: Iterable[Line], prepare: Callable[[Line], ConceptData], count: int) -> Generator[Prepared]:
+    """Yields each line with the future of `prepare(line)`, which runs in a thread, up to `count` lines ahead."""
+    # In a thread, so that the devices do not wait for photos to be read and decoded; only `count` lines ahead, so that
+    # memory on the host does not grow with the manifest.
     pool = ThreadPoolExecutor(1)
     waiting: deque[Prepared] = deque()
     try:
@@ -131,24 +133,26 @@ def ahead(lines: Iterable[Line], prepare: Callable[[Line], ConceptData], count: 
 
 @dataclass(frozen=True)
 class Entered:
-    """A concept in its slot."""
+    """A concept that is in a slot."""
 
     line: Line
     config: Config
-    since: float  # time.monotonic()
+    since: float  # time.monotonic() when it entered
 
 
 class ManyConcepts:
-    """The slots of one process, and the concepts that go through them."""
+    """The slots of one process, and the concepts that pass through them."""
 
     def __init__(self, share: Share, pipeline: Pipeline, report: Report, size: int):
-        """`size` is how many photos a slot has room for."""
+        """Loads the saved states and sets up empty slots; `size` is the number of photos that a slot has room for."""
         self.share, self.pipeline, self.report, self.size = share, pipeline, report, size
         config, networks = share.config, pipeline.networks
         self.config, self.stop, self.run = config, config.stop, RunDir.of(config)
         count, resolution = config.batch.slots, networks.resolution
         self.step_config = StepConfig.of(config, networks, count)
+        # A divisor of both, so that no dispatch runs past a step after which an evaluation is due.
         self.length = math.gcd(steps_per_dispatch(config.train), self.stop.every)
+        # Only the shapes of this concept are used: all slots start empty.
         blank = Photo("blank", np.zeros((resolution, resolution, 3), np.uint8), np.ones((resolution, resolution), bool))
         self.slots = Slots(
             self.step_config,
@@ -165,7 +169,7 @@ class ManyConcepts:
         self.failed = 0
 
     def train(self, lines: Iterable[Line], bar: tqdm) -> signal.Signals | None:
-        """Trains until no line is left. Returns the signal that ended it early, if one did."""
+        """Trains until no line is left. Returns the signal that ended the training early, if one did."""
         queue = ahead(lines, self.prepare, self.config.batch.slots)
         try:
             with signals() as received:
@@ -177,21 +181,22 @@ class ManyConcepts:
                         self.save()
                 if self.entered:
                     self.save()
-            return received[0] if received and bar.n < bar.total else None
+            return received[0] if received and bar.n < (bar.total or 0) else None
         finally:
             queue.close()
             self.checkpoints.close()
 
     def prepare(self, line: Line) -> ConceptData:
-        """A line's photos and prompts as the step takes them."""
+        """Reads and encodes a line's photos and prompts for the step."""
         config = self.share.config_of(line)
         photos = read_photos(config.data.dir, self.pipeline.networks.resolution, config.data.masks_dir)
         check_masks(photos, config.train.background_weight)
         return prepare(config, self.step_config.method, self.pipeline, photos, self.size)
 
     def fill(self, queue: Iterator[Prepared], bar: tqdm) -> bool:
-        """Lets the next concepts into the empty slots; whether there is one in any. With evaluations, only while those
-        in the slots are evaluated, so that one evaluation serves all."""
+        """Puts the next concepts into the empty slots; returns whether any slot is in use."""
+        # With early stopping, a concept enters only at a step after which the others are evaluated: the evaluations
+        # of all slots then stay aligned, and one dispatch serves them all.
         if self.entered and self.stop.every and self.clock % self.stop.every:
             return True
         for index in sorted(set(range(self.config.batch.slots)) - self.entered.keys()):
@@ -201,6 +206,7 @@ class ManyConcepts:
             line, data = found
             config = self.share.config_of(line)
             state = self.saved.pop(line.id, None)
+            # A state that was saved under another seed belongs to another run of the concept.
             if state is None or state.seed[0] != config.seed:
                 state = self.step_config.init_state([config.seed])
             self.slots.put(index, state, data)
@@ -208,18 +214,19 @@ class ManyConcepts:
         return bool(self.entered)
 
     def next_good(self, queue: Iterator[Prepared], bar: tqdm) -> tuple[Line, ConceptData] | None:
-        """The next line that could be prepared; those before it failed."""
+        """Returns the next line that could be prepared, or None; lines that could not are reported as failed."""
         for line, future in queue:
             try:
                 return line, future.result()
             except UserError as error:
                 self.fail(line, str(error), bar)
-            except Exception as error:  # whatever is wrong with one concept must not disturb the others
+            # Not UserError alone: whatever is wrong with one concept must not end the others.
+            except Exception as error:
                 self.fail(line, f"{type(error).__name__}: {short(error)}", bar)
         return None
 
     def harvest(self, bar: tqdm) -> None:
-        """Empties the slots of the concepts that are finished or broken."""
+        """Empties the slots whose concepts are finished or broken."""
         slots = self.slots
         for index, entered in list(self.entered.items()):
             if slots.broken[index]:
@@ -239,7 +246,7 @@ class ManyConcepts:
         bar.update()
 
     def finish(self, entered: Entered, state: TrainState, loss: float, bar: tqdm) -> None:
-        """Writes what was learned, and reports it."""
+        """Writes the concept and reports it as done."""
         path = artifact_path(self.run, entered.line)
         concept = to_concept(entered.config, self.step_config.method, self.pipeline.fingerprint, state)
         with explained(f"{path}: could not write the concept"):
@@ -251,13 +258,13 @@ class ManyConcepts:
         bar.update()
 
     def save(self) -> None:
-        """Keeps the states of the concepts in the slots."""
+        """Saves the states of the concepts in the slots, and which concepts they are."""
         ids = [self.entered[i].line.id if i in self.entered else None for i in range(self.config.batch.slots)]
         self.checkpoints.save(self.clock, self.slots.host, {"ids": ids})
         self.kept = self.clock
 
     def read_saved(self) -> dict[str, TrainState]:
-        """The states of interrupted concepts by id, [1, ...] each, whichever process kept them."""
+        """Returns the states of interrupted concepts by id, [1, ...] each, whichever process saved them."""
         states: dict[str, TrainState] = {}
         for folder in sorted(self.run.checkpoints.glob("*-of-*")):
             checkpoints = Checkpoints(folder, self.config.checkpoint.keep)
@@ -267,6 +274,7 @@ class ManyConcepts:
                 stacked = checkpoints.restore(jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes))
                 for index, id in enumerate(ids):
                     state = jax.tree.map(lambda x, i=index: x[i : i + 1], stacked)
+                    # After a restart with another number of processes, a concept may be in several folders.
                     if id is not None and (id not in states or state.step > states[id].step):
                         states[id] = state
             checkpoints.close()

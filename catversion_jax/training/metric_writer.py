@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl and TensorBoard events, continued without a seam on resume."""
+"""Writes the metrics of a run to metrics.jsonl and TensorBoard events, which a resumed run continues seamlessly."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from catversion_jax.utils.types import UInt8
 
 
 class MetricWriter:
-    """Appends to a run's metrics and events. What an interrupted run wrote after `start` steps is dropped."""
+    """Appends to a run's metrics and events. What an interrupted run wrote after step `start` is dropped."""
 
     def __init__(self, metrics: Path, events: Path, start: int):
         if metrics.is_file():
@@ -34,7 +34,7 @@ class MetricWriter:
 
 
 def is_before(line: str, start: int) -> bool:
-    """Whether a whole line of metrics is of a step up to `start`; a line cut by a crash is not."""
+    """Returns whether a line of metrics belongs to a step up to `start`; a line cut by a crash does not."""
     try:
         return json.loads(line)["step"] <= start
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a run shows of itself: images of the config's prompts, and the sample grid at its end."""
+"""Images that show how a run is going: validation images of the config's prompts, and the sample grid at its end."""
 
 from collections.abc import Sequence
 
@@ -17,13 +17,13 @@ from catversion_jax.utils.image_grid import grid
 def sample_prompts(
     config: Config, pipeline: Pipeline, concept: Concept, strength: float = 1.0, count: int | None = None
 ) -> list[np.ndarray]:
-    """An image of each of the first `count` (None: all) of the config's prompts, with the config's seed."""
+    """Samples an image of each of the first `count` (None: all) of the config's prompts, with the config's seed."""
     request = SampleRequest.every(config.sample_prompts(count), [config.seed], config.sample.sampler)
     return list(sample_images(pipeline, request, Personalization((concept,), strength)))
 
 
 def sample_grid(config: Config, pipeline: Pipeline, concept: Concept, photos: Sequence[Photo]) -> Image.Image:
-    """What was learned at a glance: the photos, the base model's images, the personalized ones."""
+    """Returns a grid of the photos, the base model's images and the personalized images."""
     base, personalized = (sample_prompts(config, pipeline, concept, strength) for strength in (0.0, 1.0))
     rows = [[photo.image for photo in photos[: len(base)]], base, personalized]
     labels = ["your photos", "base model", f"your {config.concept.class_word}"]

@@ -1,4 +1,4 @@
-"""report.jsonl of a batch: a line for each concept that is done or failed; processes may share it."""
+"""report.jsonl of a batch: a line for each concept that is done or failed. Several processes may share it."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,7 @@ FILE_NAME = "report.jsonl"
 
 
 class Report:
-    """The report in `folder`. Every change is made under a lock, so that no process loses another's lines."""
+    """The report in `folder`. Every change is made under a lock, so that no process overwrites another's lines."""
 
     def __init__(self, folder: Path):
         self.path = folder / FILE_NAME
@@ -25,12 +25,14 @@ class Report:
             yield
 
     def entries(self) -> Iterator[dict]:
-        """What is reported; a line that a crash cut is not."""
+        """Returns the lines of the report, without one that was cut by a crash."""
         return json_lines(self.path)
 
     def reconcile(self, done: dict[str, bool]) -> None:
-        """Keep, of the concepts in `done`, one line for each that is done; a failed one is tried again. Those of
-        others stay."""
+        """Keeps one line for each concept of `done` that is done, and drops those of the others, which are tried again.
+
+        Lines of concepts that are not in `done` stay.
+        """
         with self.locked():
             kept = {entry["id"]: entry for entry in self.entries() if self.stays(entry, done)}
             kept |= {id: {"id": id, "status": "done"} for id, is_done in done.items() if is_done and id not in kept}

@@ -1,4 +1,4 @@
-"""A run: from a folder of photos to a concept's file, in a folder that an interrupted run continues in."""
+"""A run: trains one concept on a folder of photos, in a run folder from which an interrupted run resumes."""
 
 import contextlib
 import signal
@@ -22,27 +22,28 @@ from catversion_jax.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training came to."""
+    """The result of training."""
 
     concept: Concept
     photos: list[Photo]
-    interrupted_by: signal.Signals | None  # the signal that ended it early; then there is no file yet
+    interrupted_by: signal.Signals | None  # the signal that ended it early, before the concept's file was written
 
 
 def load_model(config: Config, concepts: int = 1) -> Pipeline:
-    """The base model that the config names, on the devices of a training step of so many concepts."""
+    """Loads the config's base model onto the devices of a training step of `concepts` concepts."""
     return load(config.model, config.make_mesh(concepts), config.mesh.rules)
 
 
 def train(config: Config, run: RunDir, pipeline: Pipeline) -> Outcome:
-    """Runs, or continues, the training that `config` describes, and writes `concept.safetensors`.
+    """Runs, or resumes, the training that `config` describes, and writes `concept.safetensors`.
 
     Raises UserError for a user's mistake, before anything is compiled.
     """
     photos = stored_or_read(run, config, pipeline.networks.resolution)
     step_config = StepConfig.of(config, pipeline.networks)
     sampler = config.sample.sampler
-    schedulers.plan(pipeline.networks.schedule, sampler.scheduler, sampler.steps)  # refuses before training
+    # Called only for its UserError, which would otherwise come after the training.
+    schedulers.plan(pipeline.networks.schedule, sampler.scheduler, sampler.steps)
     check_masks(photos, config.train.background_weight)
     run.claim(config)
     with explained(f"{run.data}: could not store the photos"):
@@ -61,7 +62,7 @@ def train(config: Config, run: RunDir, pipeline: Pipeline) -> Outcome:
 
 
 def train_once(config: Config, pipeline: Pipeline) -> Concept:
-    """The concept of config.run_dir, trained unless it is there. Raises KeyboardInterrupt if a signal ended that."""
+    """Returns the concept of config.run_dir, trained unless it exists. Raises KeyboardInterrupt after a signal."""
     run = RunDir.of(config)
     run.check(config, resume=True)
     if run.artifact.is_file():
@@ -73,7 +74,7 @@ def train_once(config: Config, pipeline: Pipeline) -> Concept:
 
 
 def stored_or_read(run: RunDir, config: Config, resolution: int) -> list[Photo]:
-    """The photos. A run that is resumed reads those it stored: the folder may have changed or gone."""
+    """Returns the photos. A resumed run reads those it stored, since the folder may have changed or gone."""
     if run.config.is_file() and run.data.is_dir():
         with contextlib.suppress(UserError):
             return dataset.read(run.data)

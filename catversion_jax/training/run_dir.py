@@ -1,4 +1,4 @@
-"""A run's folder: whose config it belongs to, what lies where, and whether it is finished."""
+"""A run's folder: its files, the config that it belongs to, and whether the run is finished."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ class RunDir:
 
     @classmethod
     def of(cls, config: Config) -> "RunDir":
-        """The folder of the config's run."""
+        """Returns the folder of the config's run."""
         return cls(expand(config.run_dir))
 
     @property
@@ -56,19 +56,19 @@ class RunDir:
         return self.artifact.is_file() and self.samples.is_file()
 
     def check(self, config: Config, resume: bool) -> None:
-        """Raises UserError if the folder holds a run that this one must not touch."""
+        """Raises UserError if the folder holds another run, or this run and `resume` is false."""
         if not self.config.is_file():
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.path}: a file; config.run_dir takes a folder")
             return
         if not resume:
             raise UserError(f"{self.path}: holds a run already; resume it, or choose another run_dir")
-        # Keys newer than the run had their defaults.
+        # A run from before a key existed was trained with what is now the key's default.
         refuse_another(self.config, config.identity(), Config().identity())
 
     def claim(self, config: Config) -> None:
-        """Makes the folder this config's."""
+        """Records that the folder belongs to this config. Raises UserError if it cannot be written."""
         try:
             claim(self.config, config.identity(), Config().identity())
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run_dir") from None
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run_dir") from error

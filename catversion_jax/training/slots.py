@@ -1,4 +1,4 @@
-"""A fixed number of concepts on the devices, trained by one compiled step: the shapes never change, the concepts do."""
+"""A fixed number of slots for concepts on the devices, trained by one compiled step."""
 
 from functools import cache
 
@@ -14,25 +14,31 @@ from catversion_jax.utils.types import Bool, Float
 
 @cache
 def compile_put(mesh: Mesh):
-    """`put(slots, one, index)`: a concept into a slot, in place."""
+    """Returns the jitted `put(slots, one, index)`, which writes a concept into a slot in place."""
 
     def put(slots, one, index):
         return jax.tree.map(lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, index, 0), slots, one)
 
+    # Donated, so that XLA overwrites one slot instead of copying all of them.
     return jax.jit(put, out_shardings=sharding(mesh, "concept"), donate_argnums=0)
 
 
 class Slots:
-    """Stacked states and data. An empty slot is one whose concept has no steps to take.
+    """The states and data of the concepts in the slots, stacked. The concept of an empty slot has no steps to take.
 
-    `host` is a copy of the state; `steps`, `finished`, `broken` and `losses` are of each slot. A broken one's loss or
-    gradient was not finite: it stays at its last good state.
+    `host` is a copy of the state; `steps`, `finished`, `broken` and `losses` have a value for each slot. A slot is
+    broken if its loss or gradient was not finite; it stays at its last good state.
     """
 
     def __init__(self, config: StepConfig, frozen: Frozen, state: TrainState, like: ConceptData, length: int):
-        """`state` has a concept for each slot; `like` is some concept's data, [1, ...]; `length`: steps a dispatch."""
+        """Sets up empty slots; a dispatch takes `length` steps.
+
+        `state` has one concept for each slot; `like` is the data of any concept, [1, ...], for its shapes.
+        """
         self._config, self._frozen, self._length = config, frozen, length
         count, on_concepts = len(state.step), sharding(config.mesh, "concept")
+        # The arrays keep these shapes: the step is compiled for them once, which takes seconds to minutes, and concepts
+        # come and go by overwriting a slot. An empty slot takes part in every step, which leaves it as it is.
         empty = jax.tree.map(lambda x: np.zeros((count, *x.shape[1:]), x.dtype), like)
         self._state, self._data = jax.device_put(state, on_concepts), jax.device_put(empty, on_concepts)
         self.host = to_host(state)
@@ -42,24 +48,24 @@ class Slots:
         self.losses: Float[np.ndarray, "C"] = np.zeros(count, np.float32)
 
     def put(self, index: int, state: TrainState, data: ConceptData) -> None:
-        """Begin, or go on with, a concept [1, ...] in a slot."""
+        """Puts a concept [1, ...], new or resumed, into a slot."""
         put = compile_put(self._config.mesh)
         self._state, self._data = put(self._state, state, index), put(self._data, data, index)
         jax.tree.map(lambda all, x: all.__setitem__(index, x[0]), self.host, jax.device_get(state))
         self.steps[index] = data.steps[0]
-        self.finished = finished(self.host, self.steps, self._config.stop)
+        self.finished = np.asarray(finished(self.host, self.steps, self._config.stop))
 
     def clear(self, index: int) -> None:
-        """Let a slot rest that is not finished: what is in it has no more steps to take."""
+        """Empties a slot whose concept is not finished."""
         self.steps[index] = 0
         self.finished[index] = True
 
     def one(self, index: int) -> TrainState:
-        """A slot's state, [1, ...], on the host."""
+        """Returns a slot's state, [1, ...], on the host."""
         return jax.tree.map(lambda x: x[index : index + 1], self.host)
 
     def advance(self) -> None:
-        """One dispatch, and an evaluation where a concept is due."""
+        """Runs one dispatch, and an evaluation if it is due for a concept."""
         config, before, was_finished = self._config, self.host.step, self.finished
         step = compile_chunk(config, self._length)
         self._state, metrics = step(self._state, self._frozen, self._data)
@@ -67,11 +73,12 @@ class Slots:
         if every and np.any(~was_finished & ((before + self._length) % every == 0)):
             self._state, _ = compile_evaluate(config)(self._state, self._frozen, self._data)
         self.host, self.losses = to_host(self._state), np.asarray(metrics["loss"])[-1]
+        # The step counter of a concept whose loss or gradient is not finite does not advance.
         expected = np.minimum(before + self._length, self.steps)
         self.broken = ~was_finished & (self.host.step < expected)
-        self.finished = finished(self.host, self.steps, config.stop)
+        self.finished = np.asarray(finished(self.host, self.steps, config.stop))
 
 
 def to_host(state: TrainState) -> TrainState:
-    """A copy in arrays that can be written to."""
+    """Returns a copy of the state in writable numpy arrays."""
     return jax.tree.map(np.array, jax.device_get(state))

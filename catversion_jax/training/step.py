@@ -1,11 +1,12 @@
-"""One training step, pure: draw photos, noise and timesteps, predict the noise, move what is learned alone.
+"""One training step as a pure function: draws photos, noise and timesteps, and updates only what the method learns.
 
-`train_step` is what runs, `chunk` is several of them in one dispatch, `compile_chunk` puts it on a mesh.
+`train_step` is one step, `chunk` is several of them in one dispatch, and `compile_chunk` compiles that for a mesh.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -24,12 +25,12 @@ from catversion_jax.models.sharding import sharding
 from catversion_jax.models.unet import Context, UNet2DConditionModel
 from catversion_jax.training.state import ConceptData, Frozen, TrainState, init_state
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
+from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Key, Params, Shaped
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """All that is static in the step."""
+    """Everything that is static in the step."""
 
     networks: Networks
     method: Method
@@ -40,7 +41,7 @@ class StepConfig:
 
     @classmethod
     def of(cls, config: Config, networks: Networks, concepts: int = 1) -> "StepConfig":
-        """The step of so many concepts. Raises UserError if they cannot share one."""
+        """Returns the step for `concepts` concepts. Raises UserError if they cannot share one."""
         method = config.make_method(networks)
         if method.changes_unet and concepts > 1:
             raise UserError(
@@ -58,38 +59,36 @@ class StepConfig:
         )
 
     def init_state(self, seeds: Sequence[int]) -> TrainState:
-        """The state before the first step of a concept for each seed."""
+        """Returns the state before the first step, with one concept for each seed."""
         return init_state(seeds, self.method, self.networks, self.optimizer.transformation())
 
 
-ACCELERATOR_STEPS_PER_DISPATCH = 10  # hides the host's work behind the device's
+ACCELERATOR_STEPS_PER_DISPATCH = 10  # enough to hide the host's work behind the device's
 
 
 def steps_per_dispatch(train: TrainConfig) -> int:
-    """How many steps the host asks the devices for at a time."""
+    """Returns how many steps the host dispatches at a time."""
     on_cpu = jax.default_backend() == "cpu"
     return train.steps_per_dispatch or (1 if on_cpu else ACCELERATOR_STEPS_PER_DISPATCH)
 
 
 class Minibatch(flax.struct.PyTreeNode):
-    """What one concept's step looks at."""
+    """The examples of one concept's step."""
 
-    latents: Float[Array, "B h w c"]
-    noise: Float[Array, "B h w c"]
-    timesteps: Int[Array, "B"]
+    latents: Float[AnyArray, "*C B h w c"]
+    noise: Float[AnyArray, "*C B h w c"]
+    timesteps: Int[AnyArray, "*C B"]
     prompts: tuple[PromptStates, ...]  # for each text encoder
-    weight: Float[Array, "B h w 1"] | None = None  # of each latent position in the loss; None: all alike
+    weight: Float[AnyArray, "*C B h w 1"] | None = None  # of each latent position in the loss; None: all equal
 
 
 def draw_minibatch(state: TrainState, data: ConceptData, config: StepConfig) -> Minibatch:
-    """One concept's batch (no concept axis): photos, mirror images, prompts and timesteps uniformly, a fresh sample
-    of each posterior. A function of seed and step alone, so a resumed run draws what an unbroken one does.
+    """Draws one concept's batch (no concept axis), as a function of its seed and step alone.
 
-    The timesteps of a batch are evenly spaced from a random start (Kingma et al. 2021, appendix I.1): each is uniform
-    by itself, and the loss, which depends on the timestep most of all, varies less from batch to batch.
-
-    A method that preserves a prior gets as many of the class's images besides.
+    Photos, mirror images, prompts and timesteps are uniform; latents are a fresh sample of the photos' posteriors. If
+    the method preserves a prior, as many images of the class follow the photos.
     """
+    # Folding the step into one base key leaves no random state to save: a resumed run draws what an unbroken one draws.
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     batch = draw_examples(data, key, config)
     if data.prior is None:
@@ -116,64 +115,66 @@ def draw_examples(data: ConceptData, key: Key[Array, ""], config: StepConfig) ->
 
 
 def spaced_timesteps(key: Key[Array, ""], batch_size: int, total: int) -> Int[Array, "B"]:
-    """Uniform timesteps in [0, total), one in each of `batch_size` equal parts of the circle."""
+    """Returns timesteps in [0, total), evenly spaced on a circle from a random start."""
+    # Each timestep is uniform by itself, so the loss stays unbiased. It depends on the timestep most of all, and varies
+    # less from batch to batch this way (Kingma et al. 2021, appendix I.1; measured in docs/performance.md).
     phases = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+    # A phase just below 1 may round up to `total`.
     return jnp.minimum((phases * total).astype(jnp.int32), total - 1)
 
 
 def denoising_loss(learned: Params, frozen: Frozen, batch: Minibatch, config: StepConfig) -> Float[Array, "C"]:
-    """Each concept's mean squared error of the UNet's prediction, float32. `learned` and `batch` have the concept axis
-    in front; it is 1 where the method changes the UNet."""
+    """Returns each concept's mean squared error of the UNet's prediction, float32.
+
+    `learned` and `batch` have a leading concept axis, of size 1 if the method changes the UNet.
+    """
     net, method = config.networks, config.method
     context = jax.vmap(lambda learned, prompts: method.condition(learned, prompts, frozen.text, net))(
         learned, batch.prompts
     )
     unet = method.unet(jax.tree.map(lambda x: x[0], learned), frozen.unet)
     concepts, size = batch.timesteps.shape
+    # All concepts go through the UNet as one batch, since they share its weights; the constraint splits it by device.
     split = partial(jax.lax.with_sharding_constraint, shardings=sharding(config.mesh, "batch"))
 
-    def flat(x: Float[Array, "C B *rest"]) -> Float[Array, "C*B *rest"]:
+    def flat(x: Shaped[Array, "C B *rest"]) -> Shaped[Array, "C*B *rest"]:
         return split(x.reshape(concepts * size, *x.shape[2:]))
 
-    asked = (batch.latents, batch.noise, batch.timesteps, context, batch.weight)
-    with jax.sharding.use_abstract_mesh(config.mesh.abstract_mesh):  # for attention kernels, which XLA cannot split
+    asked = (batch.replace(prompts=()), context)
+    # XLA cannot split attention kernels, so models.sharding.on_each_device does, over the mesh that is set here.
+    with jax.sharding.use_abstract_mesh(config.mesh.abstract_mesh):
         errors = prediction_error(frozen.replace(unet=unet), *jax.tree.map(flat, asked), networks=net)
     return errors.reshape(concepts, size).mean(axis=1)
 
 
-def prediction_error(
-    frozen: Frozen,
-    latents: Float[Array, "B h w c"],
-    noise: Float[Array, "B h w c"],
-    timesteps: Int[Array, "B"],
-    context: Context,
-    weight: Float[Array, "B h w 1"] | None = None,
-    *,
-    networks: Networks,
-) -> Float[Array, "B"]:
-    """Mean squared error, weighted by latent position, of the UNet's prediction for each noisy image, float32."""
-    alpha = frozen.alphas_cumprod[timesteps]
-    noisy = noise_schedule.add_noise(latents, noise, alpha)
-    prediction = networks.unet.apply({"params": frozen.unet}, noisy, timesteps, *context).astype(jnp.float32)
-    target = noise_schedule.TARGETS[networks.schedule.prediction_type](latents, noise, alpha)
-    errors = jnp.square(prediction - target)
-    return (errors if weight is None else weight * errors).mean(axis=(1, 2, 3))
+def prediction_error(frozen: Frozen, batch: Minibatch, context: Context, *, networks: Networks) -> Float[Array, "B"]:
+    """Returns the mean squared error of the UNet's prediction for each image, weighted by latent position, float32."""
+    alpha = frozen.alphas_cumprod[batch.timesteps]
+    noisy = noise_schedule.add_noise(batch.latents, batch.noise, alpha)
+    prediction: Any = networks.unet.apply({"params": frozen.unet}, noisy, batch.timesteps, *context)
+    target = noise_schedule.TARGETS[networks.schedule.prediction_type](batch.latents, batch.noise, alpha)
+    errors = jnp.square(prediction.astype(jnp.float32) - target)
+    return (errors if batch.weight is None else batch.weight * errors).mean(axis=(1, 2, 3))
 
 
-def finished(state: TrainState, steps: Int[Array, "C"], stop: StopConfig) -> Bool[Array, "C"]:
-    """Which concepts have taken their last step. Of arrays of JAX or numpy."""
+def finished(state: TrainState, steps: Int[AnyArray, "C"], stop: StopConfig) -> Bool[AnyArray, "C"]:
+    """Returns which concepts have taken their last step. Takes arrays of JAX or numpy."""
     return (state.step >= steps) | ((stop.every > 0) & (state.stale >= stop.patience))
 
 
 def update(
-    state: TrainState, frozen: Frozen, batch: Minibatch, steps: Int[Array, "C"], config: StepConfig
+    state: TrainState, frozen: Frozen, batch: Minibatch, steps: Int[AnyArray, "C"], config: StepConfig
 ) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
-    """Move what each concept learns by its own loss's gradient. A concept that is finished stays as it is; so does one
-    whose loss or gradient is not finite: its `step` does not advance."""
+    """Updates what each concept learns by the gradient of its own loss.
 
+    A finished concept stays as it is. So does one whose loss or gradient is not finite: its `step` does not advance.
+    """
+
+    # A concept's loss depends on no other concept's parameters, so the gradient of the sum with respect to each
+    # concept's parameters is that of its own loss: one backward pass serves all.
     def total(learned):
         losses = denoising_loss(learned, frozen, batch, config)
-        return losses.sum(), losses  # concepts share nothing, so the sum's gradient is each one's own
+        return losses.sum(), losses
 
     grads, losses = jax.grad(total, has_aux=True)(state.learned)
     learning_rate = config.optimizer.learning_rate_at(state.step, steps)
@@ -181,6 +182,8 @@ def update(
     def one(state: TrainState, grad, loss, learning_rate, done) -> tuple[TrainState, Float[Array, ""]]:
         norm = optax.tree.norm(grad)
         updates, opt_state = config.optimizer.transformation().update(grad, state.opt_state, state.learned)
+        # AdamW runs at rate 1 and its update is scaled here, since concepts have schedules of different lengths. The
+        # numbers are the same: the whole update, weight decay included, is proportional to the rate.
         learned = jax.tree.map(lambda x, update: x + learning_rate * update, state.learned, updates)
         moved = state.replace(step=state.step + 1, learned=learned, opt_state=opt_state)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~done
@@ -194,7 +197,7 @@ def update(
 def train_step(
     state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig
 ) -> tuple[TrainState, dict[str, Float[Array, "C"]]]:
-    """One update of every concept. Metrics per concept: loss, grad_norm and learning_rate."""
+    """Updates every concept once. Returns the state and the metrics of each concept: loss, grad_norm, learning_rate."""
     batch = jax.vmap(lambda state, data: draw_minibatch(state, data, config))(state, data)
     return update(state, frozen, batch, data.steps, config)
 
@@ -202,9 +205,10 @@ def train_step(
 def chunk(
     state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig, length: int
 ) -> tuple[TrainState, dict[str, Float[Array, "length C"]]]:
-    """`length` steps in one dispatch. A single one is no loop, not even one that is unrolled: XLA's CPU convolutions
-    are 1.3 to 28 times slower in a loop's body (docs/performance.md)."""
+    """Runs `length` steps in one dispatch."""
     one = partial(train_step, frozen=frozen, data=data, config=config)
+    # XLA's CPU convolutions are 1.3 to 28 times slower in a loop's body; a scan of one step, even unrolled, does not
+    # avoid that (docs/performance.md).
     if length == 1:
         state, metrics = one(state)
         return state, jax.tree.map(lambda x: x[None], metrics)
@@ -215,8 +219,13 @@ EVALUATED = 8  # noisy photos per concept in an evaluation
 
 
 def fixed_batch(data: ConceptData, config: StepConfig) -> Minibatch:
-    """One concept's batch for evaluations (no concept axis): always the same photos, in turn, without the posterior's
-    spread, the same noise, and timesteps in the middle of equal parts."""
+    """Returns one concept's batch for evaluations (no concept axis).
+
+    It holds the photos in turn, with the means of their posteriors, fixed noise, and the timesteps in the middle of
+    equal parts of the schedule.
+    """
+    # Always the same batch: the losses of two evaluations differ by what was learned, not by the draw. The maxima below
+    # are for empty slots, which have neither photos nor prompts.
     index = jnp.arange(EVALUATED)
     latents = data.mean[index % jnp.maximum(1, data.photos), 0]
     total = config.networks.schedule.num_train_timesteps
@@ -232,8 +241,10 @@ def fixed_batch(data: ConceptData, config: StepConfig) -> Minibatch:
 def evaluate(
     state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig
 ) -> tuple[TrainState, Float[Array, "C"]]:
-    """The evaluation loss of every concept, noted in the state of those that are due: whose step is a multiple of
-    `stop.every` and who are not finished."""
+    """Returns the state, with the evaluation noted for the concepts that are due, and the loss of every concept.
+
+    A concept is due if its step is a multiple of `stop.every` and it is not finished.
+    """
     batch = jax.vmap(lambda data: fixed_batch(data, config))(data)
     losses = denoising_loss(state.learned, frozen, batch, config)
     stop = config.stop
@@ -248,7 +259,7 @@ def evaluate(
 
 @cache
 def compile_evaluate(config: StepConfig):
-    """`evaluate(state, frozen, data)` jitted over the config's mesh; the state's buffers are donated."""
+    """Returns `evaluate(state, frozen, data)`, jitted over the config's mesh; the state's buffers are donated."""
     concept = sharding(config.mesh, "concept")
     return jax.jit(
         partial(evaluate, config=config),
@@ -260,11 +271,11 @@ def compile_evaluate(config: StepConfig):
 
 @cache
 def compile_chunk(config: StepConfig, length: int):
-    """`chunk(state, frozen, data)` jitted over the config's mesh; the state's buffers are donated."""
+    """Returns `chunk(state, frozen, data)`, jitted over the config's mesh; the state's buffers are donated."""
     concept = sharding(config.mesh, "concept")
     return jax.jit(
         partial(chunk, config=config, length=length),
-        in_shardings=(concept, None, concept),  # None: the base model as it lies
+        in_shardings=(concept, None, concept),  # None: the base model keeps its own sharding
         out_shardings=(concept, None),
         donate_argnums=0,
     )

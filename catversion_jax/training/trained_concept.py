@@ -1,4 +1,4 @@
-"""From the state of training to the concept that its file holds."""
+"""Converts the training state to the concept that is saved."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from catversion_jax.training.state import TrainState
 
 
 def to_concept(config: Config, method: Method, fingerprint: str, state: TrainState) -> Concept:
-    """The concept of a state with one concept, [1, ...]; `fingerprint` is the base model's."""
+    """Returns the concept of a state with one concept, [1, ...]; `fingerprint` is that of the base model."""
     model = config.model
     return Concept(
         learned=jax.tree.map(lambda x: np.asarray(x[0]), state.learned),

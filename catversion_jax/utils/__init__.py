@@ -1,1 +1,1 @@
-"""What every room uses and nothing of which knows of models, photos or commands."""
+"""Helpers that every package uses; none of them knows about models, photos or commands."""

@@ -1,4 +1,4 @@
-"""XLA's persistent compilation cache, on by default, and a count of how often it helped."""
+"""XLA's persistent compilation cache, enabled by default, with a count of its hits and misses."""
 
 import atexit
 import contextlib
@@ -14,24 +14,25 @@ EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/c
 
 
 def home() -> Path:
-    """catversion_jax below the user's cache folder."""
+    """This package's folder in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "catversion_jax"
 
 
 def folder() -> Path:
-    """$JAX_COMPILATION_CACHE_DIR, or our own."""
+    """The folder of compiled programs: $JAX_COMPILATION_CACHE_DIR or, if that is unset, our own."""
     return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home() / "xla")
 
 
 def enable() -> None:
-    """Keep compiled programs between runs; at exit, note this process's hits and misses for `doctor`."""
+    """Keeps compiled programs between runs; at exit, records this process's hits and misses for `doctor`."""
     try:
         folder().mkdir(parents=True, exist_ok=True)
-    except OSError:  # a read-only home is no reason not to run
+    except OSError:  # a read-only home must not stop the command
         return
     jax.config.update("jax_compilation_cache_dir", str(folder()))
+    # JAX's default keeps only programs that took at least 1 s to compile; the many small ones add up at each start.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    counts = Counter()
+    counts: Counter[str] = Counter()
 
     def listen(event: str, **_) -> None:
         if event in EVENTS:
@@ -42,7 +43,7 @@ def enable() -> None:
 
 
 def read_counts() -> dict[str, dict[str, int]]:
-    """Hits and misses of the last process that compiled anything (`last`) and of all (`total`)."""
+    """Returns hits and misses of the last process that compiled anything (`last`) and of all processes (`total`)."""
     try:
         return json.loads((folder() / COUNTS).read_text())
     except (OSError, ValueError):
@@ -53,5 +54,5 @@ def note(counts: Counter) -> None:
     if not counts:
         return
     total = Counter(read_counts()["total"]) + counts
-    with contextlib.suppress(OSError):  # statistics are not worth an error
+    with contextlib.suppress(OSError):  # a lost count is not worth an error
         (folder() / COUNTS).write_text(json.dumps({"last": counts, "total": total}))

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are written completely or not at all, and JSON that is checked when it is read."""
 
 import contextlib
 import json
@@ -12,13 +12,15 @@ from catversion_jax.utils.errors import UserError
 
 
 def expand(path: str | Path) -> Path:
-    """A path as a shell would read it: flags keep a leading ~."""
+    """Expands a leading ~, which a shell leaves alone inside --flag=~/folder."""
     return Path(path).expanduser()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a temporary file beside `path`, flush it to the disk and rename it: a crash or a full disk leaves the
-    old file, or none. An OSError names `path`."""
+    """Calls `write` on a temporary file beside `path`, flushes it to disk and renames it to `path`.
+
+    A crash or a full disk leaves the old file, or none. An OSError names `path`.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -26,6 +28,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        # mkstemp creates files that only their owner may read.
         temporary.chmod(0o666 & ~current_umask())
         temporary.replace(path)
     except OSError as error:
@@ -35,17 +38,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def read_json(path: Path, expected: str = "expected a JSON file") -> Any:
-    """What a JSON file holds. Raises UserError if there is none, or something else."""
+    """Returns the contents of a JSON file. Raises UserError if it is missing or not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {expected}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); {expected}") from None
+        raise UserError(f"{path}: not JSON ({error}); {expected}") from error
 
 
 def json_lines(path: Path) -> Iterator[dict]:
-    """What the lines of a file hold, if it is there; a line that a crash cut is left out."""
+    """Yields the objects of a JSON Lines file, if it exists; skips lines that are not JSON (cut by a crash)."""
     if path.is_file():
         with path.open() as file:
             for line in file:
@@ -54,6 +57,7 @@ def json_lines(path: Path) -> Iterator[dict]:
 
 
 def current_umask() -> int:
+    # The system reports the umask only when it is set.
     mask = os.umask(0)
     os.umask(mask)
     return mask

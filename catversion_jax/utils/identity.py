@@ -1,4 +1,4 @@
-"""A run's identity: what the results in a folder are of. The same command goes on there; another is refused."""
+"""A run's identity: the settings that made the results in a folder. The same command resumes; others are refused."""
 
 import json
 from collections.abc import Mapping
@@ -10,14 +10,17 @@ from catversion_jax.utils.files import write_atomically
 
 
 def refuse_another(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-    """Raises UserError if the file says that its folder belongs to another run. Keys that it lacks are as in
-    `defaults`."""
+    """Raises UserError if the file at `path` says that its folder belongs to another run.
+
+    Keys that the file lacks have the values in `defaults`.
+    """
     if not path.is_file():
         return
     try:
         old = dict(defaults or {}) | json.loads(path.read_text())
     except (ValueError, TypeError):
         raise UserError(f"{path}: not the JSON of a run's config; choose another folder") from None
+    # The old identity went through JSON, which turns tuples into lists.
     new = json.loads(json.dumps(identity))
     differences = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
@@ -30,7 +33,7 @@ def refuse_another(path: Path, identity: Mapping[str, Any], defaults: Mapping[st
 
 
 def claim(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-    """Writes the identity of a folder's run, JSON, and makes the folder. Raises UserError if it is another run's."""
+    """Creates a run's folder and writes its identity as JSON. Raises UserError if it belongs to another run."""
     refuse_another(path, identity, defaults)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():

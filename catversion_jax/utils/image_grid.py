@@ -1,4 +1,4 @@
-"""Image grids with captions, for people to look at."""
+"""Image grids with captions, for visual inspection."""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from catversion_jax.utils.types import UInt8
 
-CELL = 128  # pixels at least, so that images of a small model can be seen
+CELL = 128  # minimum side of a cell in pixels: a small model's images are too small to judge
 GAP = 6
 FONT_SIZE = 13
 LABEL_WIDTH = 112
@@ -20,8 +20,10 @@ def grid(
     captions: Sequence[str] = (),
     captions_above: int = 0,
 ) -> Image.Image:
-    """Rows of images, each resized to one cell, a label in front of each row, and a line of captions, one a column,
-    above the row `captions_above`."""
+    """Draws rows of images, each resized to a square cell, with a label before each row.
+
+    One line of captions, one per column, stands above the row with index `captions_above`.
+    """
     font = ImageFont.load_default(FONT_SIZE)
     side = max(CELL, max(image.shape[0] for row in rows for image in row))
     titles = [wrap(caption, side) for caption in captions]
@@ -45,5 +47,5 @@ def grid(
 
 
 def wrap(text: str, width: int) -> str:
-    """Lines of at most about `width` pixels."""
+    """Breaks a text into lines of at most about `width` pixels."""
     return textwrap.fill(text, max(8, int(width / (FONT_SIZE * 0.55))))

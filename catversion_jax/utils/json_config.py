@@ -1,19 +1,22 @@
-"""Reading a `config.json` of diffusers or transformers into a module's frozen dataclass."""
+"""Reads a `config.json` of diffusers or transformers into a module's frozen dataclass."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from catversion_jax.utils.errors import UserError
 
-ConfigT = TypeVar("ConfigT")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 def from_json(cls: type[ConfigT], json: Mapping[str, Any], fixed: Mapping[str, Any], **overrides) -> ConfigT:
-    """Build the dataclass `cls` from the keys of `json` that it declares; lists become tuples.
+    """Builds the dataclass `cls` from the keys of `json` that it declares; lists become tuples.
 
-    `fixed` names the keys whose every other value would be a different network, with the one value that
-    our modules implement. Raises UserError that lists the keys that differ.
+    `fixed` maps a key to the only value that our modules implement: any other value would be a different network.
+    Raises UserError, listing the keys that differ.
     """
     wrong = [f"{key}={json[key]!r} (only {value!r})" for key, value in fixed.items() if json.get(key, value) != value]
     if wrong:

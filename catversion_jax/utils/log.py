@@ -1,7 +1,7 @@
-"""One way to warn: a logger of our own, which no library's settings can mute.
+"""Warnings, through a logger of our own that no library's settings can mute.
 
-Functions that can do so return their warnings; this is for those that run in threads or deep inside others. The command
-line shows them as `catversion: warning: ...`, another program as it has set up its logging.
+Functions return their warnings where they can; `warn` is for code that runs in threads or deep inside other calls. The
+command line prints `catversion: warning: ...`; another program handles them as it has configured its logging.
 """
 
 import logging
@@ -10,5 +10,5 @@ LOGGER = logging.getLogger("catversion_jax")
 
 
 def warn(message: str) -> None:
-    """Tells the user something that is likely a mistake, or that went wrong without stopping the work."""
+    """Warns the user of a likely mistake, or of a failure that did not stop the work."""
     LOGGER.warning("%s", message)

@@ -1,4 +1,4 @@
-"""Any number of rows through one compiled program: a fixed number at a time, the last ones repeated to fill it up."""
+"""Runs any number of rows through one compiled program: in batches of one size, the last padded with its last row."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,13 +9,13 @@ BATCH = 8
 
 
 def padded_batches(rows: int) -> Iterator[np.ndarray]:
-    """The indices of each batch."""
+    """The row indices of each batch."""
     index = np.minimum(np.arange(-(-rows // BATCH) * BATCH), rows - 1)
     return iter(np.split(index, len(index) // BATCH))
 
 
 def in_batches(function: Callable, *arrays: np.ndarray) -> np.ndarray:
-    """`function` of BATCH rows of the arrays at a time."""
+    """Applies `function` to BATCH rows of the arrays at a time and concatenates the results."""
     rows = len(arrays[0])
     parts = [function(*(array[i] for array in arrays)) for i in padded_batches(rows)]
     return np.concatenate(parts)[:rows]

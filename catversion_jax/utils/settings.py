@@ -1,23 +1,26 @@
-"""Settings: frozen dataclasses whose fields carry a default, a sentence of help and a rule for their values.
+"""Settings: frozen dataclasses whose fields carry a default, a help text and a rule for their values.
 
-A setting has one home, the dataclass of the module that uses it. The config, its flags, its help and its checks are all
-made from these fields.
+A setting is defined once, in the dataclass of the module that uses it. The config, its flags, its help and its checks
+are generated from these fields.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from catversion_jax.utils.errors import UserError
 
-SettingsT = TypeVar("SettingsT")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which values a setting takes, as a predicate and in words that follow "expected"."""
+    """The values that a setting accepts, as a predicate and as a phrase that follows "expected"."""
 
     holds: Callable[[Any], bool]
     expected: str
@@ -50,27 +53,27 @@ def share(meaning: str = "0 to less than 1") -> Rule:
 
 
 def one_of(choices: Collection[str], unset: bool = False) -> Rule:
-    """One of some names; with `unset`, the empty text too."""
+    """One of the given names or, with `unset`, the empty string."""
     return Rule(lambda value: value in choices or (unset and value == ""), f"one of {', '.join(choices)}")
 
 
 def some_of(choices: Collection[str]) -> Rule:
-    """At least one of some names."""
+    """One or more of the given names."""
     return Rule(lambda values: bool(values) and set(values) <= set(choices), f"some of {', '.join(choices)}")
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what the rule takes."""
+    """None, or a value that `rule` accepts."""
     return Rule(lambda value: value is None or rule.holds(value), rule.expected)
 
 
 def text(what: str) -> Rule:
-    """A text that is not blank."""
+    """A string that is not blank."""
     return Rule(lambda value: bool(value.strip()), what)
 
 
 def several(what: str) -> Rule:
-    """A tuple that is not empty, of texts that are not blank."""
+    """A non-empty tuple of strings that are not blank."""
     return Rule(
         lambda values: not isinstance(values, str) and bool(values) and all(value.strip() for value in values),
         f"at least one {what}",
@@ -82,7 +85,7 @@ YES_OR_NO = Rule(lambda value: isinstance(value, bool), "True or False")
 
 
 def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """The dotted key, the field and the value of every setting of a dataclass and of the dataclasses inside it."""
+    """Yields dotted key, field and value of every setting of a dataclass, including those of nested dataclasses."""
     for field in dataclasses.fields(settings):
         key, value = f"{prefix}{field.name}", getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
@@ -92,7 +95,7 @@ def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.
 
 
 def check(settings: Any, without: Collection[str] = ()) -> None:
-    """Raises UserError for the first setting whose value breaks its rule. Keys in `without` are not looked at."""
+    """Raises UserError for the first setting whose value breaks its rule. Keys in `without` are skipped."""
     for key, field, value in flatten(settings):
         rule = field.metadata["rule"]
         if key not in without and not follows(rule, value):
@@ -100,15 +103,15 @@ def check(settings: Any, without: Collection[str] = ()) -> None:
 
 
 def follows(rule: Rule, value: Any) -> bool:
-    """Whether the rule holds for a value of any type."""
+    """Whether the rule accepts a value, which may have any type."""
     try:
         return bool(rule.holds(value))
-    except (TypeError, AttributeError):  # a value of another type
+    except (TypeError, AttributeError):  # the predicate does not apply to a value of this type
         return False
 
 
 def replaced(settings: SettingsT, changes: dict[str, Any]) -> SettingsT:
-    """The settings with the values of some dotted keys changed. Raises KeyError for a key that is none."""
+    """Returns the settings with new values for some dotted keys. Raises KeyError for an unknown key."""
     own: dict[str, Any] = {}
     inner: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():

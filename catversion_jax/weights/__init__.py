@@ -1,1 +1,1 @@
-"""Weights of base models: where they come from, and the readers of every format; nothing is unpickled."""
+"""Weights of base models: where they come from, and a reader for each format; nothing is unpickled."""

@@ -1,4 +1,4 @@
-"""Apply a conversion table to the tensors of a PyTorch checkpoint."""
+"""Applies a conversion table (rules.py) to the tensors of a PyTorch checkpoint."""
 
 import contextlib
 import re
@@ -16,22 +16,24 @@ from catversion_jax.utils.types import Params
 from catversion_jax.weights.rules import LEAVES, Rule, same
 from catversion_jax.weights.tensor import Tensor
 
+# Threads are enough: numpy releases the GIL while it reads, casts and copies.
 THREADS = 4
 """Tensors read and laid out at a time: enough to keep up with a disk, few enough to need little memory."""
 
 
 class Target(NamedTuple):
-    """A parameter, and what makes it of its tensor."""
+    """A parameter's path, and the layout op that makes it from its tensor."""
 
     path: str
     op: Callable[[np.ndarray], np.ndarray]
 
 
 def compile_rules(rules: Iterable[Rule]) -> list[tuple[re.Pattern, list[Target]]]:
-    """A pattern of tensor names for each tensor of every rule, and the parts it fills, with {i} in their paths."""
+    """Returns a name pattern for each tensor of every rule, and the parameters it fills, with {i} in their paths."""
     compiled = []
     for rule in rules:
         for torch_leaf, leaves in LEAVES[rule.kind].items():
+            # re.escape has made \{i\} of a rule's {i}, which stands for a number and is carried over to the path.
             name = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(f"{rule.torch}.{torch_leaf}".removesuffix(".")))
             paths = [(f"{rule.flax}/{leaf}".removesuffix("/"), op) for leaf, op in leaves if rule.flax is not None]
             compiled.append((re.compile(name), [Target(*part) for part in paths]))
@@ -39,7 +41,7 @@ def compile_rules(rules: Iterable[Rule]) -> list[tuple[re.Pattern, list[Target]]
 
 
 def matches(compiled: list[tuple[re.Pattern, list[Target]]], name: str) -> list[list[Target]]:
-    """What a tensor fills by each rule that knows its name."""
+    """Returns the parameters that a tensor fills, for each rule that matches its name."""
     return [
         [Target(path.format(**match.groupdict()), op) for path, op in parts]
         for pattern, parts in compiled
@@ -50,10 +52,11 @@ def matches(compiled: list[tuple[re.Pattern, list[Target]]], name: str) -> list[
 def plan(
     tensors: Mapping[str, Tensor | np.ndarray], rules: Iterable[Rule] | None, expected: Params, source: str
 ) -> dict[str, list[Target]]:
-    """Which parameters each tensor fills; no tensor is read. Without rules, names and layouts are Flax's already.
+    """Returns which parameters each tensor fills, without reading a tensor. If `rules` is None, names and layouts are
+    Flax's already.
 
-    Raises UserError, naming `source`, that lists every tensor that no rule or more than one rule matches, two tensors
-    with one target, targets that the model does not have, parameters that nothing filled, and wrong shapes.
+    Raises UserError, naming `source`, that lists every tensor that no rule or several rules match, parameters that are
+    filled twice, that the model does not have or that nothing fills, and wrong shapes.
     """
     find = partial(matches, compile_rules(rules)) if rules is not None else lambda name: [[Target(name, same)]]
     shapes = {path: leaf.shape for path, leaf in flatten_dict(expected, sep="/").items()}
@@ -87,7 +90,9 @@ def plan(
 
 
 def layout(op: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape that a layout op gives; None where it cannot take a tensor of that shape."""
+    """Returns the shape that a layout op gives, or None if it does not take a tensor of that shape."""
+    # The op runs on a broadcast zero, one number with strides of 0: any shape costs no memory, every tensor is checked
+    # before one is read, and no second description of the op is needed.
     try:
         return op(np.broadcast_to(np.float16(0), shape)).shape
     except (ValueError, IndexError):
@@ -96,7 +101,7 @@ def layout(op: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> tu
 
 @contextlib.contextmanager
 def readers() -> Iterator[Executor]:
-    """Threads that read tensors; after an error (a damaged file, Ctrl-C) the rest is not read."""
+    """Provides threads that read tensors; after an error (a damaged file, Ctrl-C) the remaining ones are not read."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             yield pool
@@ -106,7 +111,7 @@ def readers() -> Iterator[Executor]:
 
 
 Convert = Callable[[Target, np.ndarray], Any]
-"""Makes of a tensor, as the file has it, what the tree shall hold for a part of it: an array on the device."""
+"""Turns a tensor, as the file has it, into what the tree holds for one target, such as an array on the device."""
 
 
 def submit(
@@ -117,7 +122,7 @@ def submit(
     source: str,
     convert: Convert = lambda part, tensor: part.op(tensor),
 ) -> list[Future]:
-    """Begin to read the Flax parameters `expected` (a tree of shapes) from PyTorch's `tensors`, a few at a time.
+    """Starts to read the Flax parameters `expected` (a tree of shapes) from PyTorch's `tensors`, a few at a time.
 
     `convert` is called in several threads. Raises UserError as `plan` does, before any tensor is read.
     """
@@ -130,16 +135,16 @@ def submit(
 
 
 def collect(futures: Iterable[Future]) -> Params:
-    """The tree of what `submit` began to read."""
+    """Waits for what `submit` started, and returns it as a tree."""
     return unflatten_dict(dict(pair for future in futures for pair in future.result()), sep="/")
 
 
 def from_torch(*args, **kwargs) -> Params:
-    """`submit`, and wait for it."""
+    """Runs `submit` and waits for its parameters."""
     with readers() as pool:
         return collect(submit(pool, *args, **kwargs))
 
 
 def shapes_of(init, *args) -> Params:
-    """The parameter tree that a module's `init` would make, as shapes, without making it."""
+    """Returns the shapes of the parameters that a module's `init` would create, without creating them."""
     return jax.eval_shape(init, jax.random.key(0), *args)["params"]

@@ -1,4 +1,4 @@
-"""Files of huggingface.co in its library's local cache: fetched once, found there without a network."""
+"""Files of huggingface.co in the local cache of huggingface_hub: downloaded once, then found without a network."""
 
 from pathlib import Path
 
@@ -8,13 +8,15 @@ ENDPOINT = "https://huggingface.co"
 
 
 def fetch(repo: str, revision: str, patterns: list[str]) -> Path:
-    """The folder in the cache where the repo's files that match lie; interrupted downloads go on where they stopped.
+    """Returns the cached folder with the repo's files that match `patterns`; interrupted downloads are resumed.
 
     Raises UserError, naming `repo`, for what the user can fix.
     """
-    from huggingface_hub import errors, snapshot_download  # here: half a second of import that few commands need
+    # Imported here, because it takes half a second and few commands need it.
+    from huggingface_hub import errors, snapshot_download
 
     log_in = "log in (`hf auth login`) or set HF_TOKEN"
+    # The first match counts, so GatedRepoError stands before its base class RepositoryNotFoundError.
     reasons = [
         (errors.GatedRepoError, f"only for those who agreed to its terms; do so on {ENDPOINT}/{repo}, then {log_in}"),
         (errors.RevisionNotFoundError, f"has no revision {revision!r}; correct config.model.revision"),
@@ -28,6 +30,8 @@ def fetch(repo: str, revision: str, patterns: list[str]) -> Path:
     ]
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns, endpoint=ENDPOINT))
-    except Exception as error:  # of requests, httpx or the disk: it depends on the library's version
+    except Exception as error:  # from requests, httpx or the disk, depending on the library's version
         plain = f"not downloaded ({type(error).__name__}: {str(error).split(chr(10))[0]}); run it again, it goes on"
-        raise UserError(f"{repo}: {next((text for kind, text in reasons if isinstance(error, kind)), plain)}") from None
+        raise UserError(
+            f"{repo}: {next((text for kind, text in reasons if isinstance(error, kind)), plain)}"
+        ) from error

@@ -1,8 +1,8 @@
 """Single-file checkpoints, named as in the original code (CompVis' latent-diffusion, Stability's generative-models).
 
-Which model a file holds is told by its names, and its configs by the tensors' shapes; what shapes do not tell (heads,
-activations, the scheduler) is fixed for each family. The tables are rules for the file's names with the prefix of the
-component, made for the configs.
+The tensors' names tell which model family a file holds, and their shapes tell its configs; what shapes do not tell
+(heads, activations, the scheduler) is fixed for each family. The rules match the file's own names, which begin with the
+component's prefix, and are generated from the configs.
 """
 
 import re
@@ -15,9 +15,9 @@ from catversion_jax.weights.rules import CLIP_TEXT, ENDS, RESNET, TRANSFORMER, R
 from catversion_jax.weights.tensor import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""The shapes of a component's tensors by their names, without its prefix."""
+"""The shapes of a component's tensors by name, without the component's prefix."""
 
-HEAD_DIM = 64  # of all text encoders, and of the UNet from 2.x on
+HEAD_DIM = 64  # in all text encoders, and in the UNet from 2.x on
 
 
 class Text(NamedTuple):
@@ -26,27 +26,27 @@ class Text(NamedTuple):
     prefix: str
     is_open_clip: bool
     projects: bool = False  # its text_projection is used
-    last_layer: int | None = None  # the one whose output the UNet was trained on, of one more; None: of all
+    last_layer: int | None = None  # number of used layers, if the file has one more
 
 
 class Family(NamedTuple):
     name: str
     texts: dict[str, Text]
     heads: Callable[[list[int]], int | list[int]]  # block_out_channels -> attention_head_dim, which counts heads
-    sample_sizes: dict[str, int]  # prediction_type -> latents along a side
-    prediction_type: str  # where nobody says it
+    sample_sizes: dict[str, int]  # prediction_type -> latents along each side
+    prediction_type: str  # if the config does not say
     scaling_factor: float
     scheduler: dict
 
     @property
     def prefixes(self) -> dict[str, str]:
-        """component -> what its tensors' names begin with."""
+        """component -> the prefix of its tensors' names."""
         texts = {component: text.prefix for component, text in self.texts.items()}
         return texts | {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """How many different numbers the group of `pattern` finds at the names' beginnings."""
+    """Counts the different numbers that the group of `pattern` matches, at the start of the names."""
     return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
 
@@ -54,7 +54,7 @@ def count(shapes: Shapes, pattern: str) -> int:
 
 
 def text_config(shapes: Shapes, text: Text) -> dict:
-    """Both towers' configs: OpenAI's CLIP is named as in transformers, OpenCLIP in its own way."""
+    """The config of a text encoder: OpenAI's CLIP has transformers' names, OpenCLIP has its own."""
     names = OPEN_CLIP_NAMES if text.is_open_clip else CLIP_NAMES
     vocabulary, hidden = shapes[names["tokens"]]
     layers = count(shapes, names["layers"])
@@ -68,7 +68,7 @@ def text_config(shapes: Shapes, text: Text) -> dict:
         "num_attention_heads": hidden // HEAD_DIM,
         "hidden_act": names["activation"],
         "projection_dim": shapes["text_projection"][1] if text.projects else hidden,
-        "eos_token_id": 2,  # the largest id of a sequence
+        "eos_token_id": 2,  # read as: the largest id of a sequence (models/clip.py)
     }
 
 
@@ -124,7 +124,7 @@ def unet_config(shapes: Shapes, family: Family, prediction_type: str) -> dict:
     channels = [shapes[f"input_blocks.{n}.0.out_layers.3.weight"][0] for n in firsts]
     depths = [count(shapes, rf"input_blocks\.{n}\.1\.transformer_blocks\.(\d+)\.") for n in firsts]
     middle = count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
-    # As in diffusers: the last level's entry is the middle's too, and levels without attention count 1.
+    # As in diffusers, the last level's entry is also that of the middle block, and levels without attention have 1.
     layers = [*(depth or 1 for depth in depths[:-1]), depths[-1] or middle]
     added = {}
     if "label_emb.0.0.weight" in shapes:
@@ -175,8 +175,8 @@ def unet_rules(config: dict) -> list[Rule]:
         Rule("out.2", "conv_out", "conv"),
     ]
     for i in range(levels):
-        # A level is `layers` input blocks and, but for the last one, a block that makes it smaller; and `layers` + 1
-        # output blocks, the last of which makes it larger behind its resnet or its attention.
+        # A level has `layers` input blocks and, except for the last level, one that downsamples; and `layers` + 1
+        # output blocks, the last of which also upsamples, after its resnet or its attention (hence .1 or .2).
         down, up = 1 + i * (layers + 1), i * (layers + 1)
         for j in range(layers):
             rules += under(f"input_blocks.{down + j}.0", f"down_blocks_{i}/resnets_{j}", LDM_RESNET)
@@ -239,7 +239,7 @@ def vae_rules(config: dict) -> list[Rule]:
         Rule("down.{i}.downsample.conv", "down_blocks_{i}/downsamplers_0/conv", "conv"),
     ]
     up = []
-    for i in range(levels := len(config["block_out_channels"])):  # counted from the other end
+    for i in range(levels := len(config["block_out_channels"])):  # numbered from the output
         up += under(f"up.{levels - 1 - i}.block.{{j}}", f"up_blocks_{i}/resnets_{{j}}", LDM_VAE_RESNET)
         up += [Rule(f"up.{levels - 1 - i}.upsample.conv", f"up_blocks_{i}/upsamplers_0/conv", "conv")]
     return [
@@ -303,12 +303,12 @@ FAMILIES = (
 )
 
 LEFT_OVERS = re.compile(
-    r"model_ema\..*|first_stage_model\.(loss|model_ema)\..*"  # of training
+    r"model_ema\..*|first_stage_model\.(loss|model_ema)\..*"  # left from training
     r"|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|lvlb_weights|logvar"
     r"|denoiser\.(log_)?sigmas|scale_factor|global_step"
     r"|(cond_stage_model|conditioner\.embedders\.1)\.model\.(logit_scale|attn_mask)"
 )
-"""Names of tensors that go with a model and are not part of it."""
+"""Names of tensors that files hold beside the model, and that are ignored."""
 
 FOREIGN = {
     r"^lora_|\.lora[._](A|B|up|down)|\.lora_linear_layer\.": "a LoRA, which changes a base model; give the base model",
@@ -319,11 +319,11 @@ FOREIGN = {
     r"^(encoder|decoder)\.": "an autoencoder alone",
     r"^(down|up)_blocks\.": "one part of a model in diffusers layout; give the folder of all parts",
 }
-"""Part of a name -> what a file that has it is."""
+"""Pattern in a tensor's name -> what kind of file has it."""
 
 
 def identify(names: Collection[str], path: str) -> Family:
-    """The family of a file's tensors. Raises UserError for any other file and for names that no component has."""
+    """Returns the family of a file's tensors. Raises UserError for any other file and for names of no component."""
     expected = "expected a whole Stable Diffusion 1.x, 2.x or XL model in one file"
     for pattern, what in FOREIGN.items():
         if any(re.search(pattern, name) for name in names):
@@ -347,7 +347,7 @@ def identify(names: Collection[str], path: str) -> Family:
 
 
 def split(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """component -> its tensors, by the file's names."""
+    """component -> its tensors, by their names in the file."""
     return {
         component: {
             name: tensor
@@ -359,7 +359,7 @@ def split(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, 
 
 
 def configs(family: Family, components: Mapping[str, Mapping[str, Tensor]], prediction_type: str) -> dict[str, dict]:
-    """component -> its config. Raises KeyError, IndexError or ValueError where tensors that tell it are missing."""
+    """component -> its config. Raises KeyError, IndexError or ValueError if a tensor that this needs is missing."""
     shapes = {
         component: {name.removeprefix(family.prefixes[component]): t.shape for name, t in tensors.items()}
         for component, tensors in components.items()
@@ -372,7 +372,7 @@ def configs(family: Family, components: Mapping[str, Mapping[str, Tensor]], pred
 
 
 def rules(family: Family, component: str, config: dict) -> list[Rule]:
-    """The table for the file's names of a component."""
+    """The rules for the names of a component in the file."""
     tables = {"unet": unet_rules, "vae": vae_rules} | {
         name: partial(open_clip_rules, text) if text.is_open_clip else lambda config: CLIP_TEXT
         for name, text in family.texts.items()

@@ -1,7 +1,8 @@
-"""Read what flax.serialization.to_bytes writes: nested maps with arrays as their leaves, in MessagePack.
+"""Reads files of flax.serialization.to_bytes: nested maps with arrays as leaves, in MessagePack.
 
 The format: https://github.com/msgpack/msgpack/blob/master/spec.md. An array is an extension of type 1 that holds its
-shape, the name of its type and its numbers. Only the bytes between the numbers are read; the numbers, when asked for.
+shape, the name of its dtype and its values. Only the bytes between the arrays' values are read; the values are read on
+demand.
 """
 
 import math
@@ -15,7 +16,7 @@ import numpy as np
 from catversion_jax.utils.errors import UserError
 from catversion_jax.weights.tensor import FileTensor
 
-MAX_DEPTH = 32  # of the maps in each other, and of an array's axes
+MAX_DEPTH = 32  # of nested maps, and of an array's axes
 MAX_ENTRIES = 100_000
 MAX_NAME_BYTES = 1024
 ARRAY, SCALAR = 1, 3  # flax's extension types; 2 is a complex number
@@ -38,14 +39,14 @@ SMALL = [(0x80, "integer", 0x7F), (0x90, "map", 0x0F), (0xA0, "array", 0x0F), (0
 
 
 class Head(NamedTuple):
-    """The beginning of a value: its kind, and its length (or, for an integer, the integer itself)."""
+    """The start of a value: its kind, and its length (for an integer, the integer itself)."""
 
     kind: str
     length: int
 
 
 class Reader:
-    """A file's values one after the other. Raises ValueError for what flax would not have written."""
+    """Reads a file's values in order. Raises ValueError for what flax would not have written."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file, self.size = file, size
@@ -81,7 +82,7 @@ class Reader:
         return self.take(head.length).decode()
 
     def array(self, path: Path, length: int) -> FileTensor:
-        """An array's shape and type; its numbers are passed over."""
+        """Reads an array's shape and dtype, and skips its values."""
         code, begin = self.take(1)[0], self.file.tell()
         if code not in (ARRAY, SCALAR) or self.expect("array") != 3:
             raise ValueError(f"an extension of type {code}")
@@ -116,7 +117,7 @@ class Reader:
 
 
 def open_file(path: Path) -> dict[str, FileTensor]:
-    """The arrays by their Flax path ("a/b/kernel"), unread. Raises UserError for what flax would not have written."""
+    """Returns the arrays by Flax path ("a/b/kernel"), unread. Raises UserError for what flax would not have written."""
     tensors: dict[str, FileTensor] = {}
     size = path.stat().st_size
     try:
@@ -128,5 +129,5 @@ def open_file(path: Path) -> dict[str, FileTensor]:
             if file.tell() != size:
                 raise ValueError("something follows its end")
     except ValueError as error:
-        raise UserError(f"{path}: not a file of Flax parameters ({error}); copy or download it again") from None
+        raise UserError(f"{path}: not a file of Flax parameters ({error}); copy or download it again") from error
     return tensors

@@ -1,8 +1,9 @@
-"""Read a pickle as data. Nothing is unpickled: its opcodes run on a small machine that imports nothing.
+"""Reads a pickle as data: its opcodes run on a small machine that imports nothing and calls only our own functions.
 
-Python's unpickler imports the names that a file holds and calls them. Here a name stays a name (`Foreign`), and what a
-file wants to call is looked up in a table of our own functions; what is not in it yields one more `Foreign`, inert.
-The opcodes are those of protocols 2 to 4 that torch.save writes; their definitions are in Python's pickletools.
+Python's unpickler imports the names in a file and calls them, so a downloaded checkpoint could run any code (see the
+warning at https://docs.python.org/3/library/pickle.html). Here a name stays a name (`Foreign`), and a call is looked up
+in a table; a call that is not in it gives another `Foreign`, which does nothing. The opcodes are
+those of protocols 2 to 4 that torch.save writes; Python's pickletools defines them.
 """
 
 import pickletools
@@ -10,24 +11,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MAX_OPCODES = 2_000_000  # Stable Diffusion 1.5 with its averaged weights has some 60,000
+MAX_OPCODES = 2_000_000  # Stable Diffusion 1.5 with its averaged weights has about 60,000
 
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """A name in a pickle (`module.name`), or what that name would have made of its arguments: nothing."""
+    """A name in a pickle (`module.name`), or the result of calling it, which is never computed."""
 
     name: str
 
 
 class Machine:
-    """The unpickler's stack and memo. Dicts keep only the entries whose keys are strings: the others are not read."""
+    """The unpickler's stack and memo. Dicts keep only entries whose keys are strings; no others are needed."""
 
     def __init__(self, functions: Mapping[str, Callable], persistent: Callable[[Any], Any]):
         self.functions, self.persistent = functions, persistent
         self.names: set[str] = set()
         self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # the stacks under each mark
+        self.below: list[list[Any]] = []  # the stack below each mark
         self.memo: dict[int, Any] = {}
 
     def push(self, value: Any) -> None:
@@ -106,17 +107,20 @@ OPCODES: dict[str, Callable[[Machine, Any], object]] = {
     "GLOBAL": lambda m, name: m.name_of(*name.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.name_of(*m.pop(2)),
     **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: m.call(*m.pop(2))),
-    "BUILD": lambda m, _: m.pop(1),  # the state of an object is not read
+    "BUILD": lambda m, _: m.pop(1),  # an object's state is ignored
     "BINPERSID": lambda m, _: m.push(m.persistent(*m.pop(1))),
 }
-"""pickletools' name of an opcode -> what it does to the machine, given its argument."""
+"""pickletools' name of an opcode -> its effect on the machine, given its argument."""
 
 
 def read(
     data: bytes, functions: Mapping[str, Callable], persistent: Callable[[Any], Any]
 ) -> tuple[Any, frozenset[str]]:
-    """The value of a pickle and all names it holds. `functions` (`module.name` -> function) and `persistent`, given a
-    persistent id, are all that is ever called. Raises ValueError for what torch.save would not have written."""
+    """Returns the value of a pickle and all names in it.
+
+    Only `functions` (`module.name` -> function) and `persistent` (of a persistent id) are ever called. Raises
+    ValueError for what torch.save would not have written.
+    """
     machine = Machine(functions, persistent)
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
@@ -128,5 +132,5 @@ def read(
         if machine.below or len(machine.stack) != 1:
             raise ValueError("a pickle of no value or several")
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"malformed pickle: {type(error).__name__}") from None
+        raise ValueError(f"malformed pickle: {type(error).__name__}") from error
     return machine.stack[0], frozenset(machine.names)

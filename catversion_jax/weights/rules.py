@@ -1,8 +1,9 @@
-"""PyTorch's names and layouts to Flax's, as tables: one rule a line, nothing guessed.
+"""Tables from PyTorch's names and layouts to Flax's: one rule per line, nothing guessed.
 
-A rule is (module in PyTorch, module in Flax, kind). `{i}`, `{j}` stand for numbers and are carried over; the kind
-names the tensors a module holds and what is done to each (LEAVES). Old and new spellings of the same module are two
-rules with one target; a checkpoint that holds both is refused by `convert.apply`.
+A rule is (module in PyTorch, module in Flax, kind). `{i}`, `{j}` stand for numbers and are carried over; the kind tells
+which tensors a module has and how each is laid out (LEAVES). Old and new names of a module are two rules with the same
+target. `conversion.plan` accepts a checkpoint only if each tensor matches exactly one rule and each parameter is filled
+exactly once, so a table cannot drop a tensor silently.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,12 @@ import numpy as np
 
 class Rule(NamedTuple):
     torch: str
-    flax: str | None  # None: the tensor is known and not needed
+    flax: str | None  # None: the tensor is known but not needed
     kind: str
 
 
 def dense(w: np.ndarray) -> np.ndarray:
-    """[out, in] -> [in, out]; a 1x1 convolution that Flax holds as a matrix, [out, in, 1, 1], too."""
+    """[out, in] -> [in, out]; also for a 1x1 convolution, [out, in, 1, 1], that Flax holds as a matrix."""
     return w.reshape(w.shape[:2]).T
 
 
@@ -29,7 +30,7 @@ def conv(w: np.ndarray) -> np.ndarray:
 
 
 def dense_or_conv(w: np.ndarray) -> np.ndarray:
-    """The transformer's projections: matrices where use_linear_projection is set, 1x1 convolutions elsewhere."""
+    """The transformer's projections: matrices if use_linear_projection is set, else 1x1 convolutions."""
     return w.T if w.ndim == 2 else conv(w)
 
 
@@ -38,7 +39,8 @@ def same(w: np.ndarray) -> np.ndarray:
 
 
 def third(n: int, w: np.ndarray) -> np.ndarray:
-    """The query's (0), key's (1) or value's (2) part of what PyTorch's attention stacks: [3*out, in] or [3*out]."""
+    """The query (0), key (1) or value (2) of PyTorch's stacked attention projection, [3*out, in] or [3*out]."""
+    # .T transposes a weight to [in, out] and leaves a bias as it is.
     return w.reshape(3, -1, *w.shape[1:])[n].T
 
 
@@ -56,7 +58,7 @@ LEAVES: dict[str, dict[str, tuple[tuple[str, Op], ...]]] = {
         for torch, flax in (("weight", "kernel"), ("bias", "bias"))
     },
 }
-"""kind -> {tensor of the PyTorch module: (leaf of the Flax module, layout op) for each that it fills}."""
+"""kind -> {tensor of the PyTorch module: (leaf of the Flax module, layout op) for each leaf that it fills}."""
 
 
 def under(torch: str, flax: str, rules: list[Rule]) -> list[Rule]:
@@ -177,7 +179,7 @@ CLIP_VISION = [
 ]
 
 CLIP = [*CLIP_TEXT, *CLIP_VISION, Rule("logit_scale", None, "array")]
-"""transformers' CLIPModel: both encoders in one file. Cosines need no scale."""
+"""transformers' CLIPModel: both encoders in one file. Cosine similarities do not need logit_scale."""
 
 VIT_LAYER = [
     *(Rule(f"attention.attention.{name}", f"self_attn/{name[0]}_proj", "dense") for name in ("query", "key", "value")),
@@ -194,7 +196,7 @@ VIT = [
     Rule("embeddings.patch_embeddings.projection", "patch_embedding", "conv"),
     *under("encoder.layer.{i}", "encoder/layers/{i}", VIT_LAYER),
     Rule("layernorm", "layernorm", "norm"),
-    Rule("pooler.dense.weight", None, "array"),  # DINO was trained without one: where a file has it, it is noise
+    Rule("pooler.dense.weight", None, "array"),  # DINO has no pooler; if a file has one, it was never trained
     Rule("pooler.dense.bias", None, "array"),
 ]
 """transformers' ViTModel, the layout of facebook/dino-vits16."""

@@ -1,4 +1,4 @@
-"""Read safetensors files (https://huggingface.co/docs/safetensors): nothing is unpickled."""
+"""Reads safetensors files (https://huggingface.co/docs/safetensors); nothing is unpickled."""
 
 import json
 from pathlib import Path
@@ -25,14 +25,15 @@ DTYPES = {
 
 
 def open_file(path: Path) -> dict[str, FileTensor]:
-    """The tensors by name, unread. The library checks the file; reading by offset opens it once a tensor at no cost,
-    where the library would read its list of tensors each time (8 seconds for Stable Diffusion XL)."""
+    """Returns the tensors by name, unread. Raises UserError for anything else."""
+    # The library validates the file, but the tensors are read by offset: threads open the file once per tensor, and the
+    # library would parse its header each time (8 seconds for Stable Diffusion XL).
     try:
         with safe_open(path, framework="numpy"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
+        raise UserError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     other = sorted({entry["dtype"] for entry in tensors.values()} - DTYPES.keys())
     if other:

@@ -1,6 +1,6 @@
-"""Where a base model comes from: a folder, a Hugging Face model or a single file, all read through one interface.
+"""Where a base model comes from: a folder, a Hugging Face model or a single file, behind one interface.
 
-`open_source` looks at what is there and reads no numbers: tensors are read one by one, when they are asked for.
+`open_source` inspects the files without reading weights; tensors are read one by one, on demand.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ FOLDERS = {
     "vae": "vae",
     "image": "image_encoder",
 }
-"""component -> its folder in diffusers layout. text_2 is SDXL's; image is CLIP's image encoder, for scores."""
+"""component -> its folder in diffusers layout. text_2 is SDXL's; image is CLIP's image encoder, used for scores."""
 
 REQUIRED = ("text", "unet", "vae")
 DOWNLOADED = (*REQUIRED, "text_2")
@@ -34,7 +34,7 @@ RULES = {
     "vae": rules.VAE,
     "image": rules.CLIP_VISION,
 }
-"""component -> the table for diffusers' and transformers' names."""
+"""component -> the rules for diffusers' and transformers' names."""
 
 TOKENIZERS = {"text": "tokenizer", "text_2": "tokenizer_2"}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -42,14 +42,17 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special
 CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", "")
 OPEN_CLIP_TOKENIZER = ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer_2")  # the same words, padded with "!"
 
-CHECKPOINTS = {".safetensors": safetensors.open_file, ".ckpt": torch_zip.open_checkpoint}
+CHECKPOINTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {
+    ".safetensors": safetensors.open_file,
+    ".ckpt": torch_zip.open_checkpoint,
+}
 
 EXPECTED = "expected a Stable Diffusion 1.x, 2.x or XL model in diffusers layout"
 
 
 @dataclass(frozen=True)
 class ModelComponent:
-    """A component: its config.json, its tensors unread, and the table for their names."""
+    """A component: its config.json, its tensors, unread, and the rules for their names."""
 
     config: dict
     tensors: Mapping[str, Tensor]
@@ -58,7 +61,7 @@ class ModelComponent:
 
 @dataclass(frozen=True)
 class Source:
-    """A base model before it is read."""
+    """A base model whose weights are not read yet."""
 
     name: str  # for messages
     parts: dict[str, ModelComponent]
@@ -67,35 +70,35 @@ class Source:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Those keys of FOLDERS that the model has."""
+        """The keys of FOLDERS that the model has."""
         return tuple(self.parts)
 
     def config(self, component: str) -> dict:
-        """What diffusers or transformers write to config.json."""
+        """The component's config.json, as diffusers or transformers write it."""
         return self.parts[component].config
 
     def tensors(self, component: str) -> Mapping[str, Tensor]:
         return self.parts[component].tensors
 
     def rules(self, component: str) -> list[Rule] | None:
-        """The table for the tensors' names; None where names and layouts are Flax's already."""
+        """The rules for the tensors' names; None if names and layouts are Flax's already."""
         return self.parts[component].rules
 
     def scheduler(self) -> dict:
-        """What diffusers writes to scheduler_config.json."""
+        """The model's scheduler_config.json, as diffusers writes it."""
         return self.noise
 
     def tokenizer(self, component: str) -> Path:
-        """The folder of a text encoder's vocab.json and merges.txt; a single file's is downloaded now."""
+        """The folder of a text encoder's vocab.json and merges.txt; for a single file, it may be downloaded first."""
         return self.find_tokenizer(component)
 
 
 def open_source(path: str, revision: str = "", variant: str = "", prediction_type: str = "") -> Source:
-    """A local folder (diffusers layout, or saved by its last Flax pipelines), a single file in the original layout, or
-    the Hugging Face model "owner/name".
+    """Opens a local folder (diffusers layout, or saved by its last Flax pipelines), a single file in the original
+    layout, or the Hugging Face model "owner/name".
 
-    `variant` chooses a folder's weights ("fp16": model.fp16.safetensors), `prediction_type` replaces what the
-    scheduler's config says. Raises UserError if it is none of these or lacks a part.
+    `variant` chooses a folder's weights ("fp16": model.fp16.safetensors); `prediction_type` overrides the scheduler's
+    config. Raises UserError if `path` is none of these or lacks a component.
     """
     local = Path(path).expanduser()
     if revision and local.exists():
@@ -123,7 +126,7 @@ def open_source(path: str, revision: str = "", variant: str = "", prediction_typ
 
 
 def open_folder(name: str, path: Path, variant: str, prediction_type: str) -> Source:
-    """A folder in diffusers layout: a sub-folder for each component, with config.json and weights."""
+    """Opens a folder in diffusers layout: one subfolder per component, with config.json and weights."""
     present = [component for component, folder in FOLDERS.items() if (path / folder / "config.json").is_file()]
     missing = [f"{FOLDERS[component]}/config.json" for component in REQUIRED if component not in present]
     if missing:
@@ -146,8 +149,10 @@ def open_folder(name: str, path: Path, variant: str, prediction_type: str) -> So
 
 
 def download(repo: str, revision: str, variant: str) -> Path:
-    """The cached folder of a Hugging Face model: configs, tokenizers and weights. PyTorch's pickles and Flax's files
-    are fetched only for components that have no safetensors."""
+    """Returns the cached folder of a Hugging Face model: configs, tokenizers and weights.
+
+    PyTorch's pickles, then Flax's files, are downloaded only for components without safetensors.
+    """
     files = ["model_index.json", "scheduler/scheduler_config.json"]
     files += [f"{FOLDERS[component]}/config.json" for component in DOWNLOADED]
     files += [f"{folder}/{file}" for folder in TOKENIZERS.values() for file in TOKENIZER_FILES]
@@ -165,7 +170,7 @@ def download(repo: str, revision: str, variant: str) -> Path:
 
 
 def open_file(path: Path, prediction_type: str) -> Source:
-    """A single file in the original layout, which has neither configs nor tokenizers."""
+    """Opens a single file in the original layout, which has neither configs nor tokenizers."""
     if path.suffix not in CHECKPOINTS:
         raise UserError(f"{path}: expected a {' or '.join(CHECKPOINTS)} file, or a folder in diffusers layout")
     tensors = CHECKPOINTS[path.suffix](path)
@@ -175,7 +180,7 @@ def open_file(path: Path, prediction_type: str) -> Source:
     try:
         configs = ldm.configs(family, components, prediction_type)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{path}: not a whole {family.name} model ({error}); copy or download it again") from None
+        raise UserError(f"{path}: not a whole {family.name} model ({error}); copy or download it again") from error
     return Source(
         name=str(path),
         parts={c: ModelComponent(configs[c], components[c], ldm.rules(family, c, configs[c])) for c in components},
@@ -185,7 +190,7 @@ def open_file(path: Path, prediction_type: str) -> Source:
 
 
 def beside(folder: Path, family: ldm.Family, component: str) -> Path:
-    """The tokenizer of a single file in `folder`: the one beside it, or the one its text encoder was trained with."""
+    """The tokenizer of a single file in `folder`: one beside the file, or the one its text encoder was trained with."""
     local = folder / TOKENIZERS[component]
     if local.is_dir():
         return local

@@ -1,4 +1,4 @@
-"""A tensor in a file: its shape and type are known, its numbers are read when they are asked for."""
+"""A tensor in a file: its shape and dtype are known, its values are read on demand."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from catversion_jax.utils.errors import UserError
 
 
 class Tensor(Protocol):
-    """What every reader of weights gives for a name."""
+    """The interface of a tensor in a file, whichever reader opened the file."""
 
     @property
     def path(self) -> Path: ...
@@ -23,15 +23,15 @@ class Tensor(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def read(self) -> np.ndarray:
-        """The numbers, in an array of their own: nothing of the file stays in memory."""
+        """Returns the values in a new array, which keeps nothing else of the file in memory."""
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """Numbers that lie in a file as they are in memory, in C order."""
+    """A tensor whose values a file holds contiguously, in C order."""
 
     path: Path
-    offset: int  # bytes from the file's beginning
+    offset: int  # bytes from the start of the file
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -43,5 +43,5 @@ class FileTensor:
         return numbers.reshape(self.shape)
 
     def mapped(self) -> np.ndarray:
-        """The numbers, read where and when they are used: for what is too large to keep beside others of its kind."""
+        """Returns a memory map of the values, for tensors that do not all fit in memory."""
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)

@@ -1,7 +1,7 @@
-"""Read what torch.save writes: a zip of one pickle, which lists the tensors, and one entry of raw numbers a storage.
+"""Reads files of torch.save: a zip of one pickle, which lists the tensors, and one entry of raw values per storage.
 
-The format: https://docs.pytorch.org/docs/stable/notes/serialization.html. Nothing is unpickled (see pickle.py), and a
-tensor's numbers are read, and their checksum with them, when they are asked for.
+The format: https://docs.pytorch.org/docs/stable/notes/serialization.html. Nothing is unpickled (see pickle.py). A
+tensor's values are read, and their checksum is verified, on demand.
 """
 
 import math
@@ -17,10 +17,10 @@ from catversion_jax.utils.errors import UserError
 from catversion_jax.weights import pickle
 from catversion_jax.weights.pickle import Foreign
 
-MAX_PICKLE_BYTES = 16 * 2**20  # that of a checkpoint has a few hundred bytes a tensor
+MAX_PICKLE_BYTES = 16 * 2**20  # a checkpoint's pickle has a few hundred bytes per tensor
 MAX_ENTRIES = 100_000
 MAX_DIMENSIONS = 32
-PLAIN_FLAGS = 0x0808  # of a zip entry: sizes behind the numbers as well, names in UTF-8
+PLAIN_FLAGS = 0x0808  # of a zip entry: bit 3, sizes repeated behind the data; bit 11, names in UTF-8
 
 DTYPES = {
     "torch.DoubleStorage": np.dtype("<f8"),
@@ -40,12 +40,12 @@ BEGINNINGS = {
     b"\x80\x02\x8a\n": "saved by PyTorch before 1.6; load it in PyTorch once, torch.save it again and take that file",
     b"": "expected a file of torch.save; give another one",
 }
-"""The first bytes of a file that is no readable zip -> what to say of it."""
+"""The first bytes of a file that is not a readable zip -> the error message."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A zip entry of `size` numbers."""
+    """A zip entry of `size` values."""
 
     archive: zipfile.ZipFile
     entry: str
@@ -55,7 +55,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class ZipTensor:
-    """A view of a storage; strides and offset count numbers, not bytes. Equal: the same view of the same storage."""
+    """A view of a storage; strides and offset count values, not bytes. Equal ones are the same view of one storage."""
 
     storage: Storage
     offset: int
@@ -64,33 +64,33 @@ class ZipTensor:
 
     @property
     def path(self) -> Path:
-        return Path(self.storage.archive.filename)
+        return Path(str(self.storage.archive.filename))
 
     @property
     def dtype(self) -> np.dtype:
         return self.storage.dtype
 
     def read(self) -> np.ndarray:
-        """The numbers, in an array of their own. Raises UserError if they are damaged."""
+        """Returns the values in a new array. Raises UserError if they are damaged."""
         archive = self.storage.archive
         try:
             numbers = np.frombuffer(archive.read(self.storage.entry), self.dtype)
             strides = [stride * self.dtype.itemsize for stride in self.strides]
             return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.shape, strides).copy()
         except (zipfile.BadZipFile, EOFError, ValueError, OverflowError) as error:
-            raise UserError(f"{archive.filename}: damaged ({error}); copy or download it again") from None
+            raise UserError(f"{archive.filename}: damaged ({error}); copy or download it again") from error
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file's pickle says: dicts, lists, tuples, plain values, ZipTensor, and Foreign for everything else."""
+    """The contents of a file's pickle: dicts, lists, tuples, plain values, ZipTensor; Foreign for everything else."""
 
     value: Any
-    foreign: frozenset[str]  # the names it holds beyond those that tensors need
+    foreign: frozenset[str]  # its names, without those that tensors need
 
 
 def read(path: Path) -> Contents:
-    """A file's contents, its tensors unread. Raises UserError for what torch.save would not have written."""
+    """Reads a file's contents but not its tensors. Raises UserError for what torch.save would not have written."""
     if not path.is_file():
         raise UserError(f"{path}: not found; expected a file of torch.save")
     try:
@@ -102,11 +102,12 @@ def read(path: Path) -> Contents:
         what = next(what for beginning, what in BEGINNINGS.items() if start.startswith(beginning))
         raise UserError(f"{path}: {what}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not a file that torch.save writes ({error}); copy or download it again") from None
+        raise UserError(f"{path}: not a file that torch.save writes ({error}); copy or download it again") from error
 
 
 def check_entries(archive: zipfile.ZipFile, size: int) -> str:
-    """The folder in the zip that holds everything. Raises ValueError if the entries are not plain parts of it."""
+    """Returns the folder in the zip that holds everything. Raises ValueError if they are not plain entries."""
+    # A zip bomb needs compression, or entries that overlap; torch.save writes neither.
     entries = archive.infolist()
     if len(entries) > MAX_ENTRIES or len(entries) != len(archive.NameToInfo):
         raise ValueError(f"{len(entries)} zip entries, some of one name or more than {MAX_ENTRIES:,}")
@@ -145,7 +146,7 @@ def read_archive(archive: zipfile.ZipFile, folder: str) -> Contents:
             raise ValueError(f"storage {key!r:.80} has {held} bytes, expected {size} of {DTYPES[name]}")
         return Storage(archive, entry, DTYPES[name], size)
 
-    functions = {
+    functions: dict[str, Callable[..., Any]] = {
         "collections.OrderedDict": lambda: {},
         "torch._utils._rebuild_tensor_v2": view,
         "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
@@ -155,7 +156,8 @@ def read_archive(archive: zipfile.ZipFile, folder: str) -> Contents:
 
 
 def view(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> ZipTensor | Foreign:
-    """The arguments of torch._utils._rebuild_tensor_v2. Raises ValueError for a view beyond its storage."""
+    """Stands in for torch._utils._rebuild_tensor_v2. Raises ValueError for a view beyond its storage."""
+    # All of it comes from the file, and as_strided in ZipTensor.read checks no bounds: it would read other memory.
     match storage, shape, strides:
         case Foreign(), _, _:
             return storage
@@ -174,8 +176,10 @@ def view(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> ZipTen
 
 
 def open_checkpoint(path: Path) -> dict[str, ZipTensor]:
-    """The tensors by name: a file of {name: tensor}, or the "state_dict" of one that holds it among other things (a
-    `.ckpt`), which may be anything: they are not read. Raises UserError if a name holds something else."""
+    """Returns the tensors by name, from a file of {name: tensor} or from the "state_dict" in it (a `.ckpt`).
+
+    Whatever else a `.ckpt` holds is ignored. Raises UserError if a name holds something other than a tensor.
+    """
     value = read(path).value
     tensors = value.get("state_dict", value) if isinstance(value, dict) else value
     if not isinstance(tensors, dict) or not tensors:

@@ -1,4 +1,4 @@
-"""A base model's weights as our programs take them, kept with Orbax: the next start does not convert them again."""
+"""Caches a base model's converted weights with Orbax, so that the next start does not convert them again."""
 
 import hashlib
 import json
@@ -6,11 +6,11 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from catversion_jax.utils import cache, tree
@@ -21,23 +21,27 @@ from catversion_jax.utils.types import Params
 from catversion_jax.weights.source import Source
 
 SMALLEST = 2**28
-"""Bytes of files from which on a copy is kept: what is smaller is converted in a second."""
+"""The least bytes of weight files for which a copy is kept: smaller ones are converted in a second."""
+# A copy pays only if it is much smaller than the files: float32 files of a bfloat16 model, or a `.ckpt` that also holds
+# averaged weights. Otherwise reading it takes as long as converting: for Stable Diffusion 1.5 in float16 files, a copy
+# was read in 13.6 s (float32) or 10.7 s (bfloat16), and the files were converted in about 10 s (docs/performance.md).
 WORTH = 1.5
-"""Bytes of files for each byte of arrays, at least: float32 files of a bfloat16 model, or a `.ckpt` that has averaged
-weights besides. What is not larger is converted as fast as a copy is read (docs/performance.md)."""
-VERSION = 1  # of what a copy holds; another one's copies are not found
-FACTS = "facts.json"  # written last: a copy without it is not whole
+"""The least ratio of the files' bytes to the arrays' bytes for which a copy is kept."""
+VERSION = 1  # of the copies' format; copies of another version are not found
+FACTS = "facts.json"  # written last: a copy without it is incomplete
 
 Converted = tuple[dict[str, Params], str]
-"""The parameters of each component and the text encoders' fingerprint."""
+"""The parameters of each component, and the text encoders' fingerprint."""
 
 
 def read(
     source: Source, dtypes: dict[str, Any], shapes: Callable[[str], Params], convert: Callable[[], Converted]
 ) -> Converted:
-    """The parameters of each component in `dtypes`, and the text encoders' fingerprint: from the copy kept of these
-    very files, laid out as `shapes` (of a component: dtypes and shardings), or else by `convert`, of which a copy is
-    then kept."""
+    """Returns the parameters of each component in `dtypes`, and the text encoders' fingerprint.
+
+    They are read from the copy of these files, with the dtypes and shardings of `shapes` (component -> tree), if there
+    is one; otherwise `convert` makes them, and a copy is kept if that pays.
+    """
     folder = copy_folder(source, dtypes)
     if folder is None:
         return convert()
@@ -49,7 +53,7 @@ def read(
 
 
 def copy_folder(source: Source, dtypes: dict[str, Any]) -> Path | None:
-    """Where the copy lies, by the files' names, sizes and times, and the configs; None where it would not pay."""
+    """The copy's folder, named by the files' paths, sizes and times and the configs; None if a copy would not pay."""
     tensors = [(tensor, dtype) for name, dtype in dtypes.items() for tensor in source.tensors(name).values()]
     files = sorted({tensor.path.resolve() for tensor, _ in tensors})
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -61,25 +65,33 @@ def copy_folder(source: Source, dtypes: dict[str, Any]) -> Path | None:
     return cache.home() / "models" / key
 
 
-def checkpointer(shapes: Any) -> ocp.Checkpointer:
-    """One that is done when it returns, and holds little more than the largest array meanwhile."""
+def orbax() -> ModuleType:
+    """Returns orbax.checkpoint, whose import takes a third of a second that commands without a copy do not need."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
+def checkpointer(shapes: Any) -> Any:
+    """A synchronous checkpointer that needs little more memory than the largest array."""
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) / 1e9 + 1e-3
+    ocp = orbax()
     return ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=largest, restore_concurrent_gb=largest))
 
 
 def restore(folder: Path, dtypes: dict[str, Any], shapes: Callable[[str], Params]) -> Converted | None:
-    """What a whole copy holds; a damaged one is removed."""
+    """Returns the contents of a complete copy, or None; removes a damaged one."""
     if not (folder / FACTS).is_file():
         return None
     try:
         facts = json.loads((folder / FACTS).read_text())
         expected = {name: shapes(name) for name in dtypes}
-        with checkpointer(expected) as orbax:
-            params = orbax.restore(folder.absolute() / "params", args=ocp.args.StandardRestore(expected))
+        with checkpointer(expected) as copy:
+            params = copy.restore(folder.absolute() / "params", args=orbax().args.StandardRestore(expected))
         if digest(params) == facts["digest"]:
             return params, facts["fingerprint"]
         problem = "its text encoder is not the one that was kept"
-    except Exception as error:  # whatever a storage library finds in a damaged folder
+    except Exception as error:  # a storage library may raise anything for a damaged folder
         problem = short(error)
     warn(f"{folder}: the converted copy is damaged ({problem}); converting again")
     shutil.rmtree(folder, ignore_errors=True)
@@ -87,21 +99,21 @@ def restore(folder: Path, dtypes: dict[str, Any], shapes: Callable[[str], Params
 
 
 def keep(folder: Path, params: dict[str, Params], fingerprint: str) -> None:
-    """Store a copy; where that fails, the next start converts again."""
+    """Stores a copy. A failure is only warned of: the next start converts again."""
     facts = {"fingerprint": fingerprint, "digest": digest(params)}
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        with checkpointer(params) as orbax:
-            orbax.save(folder.absolute() / "params", args=ocp.args.StandardSave(params))
+        with checkpointer(params) as copy:
+            copy.save(folder.absolute() / "params", args=orbax().args.StandardSave(params))
         write_atomically(folder / FACTS, lambda path: path.write_text(json.dumps(facts)))
-    except Exception as error:  # a full disk, most of all
+    except Exception as error:  # most likely a full disk
         warn(f"{folder}: no converted copy kept ({short(error)})")
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def digest(params: dict[str, Params]) -> str:
-    """Names the text encoders' values as they are kept."""
+    """Hashes the text encoders' values as they are kept."""
     texts = {name: of_component for name, of_component in params.items() if name.startswith("text")}
     return tree.fingerprint(
         {path: tree.digest(np.asarray(leaf)) for path, leaf in flatten_dict(texts, sep="/").items()}

@@ -1,4 +1,4 @@
-"""The weights in one component's folder, whichever library wrote them: in one file, or in shards with their index."""
+"""The weights in one component's folder, whichever library wrote them: one file, or shards with an index."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from catversion_jax.weights.tensor import Tensor
 
 
 class Format(NamedTuple):
-    """How weights are stored. `stems` are what transformers and diffusers call the file."""
+    """A format of weights. `stems` are the file names of transformers and diffusers, without the extension."""
 
     stems: tuple[str, str]
     extension: str
@@ -24,11 +24,11 @@ FORMATS = (
     Format(("pytorch_model", "diffusion_pytorch_model"), "bin", torch_zip.open_checkpoint),
     Format(("flax_model", "diffusion_flax_model"), "msgpack", msgpack.open_file, is_flax=True),
 )
-"""The first one that a folder has is read."""
+"""In order of preference: the first one found in a folder is read."""
 
 
 def file_patterns(form: Format, variant: str) -> list[str]:
-    """What the files of a format may be called: one file, or an index and its shards (named in two ways)."""
+    """The possible names of a format's files: one file, or an index and its shards (which are named in two ways)."""
     dot, shard = dotted(variant), "?????-of-?????"
     names = (
         "{stem}{dot}.{end}",
@@ -44,16 +44,16 @@ def dotted(variant: str) -> str:
 
 
 def find(folder: Path, variant: str = "") -> tuple[Format, Path] | None:
-    """The file of a folder's weights, or the index of their shards."""
+    """Finds the file of a folder's weights, or the index of their shards; None if there are no weights."""
     for form in FORMATS:
         for name in file_patterns(form, variant):
-            if (folder / name).is_file():  # a pattern of shards is no file's name
+            if (folder / name).is_file():  # never true for a pattern of shards
                 return form, folder / name
     return None
 
 
 def open_weights(folder: Path, variant: str = "") -> tuple[Format, dict[str, Tensor]]:
-    """The tensors of a folder by name, unread. Raises UserError if there are none or a shard is missing."""
+    """Returns a folder's format and its tensors by name, unread. Raises UserError if they or a shard are missing."""
     found = find(folder, variant)
     if found is None:
         expected = " or ".join(f"{stem}{dotted(variant)}.safetensors" for stem in FORMATS[0].stems)
@@ -72,11 +72,12 @@ def open_weights(folder: Path, variant: str = "") -> tuple[Format, dict[str, Ten
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that an index lists."""
+    """The files that an index lists. Raises UserError if one is missing."""
     try:
         names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index}: not an index of shards; copy or download it again") from None
+    # A name with a folder in it could lead out of the model's folder.
     missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
     if missing:
         raise UserError(f"{index}: lists shards that are not beside it: {', '.join(missing)}; download them again")

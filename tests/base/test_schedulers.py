@@ -36,7 +36,7 @@ def test_latents_are_those_of_diffusers(name):
     timesteps, errors = GOLDEN["timesteps"], {}
     for (case, config, steps), expected in zip(CASES, GOLDEN["latents"], strict=True):
         trajectory = schedulers.plan(NoiseSchedule.from_json(config), case, steps)
-        calls = len(trajectory.calls.index)
+        calls = len(trajectory.calls.number)
         if case == name:
             np.testing.assert_allclose(trajectory.calls.timestep, timesteps[:calls], rtol=1e-6, atol=1e-3)
             errors[json.dumps([config, steps])] = float(np.abs(run(trajectory) - expected).max())
@@ -82,7 +82,7 @@ def test_dispatches_give_the_same_latents(tiny_pipeline, name):
             networks=net,
             calls_per_dispatch=n,
         )
-        for n in (1, len(trajectory.calls.index))
+        for n in (1, len(trajectory.calls.number))
     ]
     assert max_error(*results) < 1e-4
 
@@ -136,4 +136,4 @@ def test_what_cannot_be_done_is_refused_in_one_line(config, name, steps, message
 def test_a_model_with_another_scheduler_can_be_trained_on_and_drawn_from():
     schedule = NoiseSchedule.from_json({"_class_name": "LMSDiscreteScheduler", "prediction_type": "v_prediction"})
     assert schedule.prediction_type == "v_prediction"
-    assert len(schedulers.plan(schedule, "ddim", 5).calls.index) == 5
+    assert len(schedulers.plan(schedule, "ddim", 5).calls.number) == 5

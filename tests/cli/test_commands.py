@@ -246,7 +246,7 @@ def test_generate(finished, tmp_path):
     done = catversion(
         "generate", *same, "--prompt=A photo of a teapot on the beach", f"--prompts_file={prompts}", "--num=2"
     )
-    assert "warning" not in done.stderr
+    assert "catversion: warning" not in done.stderr
     first = pictures(out)
     slugs = ("a-photo-of-a-teapot-on-the-beach", "a-photo-of-a-teapot", "a-red-teapot")
     assert first.keys() == {f"{slug}_{seed}.png" for slug in slugs for seed in (0, 1)}
@@ -287,7 +287,8 @@ def test_doctor_shows_cache_hits(finished, tmp_path, monkeypatch):
     reports = []
     for _ in range(2):
         out = tmp_path / "out"
-        catversion("generate", "--embedding", finished, "--prompt=a teapot", "--num=1", "--steps=2", "--out", out)
+        arguments = ["--embedding", finished, "--prompt=a teapot", "--num=1", "--steps=2", "--out", out]
+        catversion("generate", *arguments, here=False)
         reports.append(catversion("doctor").stdout)
     first, second = (next(line for line in report.splitlines() if "last:" in line) for report in reports)
     assert first.startswith("  last: 0 hits")

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from catversion_jax.base.pipeline import Networks
 from catversion_jax.methods import concept_file, official
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel
@@ -30,7 +29,7 @@ def concept(length: int = 1) -> concept_file.Concept:
 def test_there_and_back(tmp_path, length):
     ours = concept(length)
     path = tmp_path / "adapter.bin"
-    official.write(path, ours, "OUT")
+    official.write(path, ours, Path("OUT"))
     tensors = torch_zip.open_checkpoint(path)
     assert tuple(tensors) == official.NAMES
     assert len(set(tensors.values())) == 1  # one storage
@@ -38,7 +37,7 @@ def test_there_and_back(tmp_path, length):
     assert again.learned["prefix"].tobytes() == ours.learned["prefix"].tobytes()
     assert dataclasses.replace(again, learned=None) == dataclasses.replace(ours, learned=None, class_word="bear")
     before = path.read_bytes()
-    official.write(path, again, "OUT")
+    official.write(path, again, Path("OUT"))
     assert path.read_bytes() == before
 
 
@@ -109,11 +108,11 @@ def test_what_the_authors_format_cannot_hold(tmp_path, changes, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_concept_that_does_not_tell_its_model():
+def test_a_concept_that_does_not_tell_its_model(tiny_pipeline):
     imported = concept()
 
     def check(text: CLIPTextConfig, model: str) -> list[str]:
-        networks = Networks((CLIPTextModel(text),), unet=None, vae=None, schedule=None)
+        networks = dataclasses.replace(tiny_pipeline.networks, text=(CLIPTextModel(text),))
         return concept_file.check_model(imported, "4567", networks, "OUT", model)
 
     (warning,) = check(SD15, "sd15")
@@ -134,7 +133,7 @@ def test_mistakes_in_the_command(tmp_path):
     assert "--class_word: an authors' adapter cannot" in error_of("convert", out, tmp_path / "new", "--class_word=x")
     assert "convert: 1 arguments; expected 2: SOURCE TARGET" in error_of("convert", path)
     assert f"{tmp_path / 'nothing'}: not found" in error_of("convert", tmp_path / "nothing", tmp_path / "x")
-    assert "catversion convert SOURCE TARGET: " in catversion("convert", "--help").stdout
+    assert "catversion convert SOURCE TARGET [--FLAG=VALUE ...]: " in catversion("convert", "--help").stdout
 
 
 def test_generate_with_an_imported_concept(tiny_pipeline, tiny_model, tmp_path):
@@ -147,8 +146,8 @@ def test_generate_with_an_imported_concept(tiny_pipeline, tiny_model, tmp_path):
     arguments = ["generate", "--prompt=a teapot", "--num=1", "--steps=1", f"--out={tmp_path}"]
     model = f"--model={tiny_model}"
     done = catversion(*arguments, model, f"--embedding={tmp_path / 'fits.safetensors'}")
-    assert done.stdout.count("catversion: warning: ") == 1
-    assert "does not tell its base model" in done.stdout
+    assert done.stderr.count("catversion: warning: ") == 1
+    assert "does not tell its base model" in done.stderr
     concept_file.save(tmp_path / "sd15.safetensors", concept())
     message = error_of(*arguments, model, f"--embedding={tmp_path / 'sd15.safetensors'}")
     assert "[12, 64] in layers [9, 10, 11]" in message

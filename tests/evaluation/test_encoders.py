@@ -103,15 +103,15 @@ def test_a_dino_folder(dino_folder, tmp_path):
 
 
 def test_what_is_refused(clip_folder, dino_folder, tiny_model, tmp_path):
-    with pytest.raises(UserError, match=r"no image_encoder/.*--clip"):
+    with pytest.raises(UserError, match=r"no image_encoder/.*name a CLIP"):
         encoders.of_model(tiny_model)
-    with pytest.raises(UserError, match=r"--clip=.*nowhere: no such folder; expected a folder with config.json"):
+    with pytest.raises(UserError, match=r"clip=.*nowhere: no such folder; expected a folder with config.json"):
         encoders.load_clip(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"config.json: model_type 'vit'; --clip expects a transformers CLIPModel"):
+    with pytest.raises(UserError, match=r"config.json: model_type 'vit'; clip expects a transformers CLIPModel"):
         encoders.load_clip(str(dino_folder))
-    with pytest.raises(UserError, match=r"config.json: model_type 'clip'; --dino expects a transformers ViTModel"):
+    with pytest.raises(UserError, match=r"config.json: model_type 'clip'; dino expects a transformers ViTModel"):
         encoders.load_dino(str(clip_folder))
-    with pytest.raises(UserError, match=r"config.json: no such file; --dino expects"):
+    with pytest.raises(UserError, match=r"config.json: no such file; dino expects"):
         encoders.load_dino(str(tmp_path))
     broken = shutil.copytree(clip_folder, tmp_path / "broken")
     config = json.loads((broken / "config.json").read_text())

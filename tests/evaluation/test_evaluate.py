@@ -15,7 +15,7 @@ from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.cli import evaluate
 from catversion_jax.evaluation import encoders, evaluation, grabcut, metrics, samples, scores
 from catversion_jax.evaluation.masks import FILL
-from catversion_jax.evaluation.samples import EvaluationConfig, EvaluationTask
+from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig
 from catversion_jax.methods import concept_file
 from catversion_jax.utils.errors import UserError
 from tests import tiny
@@ -139,8 +139,8 @@ def test_masks_of_both_sides(judging_model, tmp_path):
     assert found["a teapot"]["masked_clip_i"].mean() != pytest.approx(found["a teapot"]["clip_i"].mean(), abs=1e-4)
 
 
-def task_of(embedding: Path, concept: concept_file.Concept, prompt: str) -> tuple[EvaluationTask, EvaluationConfig]:
-    task = EvaluationTask("teapot", (prompt,), TEAPOT / "heldout", None, concept, embedding)
+def task_of(embedding: Path, concept: concept_file.Concept, prompt: str) -> tuple[ConceptTask, EvaluationConfig]:
+    task = ConceptTask("teapot", (prompt,), TEAPOT / "heldout", None, embedding, concept)
     sampler = SamplerConfig(2, 5.0, 2)
     return task, EvaluationConfig(sampler, (0, 1), 1.0, ("a car", "a red teapot"), "", "float32")
 
@@ -148,7 +148,7 @@ def task_of(embedding: Path, concept: concept_file.Concept, prompt: str) -> tupl
 @pytest.mark.parametrize("scope", ["trigger", "all"])
 def test_drift(embedding, judging_model, tiny_pipeline, scope, monkeypatch):
     """In the trigger scope nothing moves where the class word is not: not even a bit. The pictures are stand-ins, of
-    which test_sampling.py tells the same."""
+    which tests/sampling/test_sampler.py tells the same."""
     stored = concept_file.load(embedding)
     concept = dataclasses.replace(stored, method=dataclasses.replace(stored.method, scope=scope))
     _, config = task_of(embedding, concept, "a teapot")

@@ -1,5 +1,6 @@
 """Masks from attention, and what a mask does to a picture."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,7 +52,9 @@ def test_probabilities_are_softmax():
     for head in range(3):
         weights = np.exp(query[:, :, head] @ key[:, :, head].swapaxes(1, 2) / 2)
         expected += weights / weights.sum(-1, keepdims=True) / 3
-    np.testing.assert_allclose(probabilities(query.astype(np.float32), key.astype(np.float32)), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        probabilities(jnp.asarray(query, jnp.float32), jnp.asarray(key, jnp.float32)), expected, atol=1e-6
+    )
 
 
 MEASURED = {

@@ -73,7 +73,7 @@ def test_generate(tmp_path, concepts):
         concept_file.save(path, concept)
     same = ["generate", *(f"--embedding={path}" for path in paths), f"--out={tmp_path / 'out'}"]
     done = catversion(*same, "--prompt=a teapot and a dog", "--num=1", "--steps=1")
-    assert "warning" not in done.stderr
+    assert "catversion: warning" not in done.stderr
     assert (tmp_path / "out" / "a-teapot-and-a-dog_0.png").is_file()
     done = catversion(*same, "--check", "--prompt=a dog", "--prompt=a car")
     moved, still = done.stdout.splitlines()

@@ -12,6 +12,7 @@ B, Q, P, H, D = 2, 6, 3, 2, 8
 
 def numpy_attention(q, k, v, mask, dk, dv, bias, visible):
     """softmax(Q [dK ; K]^T / sqrt(D) + mask) [dV ; V], head by head."""
+    q, k, v, mask, dk, dv = map(np.asarray, (q, k, v, mask, dk, dv))
     out = np.zeros_like(q)
     for b in range(B):
         for h in range(H):
@@ -29,7 +30,7 @@ def arrays():
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(B, Q, H, D)).astype(np.float32) for _ in range(3))
     dk, dv = (rng.normal(size=(P, H, D)).astype(np.float32) for _ in range(2))
-    return q, k, v, np.tril(np.ones((Q, Q), bool)), dk, dv
+    return tuple(map(jnp.asarray, (q, k, v, np.tril(np.ones((Q, Q), bool)), dk, dv)))
 
 
 def layer_prefix(dk, dv, bias, visible):

@@ -25,7 +25,7 @@ def test_movement(tiny_pipeline, concept):
     change = np.linalg.norm(states - base) / np.linalg.norm(base)
     most = int(np.linalg.norm(states - base, axis=-1).argmax())
     assert most >= 5  # the class word: start, a, photo, of, a, teapot
-    token = tiny_pipeline.tokenizer.token(tiny_pipeline.tokenizer(prompts)[0, most])
+    token = tiny_pipeline.tokenizer.token(int(tiny_pipeline.tokenizer(prompts)[0, most]))
     assert moved == f"'a photo of a teapot': moved by {change:.2%}, the most at token {most}, {token!r}"
     assert still == "'a car': nothing moved"
     for line in conditioning.movement(tiny_pipeline, prompts, tiny.personal(concept, strength=0.0)):

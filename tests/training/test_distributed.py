@@ -4,12 +4,10 @@ import json
 import socket
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from catversion_jax.cli import batch
 from catversion_jax.methods import concept_file
 from catversion_jax.training import distributed
 from tests.commands import ENVIRONMENT, ROOT, TIMEOUT, catversion, command, error_of
@@ -117,11 +115,9 @@ def test_mistakes(tmp_path, given, expected):
 def test_what_a_cluster_tells(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert distributed.from_environment() == expected
+    assert distributed.from_environment() == distributed.Process(*expected)
 
 
 def test_one_process_waits_for_nobody(monkeypatch):
-    given = {"num_processes": 1, "process_id": 0, "distributed": False, "start_timeout": 1}
-    arguments = SimpleNamespace(**given, coordinator_address="nowhere:1")
-    monkeypatch.setattr(batch, "meet", None)
-    assert batch.start(arguments) == (0, 1)
+    monkeypatch.setattr(distributed, "subprocess", None)
+    distributed.meet("nowhere:1", distributed.Process(0, 1), timeout=1)
