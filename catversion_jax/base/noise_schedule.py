@@ -10,7 +10,7 @@ import numpy as np
 
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.json_config import from_json
-from catversion_jax.utils.types import Array, Float
+from catversion_jax.utils.types import AnyArray, Array, Float
 
 BETAS = {
     "scaled_linear": lambda start, end, n: np.linspace(start**0.5, end**0.5, n, dtype=np.float32) ** 2,
@@ -44,7 +44,7 @@ class NoiseSchedule:
 
 
 def add_noise(
-    latents: Float[Array, "B h w c"], noise: Float[Array, "B h w c"], alpha: Float[Array, "B"]
+    latents: Float[AnyArray, "B h w c"], noise: Float[AnyArray, "B h w c"], alpha: Float[AnyArray, "B"]
 ) -> Float[Array, "B h w c"]:
     """Returns noisy latents at the timesteps whose alphas_cumprod is `alpha` (Ho et al. 2020, equation 4)."""
     alpha = alpha[:, None, None, None]

@@ -70,7 +70,7 @@ class Scorer:
             references = self.encoders.clip.image(photos_trained_on(folder).images)
             captions = np.repeat(self.encoders.clip.text(prompts), len(config.seeds), axis=0)
             clip_t = metrics.clip_t(seen, captions).mean()
-            values.append(metrics.overall(clip_t, metrics.clip_i(seen, references).mean()))
+            values.append(float(metrics.overall(clip_t, metrics.clip_i(seen, references).mean())))
         mean = float(np.mean(values))
         return None if np.isnan(mean) else mean
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from catversion_jax.utils.types import AnyArray, Array, Float, Params
+from catversion_jax.utils.types import Array, Float, Params
 
 
 def count(params: Params) -> int:
@@ -28,7 +28,7 @@ def fingerprint(digests: Mapping[str, bytes]) -> str:
     return hashlib.sha256(b"".join(path.encode() + value for path, value in sorted(digests.items()))).hexdigest()[:16]
 
 
-def add(params: Params | AnyArray, change: Params | AnyArray, scale: Float[Array, ""] | float) -> Any:
+def add(params: Any, change: Any, scale: Float[Array, ""] | float) -> Any:
     """Adds `scale` times `change`, which may cover only some of the parameters; dtypes stay those of `params`."""
     if not isinstance(params, dict):
         return (params + scale * change).astype(params.dtype)
