@@ -6,6 +6,7 @@ tensor's values are read, and their checksum is verified, on demand.
 
 import math
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
