@@ -63,7 +63,7 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def mini() -> pipeline.Pipeline:
-    return pipeline.load()
+    return pipeline.load_pipeline()
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def test_text_encoder_with_prefix(mini, golden, name, bias):
     prefix = Prefix(jnp.asarray(golden[f"prefix.{name}"]), jnp.float32(bias), token_mask, LAYERS)
     learned, method = {"prefix": golden[f"prefix.{name}"]}, CatVersion((LAYERS,), bias)
     tokens = (conditioning.Tokens(token_ids, token_mask),)
-    encode = partial(conditioning.encode, mini.params["text"], tokens, networks=mini.networks)
+    encode = partial(conditioning.encode_prompts, mini.params["text"], tokens, networks=mini.networks)
     whole = encode(learned, 1.0, method=method)
     assert whole.pooled is None
     assert max_error(whole.states, golden[f"text_with_prefix.{name}"]) < TOLERANCE
@@ -83,7 +83,7 @@ def test_noise_schedule(mini, golden):
 def test_guided_ddim(mini, golden):
     token_ids = golden["token_ids"]
     token_mask, base = jnp.ones((1, 77, 1), bool), jnp.zeros((1, 77, 1), bool)
-    encode = partial(conditioning.encode, mini.params["text"], networks=mini.networks)
+    encode = partial(conditioning.encode_prompts, mini.params["text"], networks=mini.networks)
     learned = {"prefix": golden["prefix.p1_bias0"]}
     positive = encode((conditioning.Tokens(token_ids[:1], token_mask),), learned, 1.0, method=CatVersion((LAYERS,)))
     negative = encode((conditioning.Tokens(token_ids[1:2], base),), {}, 0.0, method=BaseModel())

@@ -77,7 +77,7 @@ INVERSE = {
 
 def load(folder: Path | str, **how) -> pipeline.Pipeline:
     """A model's pipeline on the default device; `how` are fields of ModelConfig."""
-    return pipeline.load(pipeline.ModelConfig(str(folder), **how))
+    return pipeline.load_pipeline(pipeline.ModelConfig(str(folder), **how))
 
 
 def personal(*concepts: concept_file.Concept, strength: float = 1.0) -> Personalization:

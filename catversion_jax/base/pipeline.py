@@ -103,7 +103,7 @@ class Pipeline:
         return self.tokenizers[0]
 
 
-def text_config(config: dict, dtype) -> CLIPTextConfig:
+def read_text_config(config: dict, dtype) -> CLIPTextConfig:
     """Reads a text encoder's config.json."""
     # The file always has projection_dim; only `architectures` tells whether the weights have a projection.
     projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
@@ -119,7 +119,7 @@ class NetworkSpec(NamedTuple):
 
 
 TEXT = NetworkSpec(
-    lambda config, dtype: CLIPTextModel(text_config(config, dtype)),
+    lambda config, dtype: CLIPTextModel(read_text_config(config, dtype)),
     lambda m: (jnp.zeros((1, m.config.max_position_embeddings), jnp.int32),),
 )
 COMPONENTS = {
@@ -198,19 +198,19 @@ def begin(
     return submit(pool, source.tensors(name), source.rules(name), shapes, f"{source.name}: {name}", put_on_device)
 
 
-def open_model(model: ModelConfig) -> Source:
+def model_source(model: ModelConfig) -> Source:
     """Opens the base model that the config names; its tensors are not read yet."""
     return open_source(model.path or str(MINI), model.revision, model.variant, model.prediction_type)
 
 
-def load(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Rules = ()) -> Pipeline:
+def load_pipeline(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Rules = ()) -> Pipeline:
     """Loads a Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds it.
 
     `model.dtype` is the dtype of the text encoders' and the UNet's weights and computation; the VAE's is float32. The
     parameters are placed on the devices of `mesh`, split by `rules` (see sharding.FROZEN), or on the default device if
     there is no mesh.
     """
-    source = open_model(model)
+    source = model_source(model)
     texts = [name for name in ("text", "text_2") if name in source.components]
     tokenizers = tuple(Tokenizer(source.tokenizer(name)) for name in texts)
     schedule = NoiseSchedule.from_json(source.scheduler())
@@ -233,7 +233,7 @@ def load(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Ru
             }
             return {name: collect(futures) for name, futures in reading.items()}, tree.fingerprint(digests)
 
-    params, fingerprint = weight_cache.read(source, dtypes, shapes, convert)
+    params, fingerprint = weight_cache.read_or_convert(source, dtypes, shapes, convert)
     encoders, unet, vae = tuple(modules[name] for name in texts), modules["unet"], modules["vae"]
     # Not in any config.json: SDXL's UNet takes the penultimate layer of both encoders, and the model's resolution.
     if len(encoders) > 1:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from catversion_jax.base.pipeline import MINI, Networks, open_model
+from catversion_jax.base.pipeline import MINI, Networks, model_source
 from catversion_jax.bench import torch_step
 from catversion_jax.bench.machine import cores, device_name, matrix_peak, on_cpu
 from catversion_jax.bench.random_model import RANDOM, RANDOM_FOR, SD15, random_model
@@ -148,7 +148,7 @@ def measure(size: Size) -> Measured:
 def find_source(config: Config) -> Source | None:
     """Returns the config's model, or None if it is not on the disk and random weights stand in for it."""
     try:
-        return open_model(config.model)
+        return model_source(config.model)
     except UserError:
         if config.model.path in RANDOM_FOR:
             return None

@@ -93,31 +93,31 @@ def with_ratios(rows: list[Row]) -> list[Row]:
     ]
 
 
-def number(value: float | None, form: str, unit: float = 1) -> str:
+def format_number(value: float | None, form: str, unit: float = 1) -> str:
     return "" if value is None else format(value / unit, form)
 
 
 COLUMNS = {
     "concepts x batch": lambda row: f"{row.concepts}x{row.batch}",
     "what": lambda row: LABELS[row.what],
-    "trace s": lambda row: number(row.trace_s, ".1f"),
-    "compile s, cold": lambda row: number(row.compile_cold_s, ".1f"),
-    "from the cache": lambda row: number(row.compile_cached_s, ".1f"),
-    "ms/step": lambda row: row.error or number(row.ms_per_step, ".1f"),
-    "smallest": lambda row: number(row.ms_per_step_smallest, ".1f"),
-    "images/s": lambda row: number(row.images_per_s, ".1f"),
-    "concepts/h": lambda row: number(row.concepts_per_hour, ".1f"),
-    "GFLOP/step": lambda row: number(row.flops_per_step, ".1f", 1e9),
-    "of the peak": lambda row: number(row.utilisation, ".1%"),
-    "GB/step": lambda row: number(row.bytes_per_step, ".2f", 1e9),
-    "FLOP/byte": lambda row: number(row.flops_per_byte, ".1f"),
-    "peak GiB": lambda row: number(row.peak_memory_bytes, ".2f", 2**30),
+    "trace s": lambda row: format_number(row.trace_s, ".1f"),
+    "compile s, cold": lambda row: format_number(row.compile_cold_s, ".1f"),
+    "from the cache": lambda row: format_number(row.compile_cached_s, ".1f"),
+    "ms/step": lambda row: row.error or format_number(row.ms_per_step, ".1f"),
+    "smallest": lambda row: format_number(row.ms_per_step_smallest, ".1f"),
+    "images/s": lambda row: format_number(row.images_per_s, ".1f"),
+    "concepts/h": lambda row: format_number(row.concepts_per_hour, ".1f"),
+    "GFLOP/step": lambda row: format_number(row.flops_per_step, ".1f", 1e9),
+    "of the peak": lambda row: format_number(row.utilisation, ".1%"),
+    "GB/step": lambda row: format_number(row.bytes_per_step, ".2f", 1e9),
+    "FLOP/byte": lambda row: format_number(row.flops_per_byte, ".1f"),
+    "peak GiB": lambda row: format_number(row.peak_memory_bytes, ".2f", 2**30),
     "by": lambda row: row.peak_memory_from or "",
-    "ours/theirs": lambda row: number(row.ours_per_theirs, ".2f"),
-    "of the smallest": lambda row: number(row.ours_per_theirs_smallest, ".2f"),
+    "ours/theirs": lambda row: format_number(row.ours_per_theirs, ".2f"),
+    "of the smallest": lambda row: format_number(row.ours_per_theirs_smallest, ".2f"),
 }
 
 
-def to_table(rows: list[Row]) -> str:
+def bench_table(rows: list[Row]) -> str:
     """Returns the rows as a Markdown table."""
     return markdown.table(list(COLUMNS), ([cell(row) for cell in COLUMNS.values()] for row in rows))

@@ -65,7 +65,7 @@ def builders(
     }
 
 
-def load(component: str, configs: dict[str, dict], folder: Path | None):
+def load_module(component: str, configs: dict[str, dict], folder: Path | None):
     """Returns a frozen network of the model, float32."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -150,7 +150,7 @@ def make_step(
 
     torch.manual_seed(0)
     dtype = getattr(torch, recipe.dtype or config.model.dtype)
-    text_encoder, unet = (load(name, configs, folder).to(device, dtype) for name in ("text", "unet"))
+    text_encoder, unet = (load_module(name, configs, folder).to(device, dtype) for name in ("text", "unet"))
     if recipe.checkpointing:
         unet.train().enable_gradient_checkpointing()
     depth, width = text_encoder.config.num_hidden_layers, text_encoder.config.hidden_size
@@ -168,7 +168,7 @@ def make_step(
     latents_shape = (batch, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     mean = torch.randn(latents_shape, device=device)
     if recipe.encodes:
-        vae = load("vae", configs, folder).to(device)
+        vae = load_module("vae", configs, folder).to(device)
         side = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
         images = torch.rand((batch, 3, side, side), device=device) * 2 - 1
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from catversion_jax.bench import torch_step
 from catversion_jax.bench.measure import REPETITIONS, UNSET, Size, measure_size
-from catversion_jax.bench.row import Row, to_table
+from catversion_jax.bench.row import Row, bench_table
 from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand, write_atomically
@@ -59,13 +59,13 @@ def main(arguments: flags.FlagValues) -> int:
         rows += of_size
         # After each size, so that an interrupted run leaves its rows.
         if arguments.out:
-            write_report(expand(arguments.out), facts, rows)
+            write_rows(expand(arguments.out), facts, rows)
     print(*(f"{name}: {value}" for name, value in facts.items() if name != "config"), sep="\n")
-    print("", to_table(rows), sep="\n")
+    print("", bench_table(rows), sep="\n")
     return 0
 
 
-def write_report(out: Path, facts: dict[str, Any], rows: list[Row]) -> None:
+def write_rows(out: Path, facts: dict[str, Any], rows: list[Row]) -> None:
     text = json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1)
     write_atomically(out, lambda path: path.write_text(text))
 

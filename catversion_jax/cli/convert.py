@@ -25,10 +25,10 @@ def main(arguments: flags.FlagValues, source: str, target: str) -> int:
         raise UserError(f"{written}: exists already; name another target")
     if is_concept and arguments.class_word:
         raise UserError("--class_word: an authors' adapter cannot hold it; leave it out")
-    concept = concept_file.load(path) if is_concept else official.read(path, arguments.class_word)
+    concept = concept_file.load(path) if is_concept else official.read_adapter(path, arguments.class_word)
     written.parent.mkdir(parents=True, exist_ok=True)
     if is_concept:
-        official.write(written, concept, path)
+        official.write_adapter(written, concept, path)
     else:
         concept_file.save(written, concept)
     length, layers = len(concept.learned["prefix"]), concept.method.metadata()["layers"]

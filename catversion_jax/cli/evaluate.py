@@ -87,7 +87,7 @@ def main(arguments: flags.FlagValues) -> int:
     result = found.result() | {"config": described, "versions": evaluation.versions()}
     write_report(out, result, page.render(result, found.grids))
     for name in scores.SCORES:
-        print(f"{name:17}{page.number(result[name], result['intervals'][name])}")
+        print(f"{name:17}{page.format_score(result[name], result['intervals'][name])}")
     print(f"{sum(row['pictures'] for row in found.rows)} images: {out}, {out.with_suffix('.html')}")
     return 0
 
@@ -101,7 +101,7 @@ def write_report(out: Path, result: dict, report: str) -> None:
 def write_manifest(arguments: flags.FlagValues) -> int:
     if not arguments.protocol or not arguments.references:
         raise UserError("--manifest: of a benchmark; expected --protocol and, as --references, its public folder")
-    subjects = benchmarks.read(arguments.protocol, expand(arguments.references), arguments.subject)
+    subjects = benchmarks.read_subjects(arguments.protocol, expand(arguments.references), arguments.subject)
     path = expand(arguments.manifest)
     write_atomically(path, lambda temporary: temporary.write_text(benchmarks.manifest(subjects)))
     print(f"{len(subjects)} concepts in {path}; learn them with catversion batch --manifest={path}")
@@ -120,7 +120,7 @@ def find_tasks(arguments: flags.FlagValues) -> list[Task]:
     if arguments.protocol:
         return [
             subject_task(arguments, subject, source, masks, image_masks)
-            for subject in benchmarks.read(arguments.protocol, references, arguments.subject)
+            for subject in benchmarks.read_subjects(arguments.protocol, references, arguments.subject)
         ]
     name = source.resolve().name
     if arguments.images:
@@ -139,7 +139,7 @@ def subject_task(
     return ConceptTask(*shared, concept_file.load(source / subject.name))
 
 
-def given_concepts(tasks: Sequence[Task]) -> dict[str, Concept]:
+def task_concepts(tasks: Sequence[Task]) -> dict[str, Concept]:
     """Returns the tasks' concepts, by their sources."""
     return {str(task.source): task.concept for task in tasks if isinstance(task, ConceptTask)}
 
@@ -153,7 +153,7 @@ def check_flags(arguments: flags.FlagValues) -> None:
     if arguments.image_masks and not arguments.images:
         raise UserError("--image_masks: of --images; without them, masks come from the UNet's attention")
     if arguments.grabcut:
-        grabcut.check()
+        grabcut.check_installed()
         if arguments.images:
             raise UserError("--grabcut: of the masks from attention, with --embedding; give --images their own masks")
     if arguments.protocol and (arguments.prompt or arguments.prompts_file):
@@ -169,14 +169,14 @@ def prompts_for(arguments: flags.FlagValues, concept: Concept | None) -> tuple[s
 
 
 def load_encoders(arguments: flags.FlagValues, tasks: Sequence[Task]) -> Encoders:
-    model = arguments.model or next((concept.model_path for concept in given_concepts(tasks).values()), "")
+    model = arguments.model or next((concept.model_path for concept in task_concepts(tasks).values()), "")
     clip = encoders.load_clip(arguments.clip) if arguments.clip else encoders.of_model(model or MINI)
     return Encoders(clip, encoders.load_dino(arguments.dino) if arguments.dino else None)
 
 
 def evaluation_config(arguments: flags.FlagValues, tasks: Sequence[Task]) -> EvaluationConfig:
     return EvaluationConfig(
-        sampler=given_sampler(arguments, given_concepts(tasks)),
+        sampler=given_sampler(arguments, task_concepts(tasks)),
         seeds=given_seeds(arguments),
         strength=arguments.strength,
         unrelated=tuple(dict.fromkeys(arguments.unrelated)),

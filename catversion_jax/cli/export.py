@@ -12,7 +12,7 @@ from catversion_jax.cli.flags import (
     make_folder,
 )
 from catversion_jax.methods.composition import Personalization
-from catversion_jax.methods.concept_model import model_of, open_model, warnings
+from catversion_jax.methods.concept_model import load_for_concepts, model_of, warnings
 from catversion_jax.sampling.export import COMFYUI, EMBEDS, check_exportable, write_concept, write_embeds
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.errors import UserError
@@ -45,7 +45,7 @@ def main(arguments: flags.FlagValues) -> int:
     if prompts:
         personalization = Personalization((concept,), arguments.strength)
         model = model_of(concepts, arguments.model or "")
-        pipeline, unsure = open_model(concepts, model)
+        pipeline, unsure = load_for_concepts(concepts, model)
         for warning in unsure + warnings(pipeline, prompts, personalization):
             warn(warning)
         request = SampleRequest(tuple(prompts), (), negative_prompt=arguments.negative_prompt)

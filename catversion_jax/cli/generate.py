@@ -18,7 +18,7 @@ from catversion_jax.cli.flags import (
     make_folder,
 )
 from catversion_jax.methods.composition import Personalization, compose
-from catversion_jax.methods.concept_model import model_of, open_model, warnings
+from catversion_jax.methods.concept_model import load_for_concepts, model_of, warnings
 from catversion_jax.sampling.conditioning import movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
 from catversion_jax.sampling.sampler import SampleRequest, sample_images
@@ -48,7 +48,7 @@ def main(arguments: flags.FlagValues) -> int:
     out = expand(arguments.out)
     if not arguments.check:
         make_folder(out)
-    pipeline, unsure = open_model(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
+    pipeline, unsure = load_for_concepts(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
     for warning in unsure + warnings(pipeline, prompts, personalization):
         warn(warning)
     if arguments.check:

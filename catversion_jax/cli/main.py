@@ -58,7 +58,7 @@ def usage() -> str:
     )
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def suggestion(word: str, words: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.0)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -111,7 +111,7 @@ def config_help() -> list[str]:
     return [entry(key, field.metadata["help"], f" Default: {value!r}.") for key, field, value in flatten(Config())]
 
 
-def parse(name: str, arguments: list[str], expected: tuple[str, ...] = ()) -> tuple[flags.FlagValues, list[str]]:
+def parse_flags(name: str, arguments: list[str], expected: tuple[str, ...] = ()) -> tuple[flags.FlagValues, list[str]]:
     """Parses the command's flags and its `expected` positional arguments. Raises UserError for anything else."""
     flags.FLAGS.set_gnu_getopt()  # flags may follow positionals
     # config_flags finds --config.KEY overrides in sys.argv, and nowhere else.
@@ -142,7 +142,7 @@ def unknown_key(arguments: list[str]) -> str | None:
     for argument in arguments:
         key = argument.split("=")[0].removeprefix("--config.")
         if argument.startswith("--config.") and key not in keys:
-            return f"config.{key}: no such key{nearest(key, keys)}"
+            return f"config.{key}: no such key{suggestion(key, keys)}"
     return None
 
 
@@ -177,14 +177,14 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 def run_command(name: str, arguments: list[str]) -> int:
     """Runs a sub-command; returns its exit status."""
     if name not in COMMANDS:
-        raise UserError(f"{name}: no such command{nearest(name, COMMANDS)}")
+        raise UserError(f"{name}: no such command{suggestion(name, COMMANDS)}")
     set_up_logging()
     module = importlib.import_module(f"catversion_jax.cli.{name}")
     module.define_flags()
     if HELP & set(arguments):
         print(command_help(name, module))
         return 0
-    parsed, rest = parse(name, [argument for argument in arguments if argument != "--debug"], positionals(module))
+    parsed, rest = parse_flags(name, [argument for argument in arguments if argument != "--debug"], positionals(module))
     from catversion_jax.utils import cache
 
     cache.enable()

@@ -62,7 +62,7 @@ def open_study(arguments: flags.FlagValues, name: str) -> Study:
     config = checked_config(arguments, UNSET)
     kind = tables.TABLES[name]
     scale = kind.quick if arguments.quick else kind.full
-    folders = named(concept_sets.find(arguments.concepts or concept_sets.SHIPPED), scale.concepts)
+    folders = named(concept_sets.find_concepts(arguments.concepts or concept_sets.SHIPPED), scale.concepts)
     evaluation = EvaluationConfig(
         config.sample.sampler, tuple(range(scale.seeds)), 1.0, UNRELATED[: scale.unrelated], "", config.model.dtype
     )

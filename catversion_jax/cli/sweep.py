@@ -14,7 +14,7 @@ from catversion_jax.evaluation import encoders
 from catversion_jax.evaluation.samples import EvaluationConfig
 from catversion_jax.evaluation.scores import Encoders
 from catversion_jax.study.scoring import Scorer
-from catversion_jax.study.sweep import Score, override, score, to_table
+from catversion_jax.study.sweep import Score, override, score_setting, sweep_table
 from catversion_jax.training.run import load_model
 from catversion_jax.utils.files import expand, json_lines, write_atomically
 from catversion_jax.utils.identity import claim
@@ -47,7 +47,7 @@ def main(arguments: flags.FlagValues) -> int:
     """Writes scores.jsonl, with a line for each concept as soon as it is scored, and table.md."""
     config = checked_config(arguments, UNSET)
     out = expand(arguments.out)
-    folders = concept_sets.find(arguments.concepts or concept_sets.SHIPPED)
+    folders = concept_sets.find_concepts(arguments.concepts or concept_sets.SHIPPED)
     configs = {setting: override(config, setting) for setting in arguments["try"].value or [""]}
     identity = {"config": config.identity(), "seeds": arguments.seeds, "prompts": arguments.prompts}
     claim(out / "sweep.json", identity)
@@ -62,12 +62,12 @@ def main(arguments: flags.FlagValues) -> int:
         scorer = Scorer(pipeline, shared, replace(evaluation, sampler=changed.sample.sampler), templates)
         for folder in folders:
             if (setting, folder.name) not in known:
-                found.append(score(changed, setting, folder, out, scorer))
+                found.append(score_setting(changed, setting, folder, out, scorer))
                 line = json.dumps(vars(found[-1]))
                 with (out / "scores.jsonl").open("a") as file:
                     file.write(line + "\n")
                 print(line)
-    table = to_table([score for score in found if score.setting in configs])
+    table = sweep_table([score for score in found if score.setting in configs])
     write_atomically(out / "table.md", lambda path: path.write_text(table))
     print(table)
     return 0

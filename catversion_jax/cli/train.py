@@ -16,10 +16,10 @@ def define_flags() -> None:
 
 
 def main(arguments: flags.FlagValues) -> int:
-    return run(checked_config(arguments), arguments.resume)
+    return run_training(checked_config(arguments), arguments.resume)
 
 
-def run(config: Config, resume: bool = False) -> int:
+def run_training(config: Config, resume: bool = False) -> int:
     """Trains, or resumes, and writes the sample grid. Returns 0, or 128 + the number of the interrupting signal."""
     run = RunDir.of(config)
     run.check(config, resume)

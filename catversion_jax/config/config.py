@@ -19,7 +19,7 @@ from catversion_jax.methods.hyperparameters import AdapterConfig, Hyperparameter
 from catversion_jax.methods.registry import METHODS
 from catversion_jax.models.sharding import MeshConfig, make_mesh
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.settings import between, check, flatten, one_of, replaced, setting, text
+from catversion_jax.utils.settings import between, check_settings, flatten, one_of, replaced, setting, text
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def from_config_dict(values: ConfigDict, unset: Collection[str] = ()) -> Config:
 
     Raises UserError for the first invalid value, before anything is read or compiled."""
     config = typed(Config, values)
-    check(config, unset)
+    check_settings(config, unset)
     for template in (*config.concept.templates, *config.sample.prompts):
         fill(template, config.concept.class_word, "a")
     return config

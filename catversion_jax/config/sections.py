@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.config.optimizer import OptimizerConfig
-from catversion_jax.utils.settings import YES_OR_NO, at_least, between, optional, setting, several, share
+from catversion_jax.utils.settings import YES_OR_NO, at_least, between, optional, setting, several_texts, share
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SampleConfig(SamplerConfig):
     prompts: tuple[str, ...] = setting(
         ("a photo of {concept} on the beach", "a photo of {concept} in the snow"),
         "Prompt templates of the sample grid; {concept} is article and class word, {class_word} the word alone.",
-        several("prompt"),
+        several_texts("prompt"),
     )
 
     @property

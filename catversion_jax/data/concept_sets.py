@@ -67,7 +67,7 @@ class ConceptFolder:
         return photos | {f"concept.{key}": value for key, value in self.description.items()}
 
 
-def find(root: str | Path) -> list[ConceptFolder]:
+def find_concepts(root: str | Path) -> list[ConceptFolder]:
     """The concepts of a set, sorted by name. Raises UserError if there are none."""
     paths = sorted(path.parent for path in expand(root).glob("*/concept.json"))
     if not paths:

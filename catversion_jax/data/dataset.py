@@ -15,7 +15,7 @@ from catversion_jax.data.photos import Photo
 from catversion_jax.utils.errors import UserError
 
 
-def encode(array: np.ndarray | None) -> bytes:
+def encode_png(array: np.ndarray | None) -> bytes:
     """Encodes an image or a mask as PNG bytes; None gives empty bytes."""
     if array is None:
         return b""
@@ -24,7 +24,7 @@ def encode(array: np.ndarray | None) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode_png(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
 
 
@@ -47,10 +47,13 @@ class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: 
 
     def _generate_examples(self):
         for photo in self._photos:
-            yield photo.name, {"name": photo.name.encode(), "image": encode(photo.image), "mask": encode(photo.mask)}
+            yield (
+                photo.name,
+                {"name": photo.name.encode(), "image": encode_png(photo.image), "mask": encode_png(photo.mask)},
+            )
 
 
-def write(folder: Path, photos: list[Photo]) -> None:
+def write_dataset(folder: Path, photos: list[Photo]) -> None:
     """Writes the dataset, unless a complete one exists."""
     tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(compute_stats="skip", try_download_gcs=False)
@@ -58,7 +61,7 @@ def write(folder: Path, photos: list[Photo]) -> None:
         Photos(photos, data_dir=folder).download_and_prepare(download_config=config)
 
 
-def read(folder: Path) -> list[Photo]:
+def read_dataset(folder: Path) -> list[Photo]:
     """Returns the photos, sorted by name. Raises UserError if there is no complete dataset."""
     try:
         source = Photos(data_dir=folder).as_data_source("train")
@@ -68,6 +71,6 @@ def read(folder: Path) -> list[Photo]:
             f"{folder}: not a readable photo dataset ({error}); start the run anew in another run_dir"
         ) from error
     return [
-        Photo(name, decode(record["image"]), decode(record["mask"]) if record["mask"] else None)
+        Photo(name, decode_png(record["image"]), decode_png(record["mask"]) if record["mask"] else None)
         for name, record in records
     ]

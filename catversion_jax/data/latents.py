@@ -14,7 +14,7 @@ BATCH = 4  # photos per call of the VAE
 
 
 @partial(jax.jit, static_argnames=("vae",))
-def encode(params: Params, images: UInt8[Array, "B H W 3"], *, vae: AutoencoderKL):
+def encode_images(params: Params, images: UInt8[Array, "B H W 3"], *, vae: AutoencoderKL):
     """Returns mean and standard deviation of the latents, scaled as the UNet takes them."""
     posterior: Any = vae.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1, method="encode")
     mean, logvar = posterior
@@ -29,7 +29,7 @@ def posteriors(
     views = np.stack([images, images[:, :, ::-1]] if flip else [images], axis=1)
     flat = views.reshape(-1, *images.shape[1:])
     padded = np.concatenate([flat, np.repeat(flat[-1:], -len(flat) % BATCH, axis=0)])
-    parts = [encode(params, padded[i : i + BATCH], vae=vae) for i in range(0, len(padded), BATCH)]
+    parts = [encode_images(params, padded[i : i + BATCH], vae=vae) for i in range(0, len(padded), BATCH)]
     mean, std = (np.concatenate(part)[: len(flat)] for part in zip(*parts, strict=True))
     return mean.reshape(*views.shape[:2], *mean.shape[1:]), std.reshape(*views.shape[:2], *std.shape[1:])
 

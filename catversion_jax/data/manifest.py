@@ -51,7 +51,7 @@ RULES = {
 """key -> a predicate for its value, and a phrase that follows "expected"."""
 
 
-def read(path: Path) -> Iterator[Line]:
+def read_manifest(path: Path) -> Iterator[Line]:
     """Yields the lines of a manifest, holding one in memory at a time.
 
     Raises UserError, naming the line, if a line is not valid or repeats an id.
@@ -66,7 +66,7 @@ def read(path: Path) -> Iterator[Line]:
         for number, text in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
             if not text.strip():
                 continue
-            line = parse(text, f"{path}:{number}")
+            line = parse_line(text, f"{path}:{number}")
             if line.id in seen:
                 raise UserError(
                     f"{path}:{number}: id {line.id!r} is also that of line {seen[line.id]}; give it another"
@@ -77,7 +77,7 @@ def read(path: Path) -> Iterator[Line]:
         raise UserError(f"{path}: no lines; expected a JSON object a line, with {', '.join(sorted(REQUIRED))}")
 
 
-def parse(text: bytes, where: str) -> Line:
+def parse_line(text: bytes, where: str) -> Line:
     """Parses one line of a manifest; `where` names it in error messages."""
     try:
         value = json.loads(text)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.settings import ANY_TEXT, setting, several, text
+from catversion_jax.utils.settings import ANY_TEXT, setting, several_texts, text
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ConceptConfig:
     templates: tuple[str, ...] = setting(
         ("a photo of {concept}",),
         "Prompt templates for training; {concept} is article and class word, {class_word} the word alone.",
-        several("prompt"),
+        several_texts("prompt"),
     )
     identifier: str = setting(
         "sks",

@@ -153,7 +153,7 @@ BENCHMARKS: dict[str, Callable[[Path], list[Subject]]] = {
 }
 
 
-def read(benchmark: str, folder: Path, names: list[str]) -> list[Subject]:
+def read_subjects(benchmark: str, folder: Path, names: list[str]) -> list[Subject]:
     """Returns all subjects of a benchmark's public folder, or those in `names`. Raises UserError if one is missing."""
     subjects = BENCHMARKS[benchmark](folder)
     known = {subject.name: subject for subject in subjects}

@@ -24,7 +24,7 @@ from catversion_jax.utils.types import Float, Params, UInt8
 from catversion_jax.weights import hub, rules
 from catversion_jax.weights.conversion import from_torch, shapes_of
 from catversion_jax.weights.source import TOKENIZER_FILES, open_source
-from catversion_jax.weights.weight_files import FORMATS, file_patterns, find, open_weights
+from catversion_jax.weights.weight_files import FORMATS, file_patterns, find_weights, open_weights
 
 TORCH_FORMATS = [form for form in FORMATS if not form.is_flax]
 
@@ -144,7 +144,7 @@ def load_clip(name: str) -> Clip:
     text = CLIPTextModel(from_json(CLIPTextConfig, text_json, {"attention_dropout": 0.0}))
     image = CLIPVisionModel(from_json(CLIPVisionConfig, vision_json, {"attention_dropout": 0.0}))
     text_shapes, image_shapes = abstract("text", text), abstract("image", image)
-    params = read(folder, rules.CLIP, text_shapes | image_shapes)
+    params = read_weights(folder, rules.CLIP, text_shapes | image_shapes)
     encoder = ImageEncoder(
         name, image, {key: params[key] for key in image_shapes}, clip_preprocessing(image.config.image_size)
     )
@@ -157,7 +157,7 @@ def load_dino(name: str) -> ImageEncoder:
     config = typed_config(folder, "dino", "vit", "a transformers ViTModel, such as facebook/dino-vits16")
     module = ViTModel(from_json(ViTConfig, config, VIT_FIXED))
     size = module.config.image_size
-    params = read(folder, rules.VIT, shapes_of(module.init, jnp.zeros((1, size, size, 3))))
+    params = read_weights(folder, rules.VIT, shapes_of(module.init, jnp.zeros((1, size, size, 3))))
     return ImageEncoder(name, module, params, dino_preprocessing(size))
 
 
@@ -170,7 +170,7 @@ def locate(name: str, what: str, files: Sequence[str] = ()) -> Path:
         raise UserError(f"{what}={name}: no such folder; expected a folder with config.json and model.safetensors")
     for form in TORCH_FORMATS:  # the first one that the model has
         folder = hub.fetch(name, "", ["config.json", *files, *file_patterns(form, "")])
-        if find(folder):
+        if find_weights(folder):
             break
     return folder
 
@@ -185,7 +185,7 @@ def typed_config(folder: Path, what: str, kind: str, expected: str) -> dict:
     return config
 
 
-def read(folder: Path, table: list[rules.Rule], expected: Params) -> Params:
+def read_weights(folder: Path, table: list[rules.Rule], expected: Params) -> Params:
     """Reads a folder's weights in float32 onto the default device."""
     form, tensors = open_weights(folder)
     if form.is_flax:

@@ -18,7 +18,7 @@ from catversion_jax.evaluation.samples import (
     ImagesTask,
     base_model,
     masked_images,
-    read,
+    read_images,
     read_references,
     sample_task,
 )
@@ -51,13 +51,13 @@ class Evaluation:
         if isinstance(task, ConceptTask):
             samples = sample_task(base_model(task, config), task, config, encoders)
         else:
-            samples = read(task)
+            samples = read_images(task)
         related = scores.of_prompts(samples.prompts, samples.images, references, encoders)
         counts = {"concept": task.name, "references": len(references.images), "pictures": len(samples.prompts)}
         row = counts | {"attention_mask_iou": samples.attention_mask_iou}
         self.rows.append(row | scores.concept_row(related, samples.unrelated))
         self.units.append(scores.concept_units(related, samples.unrelated))
-        self.grids[task.name] = page.image_grid(references, samples.prompts, samples.images)
+        self.grids[task.name] = page.samples_grid(references, samples.prompts, samples.images)
 
     def result(self) -> dict:
         """Returns the scores over all concepts, with those of each concept."""

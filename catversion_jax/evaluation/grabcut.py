@@ -10,7 +10,7 @@ from catversion_jax.utils.types import Bool, UInt8
 ITERATIONS = 5
 
 
-def check() -> None:
+def check_installed() -> None:
     """Raises UserError if OpenCV is not installed."""
     if importlib.util.find_spec("cv2") is None:
         raise UserError("grabcut: OpenCV is not installed; pip install opencv-python-headless, or leave it out")

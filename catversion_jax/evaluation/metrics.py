@@ -57,7 +57,7 @@ def diversity(generated: Float[np.ndarray, "G e"]) -> float | None:
     return float(1 - (np.square(generated.sum(axis=0)).sum() - count) / (count * (count - 1)))
 
 
-def nearest(images: Float[np.ndarray, "G e"], captions: Float[np.ndarray, "N e"]) -> np.ndarray:
+def nearest_caption(images: Float[np.ndarray, "G e"], captions: Float[np.ndarray, "N e"]) -> np.ndarray:
     """Returns the index of each image's nearest caption."""
     return np.argmax(images @ captions.T, axis=1)
 

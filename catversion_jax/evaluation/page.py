@@ -19,7 +19,7 @@ COLOURS = ("#1b6ca8", "#d1603d", "#3f8f5b", "#7d5ba6")
 MAX_LABELS = 40
 
 
-def number(value: float | None, interval: Sequence[float] | None = None) -> str:
+def format_score(value: float | None, interval: Sequence[float] | None = None) -> str:
     """Formats a score and its interval."""
     if value is None:
         return "not measured"
@@ -38,7 +38,7 @@ def thumbnails(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     return out
 
 
-def image_grid(references: MaskedImages, prompts: Sequence[str], sampled: MaskedImages) -> Image.Image:
+def samples_grid(references: MaskedImages, prompts: Sequence[str], sampled: MaskedImages) -> Image.Image:
     """Returns a grid of the references and a row for each prompt; with masks, also as the encoder sees them masked."""
 
     def row(shown: MaskedImages) -> list[np.ndarray]:
@@ -119,7 +119,7 @@ def render(result: dict, grids: dict[str, Image.Image]) -> str:
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         result=result,
         scores=SCORES,
-        number=number,
+        number=format_score,
         rows_plot=plot_rows(*((concepts, "concept") if several else (concepts[0]["prompts"], "prompt"))),
         plane=plot_plane(concepts),
         grids={name: jpeg(image) for name, image in grids.items()},

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from catversion_jax.base.pipeline import Pipeline, load
+from catversion_jax.base.pipeline import Pipeline, load_pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.base.tokenizer import without_word
 from catversion_jax.data.photos import Photo, is_candidate, read_photos
@@ -18,7 +18,7 @@ from catversion_jax.evaluation.grabcut import grabcut
 from catversion_jax.evaluation.scores import Encoders, MaskedImages, Values
 from catversion_jax.methods.composition import BASE_MODEL, Personalization
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.methods.concept_model import model_of, open_model
+from catversion_jax.methods.concept_model import load_for_concepts, model_of
 from catversion_jax.sampling.conditioning import context
 from catversion_jax.sampling.image_names import GRID, NAMED, unique_slugs
 from catversion_jax.sampling.sampler import SampleRequest, sample_images
@@ -98,7 +98,7 @@ def is_image(path: Path) -> bool:
     return is_candidate(path) and not GRID.fullmatch(path.name)
 
 
-def read(task: ImagesTask) -> Samples:
+def read_images(task: ImagesTask) -> Samples:
     """Reads existing images: all of a folder for one prompt; for several, by the names `catversion generate` gives."""
     keys = ("images", "image_masks")
     photos = read_photos(task.source, None, task.image_masks or "", keys, MAX_IMAGES, is_image)
@@ -119,7 +119,7 @@ def read(task: ImagesTask) -> Samples:
     return Samples(prompts, masked_images([photo for found in by_prompt.values() for photo in found]))
 
 
-load_once = functools.cache(load)
+load_once = functools.cache(load_pipeline)
 """`load`, but concepts of one base model share it."""
 
 
@@ -127,7 +127,7 @@ def base_model(task: ConceptTask, config: EvaluationConfig) -> Pipeline:
     """Loads the model to sample from. Raises UserError if it is not the concept's, or a prompt lacks the class word."""
     concept = task.concept
     concepts = {str(task.source): concept}
-    pipeline, warnings = open_model(concepts, model_of(concepts, config.model, config.dtype), load_once)
+    pipeline, warnings = load_for_concepts(concepts, model_of(concepts, config.model, config.dtype), load_once)
     for warning in warnings:
         warn(warning)
     without = without_word(pipeline.tokenizer, concept.class_word, task.prompts)

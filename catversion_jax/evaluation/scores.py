@@ -119,7 +119,7 @@ def summarize(units: Sequence[Values], scores: Sequence[str] = SCORES) -> dict:
     for name in scores:
         if name == "overall":
             samples = sums(units, "clip_t", "clip_i")
-            statistic = overall
+            statistic = overall_of_sums
         else:
             samples = sums(units, name)
             statistic = np.divide
@@ -129,7 +129,7 @@ def summarize(units: Sequence[Values], scores: Sequence[str] = SCORES) -> dict:
     return row | {"intervals": intervals}
 
 
-def overall(clip_i, clip_t, count):
+def overall_of_sums(clip_i, clip_t, count):
     return metrics.overall(clip_t / count, clip_i / count)
 
 

@@ -94,7 +94,7 @@ def load(path: str | Path) -> Concept:
         # A concept that changes the UNet takes gigabytes, and a benchmark opens many: these are memory-mapped.
         large = bool(method and method.changes_unet)
         check_size(path, MAX_UNET_BYTES if large else MAX_BYTES)
-        tensors = {name: x.mapped() if large else x.read() for name, x in safetensors.open_file(path).items()}
+        tensors = {name: x.mapped() if large else x.read() for name, x in safetensors.open_safetensors(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable concept ({error}); train it again or copy it again") from error
     version = metadata.pop("format_version", None)
@@ -121,7 +121,7 @@ def read_sampler(values: dict[str, Any]) -> SamplerConfig:
     check_keys(values, set(SAMPLER))
     sampler = SamplerConfig(**values)
     for key, field, value in flatten(sampler):
-        if not follows(field.metadata["rule"], value):
+        if not follows(field.metadata["constraint"], value):
             raise ValueError(f"sampler.{key}={value!r}; expected {field.metadata['rule'].expected}")
     return sampler
 

@@ -1,8 +1,8 @@
 """The base model that concepts are used with: the one they were trained on, or one with the same text encoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from catversion_jax.base.pipeline import MINI, ModelConfig, Pipeline, load
+from catversion_jax.base.pipeline import MINI, ModelConfig, Pipeline, load_pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.base.tokenizer import without_word
 from catversion_jax.methods import concept_file
@@ -19,7 +19,9 @@ def model_of(concepts: Mapping[str, Concept], path: str = "", dtype: str = Model
     return ModelConfig(first.model_path, first.model_revision, first.model_variant, first.model_prediction_type, dtype)
 
 
-def open_model(concepts: Mapping[str, Concept], model: ModelConfig, load=load) -> tuple[Pipeline, list[str]]:
+def load_for_concepts(
+    concepts: Mapping[str, Concept], model: ModelConfig, load: Callable[[ModelConfig], Pipeline] = load_pipeline
+) -> tuple[Pipeline, list[str]]:
     """Loads a base model for concepts, given by their sources; returns it with warnings.
 
     Raises UserError if a concept was trained in another text encoder or does not fit the model's networks.

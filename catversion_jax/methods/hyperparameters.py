@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from catversion_jax.models.prefix_attention import SCOPES
-from catversion_jax.utils.settings import Rule, at_least, between, one_of, setting, some_of
+from catversion_jax.utils.settings import Constraint, at_least, between, one_of, setting, some_of
 
 PARTS = ("key", "value")
 """What a prefix has at each position, in the order of its array's axis of size 2."""
@@ -22,7 +22,7 @@ class AdapterConfig:
     layers: tuple[int, ...] = setting(
         (-3, -2, -1),
         "Text encoder layers with a prefix; negative indices count from the last layer that reaches the UNet.",
-        Rule(are_layers, "indices of layers, such as (-3, -2, -1)"),
+        Constraint(are_layers, "indices of layers, such as (-3, -2, -1)"),
     )
     length: int = setting(1, "Prefix length P: number of learned positions per layer.", at_least(1))
     init_std: float = setting(1.0, "Standard deviation of the prefix before training.", at_least(0))

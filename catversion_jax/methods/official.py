@@ -27,9 +27,9 @@ NAMES = (
 )
 
 
-def read(path: Path, class_word: str = "") -> Concept:
+def read_adapter(path: Path, class_word: str = "") -> Concept:
     """Reads an authors' adapter as a concept; unknown fields are empty. Raises UserError for any other file."""
-    contents = torch_zip.read(path)
+    contents = torch_zip.read_zip(path)
     if contents.foreign:
         names = ", ".join(sorted(contents.foreign))
         raise UserError(f"{path}: refers to {names!r:.200}; expected tensors alone; do not trust this file")
@@ -54,7 +54,7 @@ def read(path: Path, class_word: str = "") -> Concept:
     )
 
 
-def write(path: Path, concept: Concept, source: Path) -> None:
+def write_adapter(path: Path, concept: Concept, source: Path) -> None:
     """Writes the concept of `source` as an authors' adapter, or nothing. Raises UserError if that cannot hold it."""
     if not isinstance(concept.method, CatVersion):
         raise UserError(f"{source}: learned by {concept.method_name}; the authors' format holds catversion's alone")

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.settings import Rule, at_least, setting
+from catversion_jax.utils.settings import Constraint, at_least, setting
 from catversion_jax.utils.types import Params
 
 AXES = ("concept", "data", "fsdp", "tensor")
@@ -58,7 +58,7 @@ class MeshConfig:
     rules: Rules = setting(
         FROZEN,
         "How the base model is split: (pattern of parameter paths, array axis, mesh axis) for each rule.",
-        Rule(are_rules, f"(pattern, array axis, one of {', '.join(AXES)}) for each rule"),
+        Constraint(are_rules, f"(pattern, array axis, one of {', '.join(AXES)}) for each rule"),
     )
 
 

@@ -47,7 +47,7 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def resnet(config: VAEConfig, channels: int, j: int) -> ResnetBlock2D:
+def vae_resnet(config: VAEConfig, channels: int, j: int) -> ResnetBlock2D:
     return ResnetBlock2D(channels, config.norm_num_groups, NORM_EPS, config.dtype, name=f"resnets_{j}")
 
 
@@ -66,14 +66,14 @@ class AttentionBlock(nn.Module):
         return x + nn.Dense(c, dtype=self.config.dtype, name="proj_attn")(y)
 
 
-class MidBlock(nn.Module):
+class VAEMidBlock(nn.Module):
     config: VAEConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
-        x = resnet(self.config, x.shape[-1], 0)(x)
+        x = vae_resnet(self.config, x.shape[-1], 0)(x)
         x = AttentionBlock(self.config, name="attentions_0")(x)
-        return resnet(self.config, x.shape[-1], 1)(x)
+        return vae_resnet(self.config, x.shape[-1], 1)(x)
 
 
 PIXELS = "B h*{self.config.downscale} w*{self.config.downscale} {self.config.out_channels}"
@@ -90,7 +90,7 @@ class DownEncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ {self.channels}"]:
         for j in range(self.config.layers_per_block):
-            x = resnet(self.config, self.channels, j)(x)
+            x = vae_resnet(self.config, self.channels, j)(x)
         if self.downsample:  # padded on the right and at the bottom only, as CompVis' Downsample
             x = Downsample2D(self.channels, ((0, 1), (0, 1)), self.config.dtype, name="downsamplers_0")(x)
         return x
@@ -104,7 +104,7 @@ class UpDecoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ {self.channels}"]:
         for j in range(self.config.layers_per_block + 1):
-            x = resnet(self.config, self.channels, j)(x)
+            x = vae_resnet(self.config, self.channels, j)(x)
         return Upsample2D(self.channels, self.config.dtype, name="upsamplers_0")(x) if self.upsample else x
 
 
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
         x = conv3x3(cfg.block_out_channels[0], cfg.dtype, "conv_in")(x)
         for i, channels in enumerate(cfg.block_out_channels):
             x = DownEncoderBlock(cfg, channels, i < len(cfg.block_out_channels) - 1, name=f"down_blocks_{i}")(x)
-        x = MidBlock(cfg, name="mid_block")(x)
+        x = VAEMidBlock(cfg, name="mid_block")(x)
         x = nn.silu(nn.GroupNorm(cfg.norm_num_groups, epsilon=NORM_EPS, dtype=cfg.dtype, name="conv_norm_out")(x))
         return conv3x3(2 * cfg.latent_channels, cfg.dtype, "conv_out")(x)
 
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, PIXELS]:
         cfg = self.config
         x = conv3x3(cfg.block_out_channels[-1], cfg.dtype, "conv_in")(x)
-        x = MidBlock(cfg, name="mid_block")(x)
+        x = VAEMidBlock(cfg, name="mid_block")(x)
         for i, channels in enumerate(reversed(cfg.block_out_channels)):
             x = UpDecoderBlock(cfg, channels, i < len(cfg.block_out_channels) - 1, name=f"up_blocks_{i}")(x)
         x = nn.silu(nn.GroupNorm(cfg.norm_num_groups, epsilon=NORM_EPS, dtype=cfg.dtype, name="conv_norm_out")(x))

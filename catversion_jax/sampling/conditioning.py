@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("networks", "method"))
-def encode(
+def encode_prompts(
     params: tuple[Params, ...],
     tokens: tuple[Tokens, ...],
     learned: Params,
@@ -48,7 +48,7 @@ def condition(pipeline: Pipeline, prompts: Sequence[str], personalization: Perso
     masks = those.token_masks(pipeline.tokenizer, token_ids)
     touched = np.any([mask.any((1, 2)) for mask in masks], axis=0)
     tokens = tuple(map(Tokens, token_ids, masks))
-    run = partial(encode, pipeline.params["text"], tokens, networks=pipeline.networks)
+    run = partial(encode_prompts, pipeline.params["text"], tokens, networks=pipeline.networks)
     # Two compiled programs may round differently, so prompts that no concept enters go through the base model's own
     # program: they are promised to give its images bit for bit (docs/method.md).
     if not touched.any():

@@ -80,7 +80,7 @@ def denoise(
 
 
 @partial(jax.jit, static_argnames=("networks",))
-def decode(vae: Params, latents: Float[Array, "B h w c"], *, networks: Networks) -> UInt8[Array, "B H W 3"]:
+def decode_latents(vae: Params, latents: Float[Array, "B h w c"], *, networks: Networks) -> UInt8[Array, "B H W 3"]:
     """Decodes latents, in the UNet's scale, to images."""
     net = networks.vae
     images: Any = net.apply({"params": vae}, latents / net.config.scaling_factor, method="decode")

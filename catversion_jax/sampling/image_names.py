@@ -17,17 +17,17 @@ def slug(prompt: str) -> str:
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
     if words and len(words) <= SLUG_LENGTH:
         return words
-    return f"{words[:SLUG_LENGTH].rstrip('-')}-{digest(prompt)}".strip("-")
+    return f"{words[:SLUG_LENGTH].rstrip('-')}-{short_hash(prompt)}".strip("-")
 
 
-def digest(prompt: str) -> str:
+def short_hash(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:8]
 
 
 def unique_slugs(prompts: Sequence[str]) -> list[str]:
     """Returns a slug for each prompt; prompts that differ only in punctuation get a hash."""
     slugs = [slug(prompt) for prompt in prompts]
-    return [s if slugs.count(s) == 1 else f"{s}-{digest(prompt)}" for s, prompt in zip(slugs, prompts, strict=True)]
+    return [s if slugs.count(s) == 1 else f"{s}-{short_hash(prompt)}" for s, prompt in zip(slugs, prompts, strict=True)]
 
 
 def free_grid_name(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.composition import BASE_MODEL, Personalization
 from catversion_jax.sampling.conditioning import condition, with_unet
-from catversion_jax.sampling.denoising import Guided, decode, denoise, initial_latents
+from catversion_jax.sampling.denoising import Guided, decode_latents, denoise, initial_latents
 from catversion_jax.utils.types import Array, Float, UInt8
 
 
@@ -44,7 +44,7 @@ def sample_images(
     """
 
     def images(latents: Float[Array, "B h w c"]) -> UInt8[np.ndarray, "B H W 3"]:
-        return np.asarray(decode(pipeline.params["vae"], latents, networks=pipeline.networks))
+        return np.asarray(decode_latents(pipeline.params["vae"], latents, networks=pipeline.networks))
 
     batches = sample_latents(pipeline, request, personalization)
     return itertools.chain.from_iterable(images(latents)[:real] for latents, real in batches)

@@ -12,7 +12,7 @@ from catversion_jax.evaluation import metrics, scores
 from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig, masked_images, sample, sample_task
 from catversion_jax.evaluation.scores import Encoders, MaskedImages, Values
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.utils.tree import count
+from catversion_jax.utils.tree import count_numbers
 from catversion_jax.utils.types import UInt8
 
 SELECTING_SEED = 1000
@@ -90,4 +90,4 @@ def copied(sampled: MaskedImages, trained_on: MaskedImages, encoders: Encoders) 
 
 def size(concepts: Mapping[str, Concept]) -> int:
     """Returns how many parameters are learned for a concept."""
-    return max(count(concept.learned) for concept in concepts.values())
+    return max(count_numbers(concept.learned) for concept in concepts.values())

@@ -13,7 +13,7 @@ from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.study.scoring import Scorer, size
 from catversion_jax.study.settings import BASE, TRIED_ON, Scale, Setting
-from catversion_jax.study.training import train
+from catversion_jax.study.training import train_setting
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.identity import claim
 from catversion_jax.utils.types import UInt8
@@ -42,7 +42,7 @@ class Study:
         return named(self.folders, TRIED_ON)
 
     def trained(self, setting: Setting, folders: tuple[ConceptFolder, ...]) -> tuple[dict[str, Concept], float | None]:
-        return train(self.config_of(setting), folders, self.out / setting.folder, self.scorer.pipeline)
+        return train_setting(self.config_of(setting), folders, self.out / setting.folder, self.scorer.pipeline)
 
     def claim(self) -> None:
         """Records that the folder belongs to this study. Raises UserError if it belongs to another."""

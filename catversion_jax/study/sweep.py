@@ -69,7 +69,7 @@ def folder_of(setting: str) -> str:
     return re.sub(r"[^\w.=]+", "_", setting) or "config"
 
 
-def score(config: Config, setting: str, folder: ConceptFolder, out: Path, scorer: Scorer) -> Score:
+def score_setting(config: Config, setting: str, folder: ConceptFolder, out: Path, scorer: Scorer) -> Score:
     """Trains a concept on its photos, unless that is done, and scores it against its held-out photos.
 
     `scorer` must use the setting's sampler.
@@ -122,7 +122,7 @@ def place_accuracy(
 
     Only images whose prompt asks for one of `places` count; NaN if there are none.
     """
-    found = metrics.nearest(embeddings, np.stack(list(places.values())))
+    found = metrics.nearest_caption(embeddings, np.stack(list(places.values())))
     asked = [match and match[1] for match in map(PLACE.fullmatch, scorer.templates) for _ in scorer.config.seeds]
     hits = [list(places)[i] == place for i, place in zip(found, asked, strict=True) if place in places]
     return float(np.mean(hits)) if hits else float("nan")
@@ -141,7 +141,7 @@ COLUMNS = (
 """Columns of the table: header, and the cell for mean scores."""
 
 
-def to_table(found: list[Score]) -> str:
+def sweep_table(found: list[Score]) -> str:
     """Returns the scores as a Markdown table: for each setting, a line for each concept and one with the means."""
     rows = []
     for setting in dict.fromkeys(score.setting for score in found):

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from catversion_jax.evaluation.page import number
+from catversion_jax.evaluation.page import format_score
 from catversion_jax.utils import markdown
 
 
-def score(name: str) -> Callable[[dict], str]:
-    return lambda row: number(row[name], row["intervals"][name])
+def score_cell(name: str) -> Callable[[dict], str]:
+    return lambda row: format_score(row[name], row["intervals"][name])
 
 
 def seconds(row: dict) -> str:
@@ -20,34 +20,34 @@ def numbers(row: dict) -> str:
 
 LABELS = (("", lambda row: row["group"]), ("setting", lambda row: row["name"]))
 SCORED = (
-    ("CLIP-T", score("clip_t")),
-    ("CLIP-I", score("clip_i")),
-    ("masked CLIP-I", score("masked_clip_i")),
-    ("overall", score("overall")),
-    ("background copied", lambda row: number(row["copied"])),
-    ("prior drift", score("prior_drift")),
-    ("drift of text", score("prior_drift_text")),
+    ("CLIP-T", score_cell("clip_t")),
+    ("CLIP-I", score_cell("clip_i")),
+    ("masked CLIP-I", score_cell("masked_clip_i")),
+    ("overall", score_cell("overall")),
+    ("background copied", lambda row: format_score(row["copied"])),
+    ("prior drift", score_cell("prior_drift")),
+    ("drift of text", score_cell("prior_drift_text")),
 )
 COST = (("numbers learned", numbers), ("seconds a concept", seconds))
 """Columns: header, and the cell for a row."""
 
 
-def to_table(rows: Sequence[dict], columns: Sequence[tuple[str, Callable[[dict], str]]]) -> str:
+def table_of(rows: Sequence[dict], columns: Sequence[tuple[str, Callable[[dict], str]]]) -> str:
     """Returns a Markdown table with a line for each row."""
     return markdown.table([name for name, _ in columns], ([cell(row) for _, cell in columns] for row in rows)) + "\n"
 
 
 def of_scores(rows: Sequence[dict]) -> str:
-    return to_table(rows, (*LABELS, *SCORED, *COST))
+    return table_of(rows, (*LABELS, *SCORED, *COST))
 
 
 def of_candidates(rows: Sequence[dict]) -> str:
     """Returns the table of the settings tried for each method, with the ones that were chosen."""
     columns = (
-        ("overall, on the photos learned from", lambda row: number(row["fitness"])),
+        ("overall, on the photos learned from", lambda row: format_score(row["fitness"])),
         ("chosen", lambda row: "yes" if row["chosen"] else ""),
     )
-    return to_table(rows, (*LABELS, *columns, *COST))
+    return table_of(rows, (*LABELS, *columns, *COST))
 
 
 def of_groups(groups: dict[str, dict]) -> str:
@@ -56,10 +56,10 @@ def of_groups(groups: dict[str, dict]) -> str:
     columns = (
         ("prompt", lambda row: row["group"].replace("-", " ")),
         ("concept", lambda row: row["concept"]),
-        ("at its word: base model", lambda row: number(row["base"])),
-        ("this concept alone", lambda row: number(row["alone"])),
-        ("all", lambda row: number(row["together"])),
+        ("at its word: base model", lambda row: format_score(row["base"])),
+        ("this concept alone", lambda row: format_score(row["alone"])),
+        ("all", lambda row: format_score(row["together"])),
         ("shown", lambda row: f"{row['shown']:.0%}"),
         ("all shown", lambda row: f"{row['all']:.0%}"),
     )
-    return to_table(rows, columns)
+    return table_of(rows, columns)

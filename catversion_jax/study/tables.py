@@ -38,7 +38,7 @@ class Table:
 def of_settings(study: Study, settings: Sequence[Setting], more: str = "") -> Table:
     """Returns the table with a row for the base model and each setting, and a grid for each concept."""
     rows = [study.scored(BASE, settings[0]), *(study.scored(setting, setting) for setting in settings)]
-    grids = {folder.name: image_grid(study, folder, [BASE, *settings]) for folder in study.folders}
+    grids = {folder.name: settings_grid(study, folder, [BASE, *settings]) for folder in study.folders}
     return Table("\n".join(filter(None, [table.of_scores(rows), more])), grids)
 
 
@@ -61,7 +61,7 @@ def ablation(study: Study) -> Table:
     return of_settings(study, ABLATION)
 
 
-def several(study: Study) -> Table:
+def together_table(study: Study) -> Table:
     """Returns the table of all pairs and triples of concepts in one prompt."""
     concepts, _ = study.trained(CONFIG, study.folders)
     groups = [*combinations(study.folders, 2), *combinations(study.folders, 3)]
@@ -94,11 +94,11 @@ class Kind(NamedTuple):
 TABLES = {
     "rivals": Kind(baselines, FULL, QUICK),
     "ablation": Kind(ablation, FULL_ABLATION, QUICK),
-    "together": Kind(several, TOGETHER, QUICK_TOGETHER),
+    "together": Kind(together_table, TOGETHER, QUICK_TOGETHER),
 }
 
 
-def image_grid(study: Study, folder: ConceptFolder, settings: Sequence[Setting]) -> Image.Image:
+def settings_grid(study: Study, folder: ConceptFolder, settings: Sequence[Setting]) -> Image.Image:
     """Returns a grid of the held-out photos and a row for each setting, with its first image of each prompt."""
     rows = [study.images(study.out / setting.folder / f"{folder.name}.png") for setting in settings]
     photos = read_photos(folder.heldout, study.scorer.pipeline.networks.resolution, folder.heldout_masks)

@@ -22,7 +22,7 @@ SLOTS = len(TRIED_ON)
 """Number of concepts trained side by side."""
 
 
-def train(
+def train_setting(
     config: Config, folders: Sequence[ConceptFolder], out: Path, pipeline: Pipeline
 ) -> tuple[dict[str, Concept], float | None]:
     """Returns the concept of each folder, by its name, and the seconds per concept.

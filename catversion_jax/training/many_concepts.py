@@ -55,7 +55,7 @@ class Share:
         return cls(config.replaced({"data.dir": "", "concept.class_word": "thing"}), manifest, process)
 
     def lines(self) -> Iterator[Line]:
-        return itertools.islice(manifest.read(self.manifest), self.process.index, None, self.process.count)
+        return itertools.islice(manifest.read_manifest(self.manifest), self.process.index, None, self.process.count)
 
     def config_of(self, line: Line) -> Config:
         """Returns the config of a line's concept."""
@@ -71,7 +71,7 @@ class Share:
     @property
     def most_photos(self) -> int:
         """The largest number of photos of a line in the whole manifest, for which each slot has room."""
-        return max(1, *map(self.photo_count, manifest.read(self.manifest)))
+        return max(1, *map(self.photo_count, manifest.read_manifest(self.manifest)))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import signal
 from dataclasses import dataclass
 
 from catversion_jax.base import schedulers
-from catversion_jax.base.pipeline import Pipeline, load
+from catversion_jax.base.pipeline import Pipeline, load_pipeline
 from catversion_jax.config import Config
 from catversion_jax.data import dataset
 from catversion_jax.data.photos import Photo, read_photos
@@ -31,7 +31,7 @@ class Outcome:
 
 def load_model(config: Config, concepts: int = 1) -> Pipeline:
     """Loads the config's base model onto the devices of a training step of `concepts` concepts."""
-    return load(config.model, config.make_mesh(concepts), config.mesh.rules)
+    return load_pipeline(config.model, config.make_mesh(concepts), config.mesh.rules)
 
 
 def train(config: Config, run: RunDir, pipeline: Pipeline) -> Outcome:
@@ -47,7 +47,7 @@ def train(config: Config, run: RunDir, pipeline: Pipeline) -> Outcome:
     check_masks(photos, config.train.background_weight)
     run.claim(config)
     with explained(f"{run.data}: could not store the photos"):
-        dataset.write(run.data, photos)
+        dataset.write_dataset(run.data, photos)
     data = prepare(config, step_config.method, pipeline, photos, kept=run.class_latents)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
     try:
@@ -77,5 +77,5 @@ def stored_or_read(run: RunDir, config: Config, resolution: int) -> list[Photo]:
     """Returns the photos. A resumed run reads those it stored, since the folder may have changed or gone."""
     if run.config.is_file() and run.data.is_dir():
         with contextlib.suppress(UserError):
-            return dataset.read(run.data)
+            return dataset.read_dataset(run.data)
     return read_photos(config.data.dir, resolution, config.data.masks_dir)

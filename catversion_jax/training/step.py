@@ -238,7 +238,7 @@ def fixed_batch(data: ConceptData, config: StepConfig) -> Minibatch:
     )
 
 
-def evaluate(
+def evaluate_loss(
     state: TrainState, frozen: Frozen, data: ConceptData, *, config: StepConfig
 ) -> tuple[TrainState, Float[Array, "C"]]:
     """Returns the state, with the evaluation noted for the concepts that are due, and the loss of every concept.
@@ -262,7 +262,7 @@ def compile_evaluate(config: StepConfig):
     """Returns `evaluate(state, frozen, data)`, jitted over the config's mesh; the state's buffers are donated."""
     concept = sharding(config.mesh, "concept")
     return jax.jit(
-        partial(evaluate, config=config),
+        partial(evaluate_loss, config=config),
         in_shardings=(concept, None, concept),
         out_shardings=(concept, None),
         donate_argnums=0,

@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses whose fields carry a default, a help text and a rule for their values.
+"""Settings: frozen dataclasses whose fields carry a default, a help text and a constraint for their values.
 
 A setting is defined once, in the dataclass of the module that uses it. The config, its flags, its help and its checks
 are generated from these fields.
@@ -19,69 +19,69 @@ SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
-class Rule:
+class Constraint:
     """The values that a setting accepts, as a predicate and as a phrase that follows "expected"."""
 
     holds: Callable[[Any], bool]
     expected: str
 
 
-def setting(default: Any, help: str, rule: Rule) -> Any:
+def setting(default: Any, help: str, constraint: Constraint) -> Any:
     """Declares a field of a settings dataclass."""
-    return dataclasses.field(default=default, metadata={"help": help, "rule": rule})
+    return dataclasses.field(default=default, metadata={"help": help, "constraint": constraint})
 
 
-def at_least(least: float, meaning: str = "") -> Rule:
+def at_least(least: float, meaning: str = "") -> Constraint:
     """A finite number of at least `least`; `meaning` says what `least` itself stands for."""
     words = f"{least} ({meaning}) or more" if meaning else f"at least {least}"
-    return Rule(lambda value: least <= value < math.inf, words)
+    return Constraint(lambda value: least <= value < math.inf, words)
 
 
-def more_than(bound: float) -> Rule:
+def more_than(bound: float) -> Constraint:
     """A finite number above `bound`."""
-    return Rule(lambda value: bound < value < math.inf, f"more than {bound}")
+    return Constraint(lambda value: bound < value < math.inf, f"more than {bound}")
 
 
-def between(least: float, most: float, words: str = "") -> Rule:
+def between(least: float, most: float, words: str = "") -> Constraint:
     """A number from `least` to `most`, both included."""
-    return Rule(lambda value: least <= value <= most, words or f"{least} to {most}")
+    return Constraint(lambda value: least <= value <= most, words or f"{least} to {most}")
 
 
-def share(meaning: str = "0 to less than 1") -> Rule:
+def share(meaning: str = "0 to less than 1") -> Constraint:
     """A number from 0 to less than 1."""
-    return Rule(lambda value: 0 <= value < 1, meaning)
+    return Constraint(lambda value: 0 <= value < 1, meaning)
 
 
-def one_of(choices: Collection[str], unset: bool = False) -> Rule:
+def one_of(choices: Collection[str], unset: bool = False) -> Constraint:
     """One of the given names or, with `unset`, the empty string."""
-    return Rule(lambda value: value in choices or (unset and value == ""), f"one of {', '.join(choices)}")
+    return Constraint(lambda value: value in choices or (unset and value == ""), f"one of {', '.join(choices)}")
 
 
-def some_of(choices: Collection[str]) -> Rule:
+def some_of(choices: Collection[str]) -> Constraint:
     """One or more of the given names."""
-    return Rule(lambda values: bool(values) and set(values) <= set(choices), f"some of {', '.join(choices)}")
+    return Constraint(lambda values: bool(values) and set(values) <= set(choices), f"some of {', '.join(choices)}")
 
 
-def optional(rule: Rule) -> Rule:
-    """None, or a value that `rule` accepts."""
-    return Rule(lambda value: value is None or rule.holds(value), rule.expected)
+def optional(constraint: Constraint) -> Constraint:
+    """None, or a value that `constraint` accepts."""
+    return Constraint(lambda value: value is None or constraint.holds(value), constraint.expected)
 
 
-def text(what: str) -> Rule:
+def text(what: str) -> Constraint:
     """A string that is not blank."""
-    return Rule(lambda value: bool(value.strip()), what)
+    return Constraint(lambda value: bool(value.strip()), what)
 
 
-def several(what: str) -> Rule:
+def several_texts(what: str) -> Constraint:
     """A non-empty tuple of strings that are not blank."""
-    return Rule(
+    return Constraint(
         lambda values: not isinstance(values, str) and bool(values) and all(value.strip() for value in values),
         f"at least one {what}",
     )
 
 
-ANY_TEXT = Rule(lambda value: isinstance(value, str), "a text")
-YES_OR_NO = Rule(lambda value: isinstance(value, bool), "True or False")
+ANY_TEXT = Constraint(lambda value: isinstance(value, str), "a text")
+YES_OR_NO = Constraint(lambda value: isinstance(value, bool), "True or False")
 
 
 def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
@@ -94,18 +94,18 @@ def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.
             yield key, field, value
 
 
-def check(settings: Any, without: Collection[str] = ()) -> None:
-    """Raises UserError for the first setting whose value breaks its rule. Keys in `without` are skipped."""
+def check_settings(settings: Any, without: Collection[str] = ()) -> None:
+    """Raises UserError for the first setting whose value breaks its constraint. Keys in `without` are skipped."""
     for key, field, value in flatten(settings):
-        rule = field.metadata["rule"]
-        if key not in without and not follows(rule, value):
-            raise UserError(f"config.{key}={value!r}: expected {rule.expected}")
+        constraint = field.metadata["constraint"]
+        if key not in without and not follows(constraint, value):
+            raise UserError(f"config.{key}={value!r}: expected {constraint.expected}")
 
 
-def follows(rule: Rule, value: Any) -> bool:
-    """Whether the rule accepts a value, which may have any type."""
+def follows(constraint: Constraint, value: Any) -> bool:
+    """Whether the constraint accepts a value, which may have any type."""
     try:
-        return bool(rule.holds(value))
+        return bool(constraint.holds(value))
     except (TypeError, AttributeError):  # the predicate does not apply to a value of this type
         return False
 

@@ -10,7 +10,7 @@ import numpy as np
 from catversion_jax.utils.types import Array, Float, Params
 
 
-def count(params: Params) -> int:
+def count_numbers(params: Params) -> int:
     """The number of parameters in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 

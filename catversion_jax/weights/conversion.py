@@ -49,7 +49,7 @@ def matches(compiled: list[tuple[re.Pattern, list[Target]]], name: str) -> list[
     ]
 
 
-def plan(
+def plan_conversion(
     tensors: Mapping[str, Tensor | np.ndarray], rules: Iterable[Rule] | None, expected: Params, source: str
 ) -> dict[str, list[Target]]:
     """Returns which parameters each tensor fills, without reading a tensor. If `rules` is None, names and layouts are
@@ -131,7 +131,10 @@ def submit(
         value = tensor if isinstance(tensor, np.ndarray) else tensor.read()
         return [(part.path, convert(part, value)) for part in parts]
 
-    return [pool.submit(fill, tensors[name], parts) for name, parts in plan(tensors, rules, expected, source).items()]
+    return [
+        pool.submit(fill, tensors[name], parts)
+        for name, parts in plan_conversion(tensors, rules, expected, source).items()
+    ]
 
 
 def collect(futures: Iterable[Future]) -> Params:

@@ -45,7 +45,7 @@ class Family(NamedTuple):
         return texts | {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 
 
-def count(shapes: Shapes, pattern: str) -> int:
+def count_matches(shapes: Shapes, pattern: str) -> int:
     """Counts the different numbers that the group of `pattern` matches, at the start of the names."""
     return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
@@ -53,11 +53,11 @@ def count(shapes: Shapes, pattern: str) -> int:
 # ---- text encoders
 
 
-def text_config(shapes: Shapes, text: Text) -> dict:
+def text_config_of(shapes: Shapes, text: Text) -> dict:
     """The config of a text encoder: OpenAI's CLIP has transformers' names, OpenCLIP has its own."""
     names = OPEN_CLIP_NAMES if text.is_open_clip else CLIP_NAMES
     vocabulary, hidden = shapes[names["tokens"]]
-    layers = count(shapes, names["layers"])
+    layers = count_matches(shapes, names["layers"])
     return {
         "architectures": ["CLIPTextModelWithProjection" if text.projects else "CLIPTextModel"],
         "vocab_size": vocabulary,
@@ -117,13 +117,13 @@ def open_clip_rules(text: Text, config: dict) -> list[Rule]:
 
 
 def unet_config(shapes: Shapes, family: Family, prediction_type: str) -> dict:
-    blocks = count(shapes, r"input_blocks\.(\d+)\.")
+    blocks = count_matches(shapes, r"input_blocks\.(\d+)\.")
     downsamplers = [n for n in range(blocks) if f"input_blocks.{n}.0.op.weight" in shapes]
     step = downsamplers[0] if downsamplers else blocks  # input blocks of a level
     firsts = [1, *(n + 1 for n in downsamplers)]
     channels = [shapes[f"input_blocks.{n}.0.out_layers.3.weight"][0] for n in firsts]
-    depths = [count(shapes, rf"input_blocks\.{n}\.1\.transformer_blocks\.(\d+)\.") for n in firsts]
-    middle = count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    depths = [count_matches(shapes, rf"input_blocks\.{n}\.1\.transformer_blocks\.(\d+)\.") for n in firsts]
+    middle = count_matches(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     # As in diffusers, the last level's entry is also that of the middle block, and levels without attention have 1.
     layers = [*(depth or 1 for depth in depths[:-1]), depths[-1] or middle]
     added = {}
@@ -196,7 +196,7 @@ def unet_rules(config: dict) -> list[Rule]:
 
 
 def vae_config(shapes: Shapes, family: Family, prediction_type: str) -> dict:
-    levels = count(shapes, r"encoder\.down\.(\d+)\.")
+    levels = count_matches(shapes, r"encoder\.down\.(\d+)\.")
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": family.sample_sizes[prediction_type] << levels - 1,
@@ -204,7 +204,7 @@ def vae_config(shapes: Shapes, family: Family, prediction_type: str) -> dict:
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "latent_channels": shapes["post_quant_conv.weight"][0],
         "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
-        "layers_per_block": count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": count_matches(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "scaling_factor": family.scaling_factor,
@@ -365,7 +365,7 @@ def configs(family: Family, components: Mapping[str, Mapping[str, Tensor]], pred
         for component, tensors in components.items()
     }
     return {
-        **{component: text_config(shapes[component], text) for component, text in family.texts.items()},
+        **{component: text_config_of(shapes[component], text) for component, text in family.texts.items()},
         "unet": unet_config(shapes["unet"], family, prediction_type),
         "vae": vae_config(shapes["vae"], family, prediction_type),
     }

@@ -116,7 +116,7 @@ class Reader:
             yield from self.leaves(path, (*above, name))
 
 
-def open_file(path: Path) -> dict[str, FileTensor]:
+def open_msgpack(path: Path) -> dict[str, FileTensor]:
     """Returns the arrays by Flax path ("a/b/kernel"), unread. Raises UserError for what flax would not have written."""
     tensors: dict[str, FileTensor] = {}
     size = path.stat().st_size

@@ -113,7 +113,7 @@ OPCODES: dict[str, Callable[[Machine, Any], object]] = {
 """pickletools' name of an opcode -> its effect on the machine, given its argument."""
 
 
-def read(
+def read_pickle(
     data: bytes, functions: Mapping[str, Callable], persistent: Callable[[Any], Any]
 ) -> tuple[Any, frozenset[str]]:
     """Returns the value of a pickle and all names in it.

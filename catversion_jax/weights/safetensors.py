@@ -24,7 +24,7 @@ DTYPES = {
 }
 
 
-def open_file(path: Path) -> dict[str, FileTensor]:
+def open_safetensors(path: Path) -> dict[str, FileTensor]:
     """Returns the tensors by name, unread. Raises UserError for anything else."""
     # The library validates the file, but the tensors are read by offset: threads open the file once per tensor, and the
     # library would parse its header each time (8 seconds for Stable Diffusion XL).

@@ -13,7 +13,7 @@ from catversion_jax.utils.files import read_json
 from catversion_jax.weights import hub, ldm, rules, safetensors, torch_zip
 from catversion_jax.weights.rules import Rule
 from catversion_jax.weights.tensor import Tensor
-from catversion_jax.weights.weight_files import FORMATS, file_patterns, find, open_weights
+from catversion_jax.weights.weight_files import FORMATS, file_patterns, find_weights, open_weights
 
 FOLDERS = {
     "text": "text_encoder",
@@ -43,7 +43,7 @@ CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", "")
 OPEN_CLIP_TOKENIZER = ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer_2")  # the same words, padded with "!"
 
 CHECKPOINTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {
-    ".safetensors": safetensors.open_file,
+    ".safetensors": safetensors.open_safetensors,
     ".ckpt": torch_zip.open_checkpoint,
 }
 
@@ -106,7 +106,7 @@ def open_source(path: str, revision: str = "", variant: str = "", prediction_typ
     if variant and local.is_file():
         raise UserError(f"config.model.variant={variant!r}: {local} is a single file; unset it")
     if local.is_file():
-        source = open_file(local, prediction_type)
+        source = open_single_file(local, prediction_type)
     elif local.is_dir():
         source = open_folder(path, local, variant, prediction_type)
     elif path.count("/") == 1:
@@ -160,7 +160,7 @@ def download(repo: str, revision: str, variant: str) -> Path:
     for form in FORMATS:
         files += [f"{folder}/{pattern}" for folder in folders for pattern in file_patterns(form, variant)]
         path = hub.fetch(repo, revision, files)
-        folders = [f for f in folders if (path / f / "config.json").is_file() and not find(path / f, variant)]
+        folders = [f for f in folders if (path / f / "config.json").is_file() and not find_weights(path / f, variant)]
         if not folders:
             return path
     what = f" of config.model.variant={variant!r}" if variant else ""
@@ -169,7 +169,7 @@ def download(repo: str, revision: str, variant: str) -> Path:
     )
 
 
-def open_file(path: Path, prediction_type: str) -> Source:
+def open_single_file(path: Path, prediction_type: str) -> Source:
     """Opens a single file in the original layout, which has neither configs nor tokenizers."""
     if path.suffix not in CHECKPOINTS:
         raise UserError(f"{path}: expected a {' or '.join(CHECKPOINTS)} file, or a folder in diffusers layout")

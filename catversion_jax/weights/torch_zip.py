@@ -90,7 +90,7 @@ class Contents:
     foreign: frozenset[str]  # its names, without those that tensors need
 
 
-def read(path: Path) -> Contents:
+def read_zip(path: Path) -> Contents:
     """Reads a file's contents but not its tensors. Raises UserError for what torch.save would not have written."""
     if not path.is_file():
         raise UserError(f"{path}: not found; expected a file of torch.save")
@@ -152,7 +152,7 @@ def read_archive(archive: zipfile.ZipFile, folder: str) -> Contents:
         "torch._utils._rebuild_tensor_v2": view,
         "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
     }
-    value, names = pickle.read(archive.read(f"{folder}/data.pkl"), functions, storage)
+    value, names = pickle.read_pickle(archive.read(f"{folder}/data.pkl"), functions, storage)
     return Contents(value, names - functions.keys() - DTYPES.keys())
 
 
@@ -181,7 +181,7 @@ def open_checkpoint(path: Path) -> dict[str, ZipTensor]:
 
     Whatever else a `.ckpt` holds is ignored. Raises UserError if a name holds something other than a tensor.
     """
-    value = read(path).value
+    value = read_zip(path).value
     tensors = value.get("state_dict", value) if isinstance(value, dict) else value
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path}: expected tensors by name, or a state_dict of them; take the model's state_dict")

@@ -34,7 +34,7 @@ Converted = tuple[dict[str, Params], str]
 """The parameters of each component, and the text encoders' fingerprint."""
 
 
-def read(
+def read_or_convert(
     source: Source, dtypes: dict[str, Any], shapes: Callable[[str], Params], convert: Callable[[], Converted]
 ) -> Converted:
     """Returns the parameters of each component in `dtypes`, and the text encoders' fingerprint.
@@ -88,7 +88,7 @@ def restore(folder: Path, dtypes: dict[str, Any], shapes: Callable[[str], Params
         expected = {name: shapes(name) for name in dtypes}
         with checkpointer(expected) as copy:
             params = copy.restore(folder.absolute() / "params", args=orbax().args.StandardRestore(expected))
-        if digest(params) == facts["digest"]:
+        if digest_of_texts(params) == facts["digest"]:
             return params, facts["fingerprint"]
         problem = "its text encoder is not the one that was kept"
     except Exception as error:  # a storage library may raise anything for a damaged folder
@@ -100,7 +100,7 @@ def restore(folder: Path, dtypes: dict[str, Any], shapes: Callable[[str], Params
 
 def keep(folder: Path, params: dict[str, Params], fingerprint: str) -> None:
     """Stores a copy. A failure is only warned of: the next start converts again."""
-    facts = {"fingerprint": fingerprint, "digest": digest(params)}
+    facts = {"fingerprint": fingerprint, "digest": digest_of_texts(params)}
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -112,7 +112,7 @@ def keep(folder: Path, params: dict[str, Params], fingerprint: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def digest(params: dict[str, Params]) -> str:
+def digest_of_texts(params: dict[str, Params]) -> str:
     """Hashes the text encoders' values as they are kept."""
     texts = {name: of_component for name, of_component in params.items() if name.startswith("text")}
     return tree.fingerprint(

@@ -20,9 +20,9 @@ class Format(NamedTuple):
 
 
 FORMATS = (
-    Format(("model", "diffusion_pytorch_model"), "safetensors", safetensors.open_file),
+    Format(("model", "diffusion_pytorch_model"), "safetensors", safetensors.open_safetensors),
     Format(("pytorch_model", "diffusion_pytorch_model"), "bin", torch_zip.open_checkpoint),
-    Format(("flax_model", "diffusion_flax_model"), "msgpack", msgpack.open_file, is_flax=True),
+    Format(("flax_model", "diffusion_flax_model"), "msgpack", msgpack.open_msgpack, is_flax=True),
 )
 """In order of preference: the first one found in a folder is read."""
 
@@ -43,7 +43,7 @@ def dotted(variant: str) -> str:
     return f".{variant}" if variant else ""
 
 
-def find(folder: Path, variant: str = "") -> tuple[Format, Path] | None:
+def find_weights(folder: Path, variant: str = "") -> tuple[Format, Path] | None:
     """Finds the file of a folder's weights, or the index of their shards; None if there are no weights."""
     for form in FORMATS:
         for name in file_patterns(form, variant):
@@ -54,7 +54,7 @@ def find(folder: Path, variant: str = "") -> tuple[Format, Path] | None:
 
 def open_weights(folder: Path, variant: str = "") -> tuple[Format, dict[str, Tensor]]:
     """Returns a folder's format and its tensors by name, unread. Raises UserError if they or a shard are missing."""
-    found = find(folder, variant)
+    found = find_weights(folder, variant)
     if found is None:
         expected = " or ".join(f"{stem}{dotted(variant)}.safetensors" for stem in FORMATS[0].stems)
         what = f" of config.model.variant={variant!r}" if variant else ""

@@ -13,7 +13,7 @@ import pytest
 
 from catversion_jax.base.pipeline import COMPONENTS, abstract
 from catversion_jax.bench import machine, measure, random_model, step, timing
-from catversion_jax.bench.row import COLUMNS, OURS, Row, to_table, with_ratios
+from catversion_jax.bench.row import COLUMNS, OURS, Row, bench_table, with_ratios
 from catversion_jax.cli import bench as command
 from catversion_jax.config import Config, from_config_dict, stable_diffusion
 from catversion_jax.utils.errors import UserError
@@ -122,7 +122,7 @@ def test_a_size_that_does_not_fit_is_a_row(error, said, monkeypatch):
     assert facts == {}
     assert row.error.endswith(said)
     assert {name for name, value in asdict(row).items() if value is not None} == {"what", "concepts", "batch", "error"}
-    assert f"| {row.error} |" in to_table([row])
+    assert f"| {row.error} |" in bench_table([row])
 
 
 def test_other_errors_are_not_hidden(monkeypatch):

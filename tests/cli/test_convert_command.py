@@ -29,15 +29,15 @@ def concept(length: int = 1) -> concept_file.Concept:
 def test_there_and_back(tmp_path, length):
     ours = concept(length)
     path = tmp_path / "adapter.bin"
-    official.write(path, ours, Path("OUT"))
+    official.write_adapter(path, ours, Path("OUT"))
     tensors = torch_zip.open_checkpoint(path)
     assert tuple(tensors) == official.NAMES
     assert len(set(tensors.values())) == 1  # one storage
-    again = official.read(path, "bear")
+    again = official.read_adapter(path, "bear")
     assert again.learned["prefix"].tobytes() == ours.learned["prefix"].tobytes()
     assert dataclasses.replace(again, learned=None) == dataclasses.replace(ours, learned=None, class_word="bear")
     before = path.read_bytes()
-    official.write(path, again, Path("OUT"))
+    official.write_adapter(path, again, Path("OUT"))
     assert path.read_bytes() == before
 
 
@@ -84,7 +84,7 @@ def adapter(path: Path, names=official.NAMES, **tensors) -> Path:
 def test_other_files_are_refused(tmp_path, changes, message):
     path = adapter(tmp_path / "bad.bin", **changes)
     with pytest.raises(UserError) as error:
-        official.read(path)
+        official.read_adapter(path)
     assert str(path) in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -104,7 +104,7 @@ def test_what_the_authors_format_cannot_hold(tmp_path, changes, message):
     method = dataclasses.replace(official.FIXED, **{key: x for key, x in changes.items() if key not in learned})
     changed = dataclasses.replace(concept(), learned=learned, method=method)
     with pytest.raises(UserError, match=rf"OUT: the authors' format cannot hold (prefix )?{message}"):
-        official.write(tmp_path / "adapter.bin", changed, Path("OUT"))
+        official.write_adapter(tmp_path / "adapter.bin", changed, Path("OUT"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,7 +125,7 @@ def test_a_concept_that_does_not_tell_its_model(tiny_pipeline):
 
 def test_mistakes_in_the_command(tmp_path):
     path = tmp_path / "adapter.bin"
-    official.write(path, concept(), tmp_path)
+    official.write_adapter(path, concept(), tmp_path)
     out = tmp_path / "deep" / "teddy.safetensors"
     assert f"{out}: a prefix of length 1 in layers 9, 10, 11" in catversion("convert", path, out).stdout
     assert f"{out}: exists already" in error_of("convert", path, out)

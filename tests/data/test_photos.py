@@ -153,16 +153,16 @@ def test_dataset_round_trip(tmp_path):
         two_halves(60 + i, 60).save(tmp_path / f"{name}.png")
     photos = read_photos(tmp_path, 32)
     folder = tmp_path / "data"
-    dataset.write(folder, photos)
-    dataset.write(folder, photos[:1])  # a complete dataset stays
+    dataset.write_dataset(folder, photos)
+    dataset.write_dataset(folder, photos[:1])  # a complete dataset stays
     assert list(folder.rglob("*.array_record*"))
-    again = dataset.read(folder)
+    again = dataset.read_dataset(folder)
     assert [photo.name for photo in again] == ["a", "b", "c"]
     for before, after in zip(photos, again, strict=True):
         np.testing.assert_array_equal(before.image, after.image)
         assert after.mask is None
     with pytest.raises(UserError, match="not a readable photo dataset"):
-        dataset.read(tmp_path / "nothing")
+        dataset.read_dataset(tmp_path / "nothing")
 
 
 def test_posteriors(tiny_pipeline):

@@ -35,7 +35,7 @@ def test_dreambench_has_30_subjects_of_25_prompts(tmp_path):
 
 @needs_dreambooth
 def test_the_built_in_table_is_the_published_one():
-    public = benchmarks.read("dreambench", DREAMBOOTH, [])
+    public = benchmarks.read_subjects("dreambench", DREAMBOOTH, [])
     path = DREAMBOOTH / "prompts_and_classes.txt"
     assert path.is_file()
     assert benchmarks.read_dreambench(path) == (benchmarks.CLASSES, benchmarks.OBJECT_PROMPTS, benchmarks.LIVE_PROMPTS)
@@ -78,7 +78,7 @@ def customconcept101(tmp_path) -> Path:
 
 
 def test_customconcept101(customconcept101):
-    first, second = benchmarks.read("customconcept101", customconcept101, [])
+    first, second = benchmarks.read_subjects("customconcept101", customconcept101, [])
     assert (first.name, first.class_word) == ("things_cup1", "cup")
     assert first.photos.is_dir()
     assert second.prompts == ("Photo of a cup.", "cup in a pool.")
@@ -86,16 +86,16 @@ def test_customconcept101(customconcept101):
     with pytest.raises(
         UserError, match=r"cup.txt: No such file or directory; expected the prompts that .*dataset.json"
     ):
-        benchmarks.read("customconcept101", customconcept101, [])
+        benchmarks.read_subjects("customconcept101", customconcept101, [])
     (customconcept101 / "dataset.json").write_text('[{"class_prompt": "cup"}]')
     with pytest.raises(UserError, match=r"'instance_data_dir'; expected CustomConcept101's dataset\.json"):
-        benchmarks.read("customconcept101", customconcept101, [])
+        benchmarks.read_subjects("customconcept101", customconcept101, [])
 
 
 def test_a_benchmark_of_pictures_that_exist(customconcept101, tmp_path_factory):
     """From pictures by subject to one file of scores."""
     folder = tmp_path_factory.mktemp("benchmark")
-    for i, subject in enumerate(benchmarks.read("customconcept101", customconcept101, [])):
+    for i, subject in enumerate(benchmarks.read_subjects("customconcept101", customconcept101, [])):
         for j, slug in enumerate(unique_slugs(list(subject.prompts))):
             for seed in range(2):
                 picture(folder / "pictures" / subject.name / f"{slug}_{seed}.png", 10 * i + 3 * j + seed)
@@ -117,7 +117,7 @@ def test_a_benchmark_of_pictures_that_exist(customconcept101, tmp_path_factory):
 
 def test_the_manifest_is_one_for_batch(customconcept101, tmp_path):
     path = tmp_path / "concepts.jsonl"
-    path.write_text(benchmarks.manifest(benchmarks.read("customconcept101", customconcept101, [])))
-    lines = list(manifest.read(path))
+    path.write_text(benchmarks.manifest(benchmarks.read_subjects("customconcept101", customconcept101, [])))
+    lines = list(manifest.read_manifest(path))
     assert [line.id for line in lines] == ["things_cup1", "things_cup2"]
     assert all(line.class_word == "cup" and Path(line.dir).is_dir() for line in lines)

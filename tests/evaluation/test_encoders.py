@@ -76,7 +76,7 @@ VISION = {
 )
 def test_published_sizes(module, count):
     shapes = shapes_of(module.init, jnp.zeros((1, 224, 224, 3)))
-    assert tree.count(shapes) == count
+    assert tree.count_numbers(shapes) == count
     assert encoders.dino_preprocessing(224).edge == 256
     assert encoders.clip_preprocessing(224).edge == 224
 

@@ -126,7 +126,7 @@ def test_masks_of_both_sides(judging_model, tmp_path):
     )
     (task,) = evaluate.find_tasks(arguments)
     clip = encoders.of_model(judging_model)
-    references, existing = samples.masked_images(samples.read_references(task)), samples.read(task)
+    references, existing = samples.masked_images(samples.read_references(task)), samples.read_images(task)
     found = scores.of_prompts(existing.prompts, existing.images, references, scores.Encoders(clip, None))
     sides = []
     for part in ("train", "heldout"):
@@ -247,7 +247,7 @@ def test_flags_that_do_not_fit(changes, message):
 
 def read(**changes):
     (task,) = evaluate.find_tasks(flags(**{"prompt": ["a teapot"]} | changes))
-    return samples.read_references(task), samples.read(task)
+    return samples.read_references(task), samples.read_images(task)
 
 
 def test_pictures_and_masks_that_do_not_match(tmp_path):

@@ -71,7 +71,7 @@ def test_diversity(raw, unit):
 
 def test_nearest(raw, unit):
     expected = [max(range(3), key=lambda i: cosine(image, raw["texts"][[0, 1, 4][i]])) for image in raw["images"]]
-    np.testing.assert_array_equal(metrics.nearest(unit["images"], unit["texts"][[0, 1, 4]]), expected)
+    np.testing.assert_array_equal(metrics.nearest_caption(unit["images"], unit["texts"][[0, 1, 4]]), expected)
 
 
 def test_interval_is_scipys():

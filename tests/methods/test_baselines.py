@@ -284,7 +284,7 @@ def test_the_background_in_the_loss(setting):
 @pytest.mark.parametrize("method", BASELINES)
 def test_trained_stored_and_drawn(tiny_model, tiny_pipeline, tmp_path, method):
     config = config_of(method, tiny_model, tmp_path / "run")
-    assert train_command.run(config) == 0
+    assert train_command.run_training(config) == 0
     concept = concept_file.load(tmp_path / "run")
     assert concept.method == config.make_method(tiny_pipeline.networks)
     assert any(x.any() for x in jax.tree.leaves(concept.learned))
@@ -298,7 +298,7 @@ def test_trained_stored_and_drawn(tiny_model, tiny_pipeline, tmp_path, method):
         with pytest.raises(
             UserError, match="learned by textual_inversion; the authors' format holds catversion's alone"
         ):
-            official.write(tmp_path / "adapter.bin", concept, tmp_path)
+            official.write_adapter(tmp_path / "adapter.bin", concept, tmp_path)
     if method == "custom_diffusion":
         arguments = ["--prompt=a teapot", "--num=1", "--steps=1", f"--out={tmp_path}"]
         catversion("generate", f"--embedding={tmp_path / 'run'}", *arguments)
@@ -309,7 +309,7 @@ def test_no_masks_no_run(tiny_model, tmp_path):
     """Refused before the folder is taken, so that the command can be given again, with masks."""
     changes = {"train.background_weight": 0.5, "data.masks_dir": ""}
     with pytest.raises(UserError, match="photo 00 has no mask"):
-        train_command.run(config_of("catversion", tiny_model, tmp_path / "run", **changes))
+        train_command.run_training(config_of("catversion", tiny_model, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 

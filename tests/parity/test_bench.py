@@ -50,7 +50,7 @@ def test_the_text_states_with_a_prefix_are_ours(bias, tiny_model, tiny_pipeline)
         prefix
     )
 
-    theirs = torch_step.load("text", configs_of(tiny_model), tiny_model)
+    theirs = torch_step.load_module("text", configs_of(tiny_model), tiny_model)
     torch_step.attach(theirs, torch.from_numpy(prefix), layers, bias)
     with torch.no_grad():
         states = theirs(torch.from_numpy(ids).long()).last_hidden_state

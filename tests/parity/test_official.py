@@ -15,7 +15,7 @@ from catversion_jax.models.prefix_attention import Prefix
 from catversion_jax.utils.json_config import from_json
 from catversion_jax.weights.conversion import from_torch
 from catversion_jax.weights.rules import CLIP_TEXT
-from catversion_jax.weights.torch_zip import open_checkpoint, read
+from catversion_jax.weights.torch_zip import open_checkpoint, read_zip
 from tests.cli.test_convert_command import concept
 from tests.conftest import OFFICIAL, max_error
 
@@ -84,12 +84,12 @@ def test_a_checkpoint_of_lightning(tmp_path, protocol):
     }
     torch.save(checkpoint, tmp_path / "model.ckpt", pickle_protocol=protocol)
     same(tmp_path / "model.ckpt", module.state_dict())
-    assert f"{__name__}.ModelCheckpoint" in read(tmp_path / "model.ckpt").foreign
+    assert f"{__name__}.ModelCheckpoint" in read_zip(tmp_path / "model.ckpt").foreign
 
 
 def test_pytorch_reads_what_we_write(tmp_path):
     ours = concept(length=2)
-    official.write(tmp_path / "adapter.bin", ours, tmp_path)
+    official.write_adapter(tmp_path / "adapter.bin", ours, tmp_path)
     for options in ({}, {"mmap": True}):
         loaded = torch.load(tmp_path / "adapter.bin", weights_only=True, **options)
         assert tuple(loaded) == official.NAMES
@@ -128,9 +128,9 @@ def forward(model: Reference, token_ids: torch.Tensor, prefixes: dict[int, torch
 
 def adapters(folder) -> dict[str, concept_file.Concept]:
     """The authors' two where they are there, and one of ours, each through its file."""
-    official.write(folder / "ours.bin", concept(), folder)
+    official.write_adapter(folder / "ours.bin", concept(), folder)
     paths = [folder / "ours.bin", *sorted(OFFICIAL.glob("*/pytorch_adapter.bin"))]
-    return {str(path): official.read(path) for path in paths}
+    return {str(path): official.read_adapter(path) for path in paths}
 
 
 @torch.no_grad()

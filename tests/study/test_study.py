@@ -96,7 +96,7 @@ def test_rivals(arguments, small, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("done already")
 
-    monkeypatch.setattr(study, "train", refuse)
+    monkeypatch.setattr(study, "train_setting", refuse)
     monkeypatch.setattr(Scorer, "score", refuse)
     assert command.main(arguments, "rivals") == 0
     assert cells((out / "table.md").read_text()) == cells(text)

@@ -32,7 +32,7 @@ COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|coll
 def run(model: str, name: str, concepts: int) -> dict[str, np.ndarray]:
     """Losses, prefixes, the mesh's shape, the names of the collectives and how much of the UNet a device holds."""
     mesh = MESHES[name](concepts)
-    pipe = pipeline.load(pipeline.ModelConfig(model), mesh, FROZEN)
+    pipe = pipeline.load_pipeline(pipeline.ModelConfig(model), mesh, FROZEN)
     method = CatVersion(((1, 2, 3),), length=2, init_std=0.1)
     config = ts.StepConfig(pipe.networks, method, ts.OptimizerConfig(), BATCH, mesh)
     place = sharding(mesh, "concept")

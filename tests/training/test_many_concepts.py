@@ -247,7 +247,7 @@ def test_mistakes_in_the_manifest(tmp_path, text):
     path = tmp_path / "list.jsonl"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        list(manifest.read(path))
+        list(manifest.read_manifest(path))
     assert BAD[text] in str(error.value)
 
 
@@ -257,7 +257,7 @@ def test_ten_thousand_lines_are_read_one_at_a_time(tmp_path):
     shares = [[line.id for line in Share(Config(), path, Process(i, 3)).lines()] for i in range(3)]
     assert sorted(itertools.chain(*shares), key=int) == [str(i) for i in range(10_000)]
     prepared = []
-    queue = many_concepts.ahead(manifest.read(path), lambda line: prepared.append(line.id), 8)
+    queue = many_concepts.ahead(manifest.read_manifest(path), lambda line: prepared.append(line.id), 8)
     next(queue)
     queue.close()
     assert len(prepared) <= 9

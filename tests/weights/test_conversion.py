@@ -119,7 +119,7 @@ def test_fingerprint_tells_models_apart(tiny_pipeline, tmp_path):
 
 def test_parameters_go_straight_to_where_they_belong(tiny_model, tiny_pipeline):
     mesh = make_mesh(1, 2, devices=jax.devices())
-    loaded = pipeline.load(pipeline.ModelConfig(str(tiny_model)), mesh)
+    loaded = pipeline.load_pipeline(pipeline.ModelConfig(str(tiny_model)), mesh)
     for leaf in jax.tree.leaves(loaded.params):
         assert leaf.sharding.is_equivalent_to(sharding(mesh, "frozen"), leaf.ndim)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny_pipeline.params)

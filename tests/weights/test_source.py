@@ -395,7 +395,7 @@ def test_types_that_are_not_read(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"a": np.zeros(2, np.uint16)}, path)
     with pytest.raises(UserError, match="numbers of type U16; expected a file of float16"):
-        safetensors.open_file(path)
+        safetensors.open_safetensors(path)
 
 
 def array(shape, dtype, data) -> bytes:
@@ -431,7 +431,7 @@ def test_damaged_flax_files(tmp_path, kind):
     path = tmp_path / "flax_model.msgpack"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        msgpack.open_file(path)
+        msgpack.open_msgpack(path)
     assert message in str(error.value)
     assert str(error.value).startswith(f"{path}: not a file of Flax parameters (")
 
@@ -439,7 +439,7 @@ def test_damaged_flax_files(tmp_path, kind):
 def test_a_file_that_becomes_shorter(tmp_path):
     path = tmp_path / "flax_model.msgpack"
     path.write_bytes(MSGPACK)
-    tensors = msgpack.open_file(path)
+    tensors = msgpack.open_msgpack(path)
     assert tensors["a/kernel"].read().sum() == 16
     path.write_bytes(MSGPACK[:40])
     with pytest.raises(UserError, match="became shorter"):

@@ -55,7 +55,7 @@ def test_a_checkpoint_with_other_things_in_it(tmp_path, tensors):
     path = save_tensors(tmp_path / "model.ckpt", tensors, **others)
     same(open_checkpoint(path), tensors)
     names = {"posix.system", "my.module.Loop", "numpy.core.multiarray.scalar", f"{LIGHTNING.module}.{LIGHTNING.name}"}
-    assert torch_zip.read(path).foreign == names
+    assert torch_zip.read_zip(path).foreign == names
     assert [file.name for file in tmp_path.iterdir()] == ["model.ckpt"]
 
 

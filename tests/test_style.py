@@ -1,10 +1,12 @@
-"""The house's measure: no function takes 7 or more parameters or is longer than 60 lines."""
+"""The measure of the code: short functions of few parameters, and a name that means one thing."""
 
 import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "catversion_jax"
 MOST_PARAMETERS, MOST_LINES = 6, 60
+OF_COMMANDS = {"define_flags", "main"}
+"""The interface of a command's module."""
 
 
 def functions():
@@ -28,3 +30,14 @@ def test_parameters():
 def test_lines():
     lengths = {where: node.end_lineno - node.lineno + 1 for where, node in functions()}
     assert {where: n for where, n in lengths.items() if n > MOST_LINES} == {}
+
+
+def test_a_name_means_one_thing():
+    """No two classes or functions of the package's modules have one name."""
+    homes: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if "exported" not in path.parts:  # for other programs
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name not in OF_COMMANDS:
+                    homes.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
