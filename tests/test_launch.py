@@ -341,7 +341,9 @@ exit "$(head -n 1 ends; sed -i 1d ends)"
 """
 
 
-@pytest.mark.parametrize(("ends", "status"), [([0], 0), ([1], 1), ([2], 0), ([137, 134, 143, 0], 0), ([139] * 21, 139)])
+@pytest.mark.parametrize(
+    ("ends", "status"), [([0], 0), ([1], 1), ([2], 0), ([137, 134, 143, 0], 0), ([74, 0], 0), ([139] * 21, 139)]
+)
 def test_worker_restarts_after_a_crash_only(place, ends, status):
     place.fake("sleep", "exec /bin/sleep 0.01")
     place.fake("catversion", STEPS_OF_ONE_HOST)

@@ -27,7 +27,7 @@ def take_turns(dispatches: dict[str, Callable[[], object]], repetitions: int) ->
 @contextlib.contextmanager
 def empty_cache() -> Iterator[None]:
     """Uses a new, empty persistent compilation cache within the context."""
-    before = jax.config.read("jax_compilation_cache_dir")
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds its flags at run time
     with tempfile.TemporaryDirectory() as folder:
         use_cache(folder)
         try:

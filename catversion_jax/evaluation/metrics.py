@@ -13,6 +13,9 @@ RESAMPLES = 9999
 LEVEL = 0.95
 
 
+Number = float | np.floating
+
+
 def normalize(x: Float[np.ndarray, "N e"]) -> Float[np.ndarray, "N e"]:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -31,8 +34,8 @@ def clip_i(generated: Float[np.ndarray, "G e"], references: Float[np.ndarray, "R
 
 
 def overall(
-    clip_t: Float[np.ndarray, "..."] | float, clip_i: Float[np.ndarray, "..."] | float
-) -> Float[np.ndarray, "..."] | float:
+    clip_t: Float[np.ndarray, "..."] | Number, clip_i: Float[np.ndarray, "..."] | Number
+) -> Float[np.ndarray, "..."] | Number:
     """Returns the paper's overall score, sqrt(CLIP-T x CLIP-I); NaN if one of them is negative."""
     return np.sqrt(np.where((clip_t < 0) | (clip_i < 0), np.nan, clip_t * clip_i))
 

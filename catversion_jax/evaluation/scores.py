@@ -37,7 +37,7 @@ class Encoders:
     dino: ImageEncoder | None
 
 
-Values = dict[str, Float[np.ndarray, "N"]]
+Values = dict[str, Float[np.ndarray, "_"]]
 """Score -> its values for the images of one prompt, called a unit: one for each image, or one for all of them; empty
 or missing if it is not measured."""
 
@@ -88,7 +88,10 @@ def of_prompts(
 
 
 def of_unrelated(
-    base: Sequence[UInt8[np.ndarray, "h w 3"]], moved, states: Sequence[np.ndarray], encoders: Encoders
+    base: UInt8[np.ndarray, "N h w 3"],
+    moved: UInt8[np.ndarray, "N h w 3"],
+    states: Sequence[np.ndarray],
+    encoders: Encoders,
 ) -> Values:
     """Returns the values of an unrelated prompt, from its images and text states without and with the concept."""
     seen = encoders.clip.image([*base, *moved])

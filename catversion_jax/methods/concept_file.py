@@ -122,7 +122,7 @@ def read_sampler(values: dict[str, Any]) -> SamplerConfig:
     sampler = SamplerConfig(**values)
     for key, field, value in flatten(sampler):
         if not follows(field.metadata["constraint"], value):
-            raise ValueError(f"sampler.{key}={value!r}; expected {field.metadata['rule'].expected}")
+            raise ValueError(f"sampler.{key}={value!r}; expected {field.metadata['constraint'].expected}")
     return sampler
 
 

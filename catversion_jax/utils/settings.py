@@ -122,5 +122,9 @@ def replaced(settings: SettingsT, changes: dict[str, Any]) -> SettingsT:
             inner.setdefault(name, {})[rest] = value
         else:
             own[name] = value
-    own |= {name: replaced(getattr(settings, name), part) for name, part in inner.items()}
+    for name, part in inner.items():
+        try:
+            own[name] = replaced(getattr(settings, name), part)
+        except KeyError as error:
+            raise KeyError(f"{name}.{error.args[0]}") from error
     return dataclasses.replace(settings, **own)

@@ -13,9 +13,12 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
+from catversion_jax.cli.main import COMMANDS
+from catversion_jax.config import Config
 from catversion_jax.methods import concept_file
+from catversion_jax.utils.settings import flatten
 from tests import tiny
-from tests.commands import ENVIRONMENT, ROOT, catversion, command, error_of
+from tests.commands import ENVIRONMENT, ROOT, catversion, command, error_of, run_here
 
 STEPS = 12
 TEAPOT = ROOT / "catversion_jax" / "concepts" / "teapot"
@@ -231,6 +234,35 @@ def test_mistakes_in_the_command():
     assert "--embedding: missing" in error_of("generate")
     assert "train " in catversion().stdout
     assert "--embedding" in catversion("generate", "--help").stdout
+
+
+def test_debug_shows_where_an_error_comes_from():
+    done = run_here(("generate", "--embedding=nowhere", "--prompt=a", "--debug"))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("catversion: error: nowhere: not found")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_all(name):
+    """Every flag that the command defines and, with a config, every key, each with a sentence."""
+    text = catversion(name, "--help", here=True).stdout
+    assert text.startswith(f"catversion {name}")
+    assert "--debug  Show the traceback" in text
+    for key, field, _ in flatten(Config()) if "--config  " in text else ():
+        assert f"  {key}  {field.metadata['help'].split()[0]}" in text
+    assert "repeat this option" not in text
+    assert str(ROOT) not in text
+
+
+def test_a_concepts_own_sampler(finished, tmp_path):
+    """Without flags, an image is sampled as those of the run's grid are, and is the same one."""
+    prompt = "a photo of a teapot on the beach"
+    catversion("generate", "--embedding", finished, f"--prompt={prompt}", "--num=1", f"--out={tmp_path}", here=False)
+    image = Image.open(tmp_path / "a-photo-of-a-teapot-on-the-beach_0.png").resize((128, 128), Image.Resampling.BICUBIC)
+    grid = np.asarray(Image.open(finished / "samples.png"))
+    cells = np.lib.stride_tricks.sliding_window_view(grid[-134:], (128, 128, 3))[:, 112, 0]
+    assert min(np.abs(cell.astype(int) - np.asarray(image)).max() for cell in cells) == 0
 
 
 def pictures(folder: Path) -> dict[str, bytes]:

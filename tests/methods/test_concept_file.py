@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from catversion_jax.base.pipeline import Networks
+from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel
@@ -28,14 +28,23 @@ def test_round_trip(tmp_path, concept):
     for path in (tmp_path, tmp_path / concept_file.FILE_NAME):
         again = concept_file.load(path)
         np.testing.assert_array_equal(again.learned["prefix"], concept.learned["prefix"])
-        assert dataclasses.replace(again, learned=None) == dataclasses.replace(concept, learned=None)
+        assert dataclasses.replace(again, learned={}) == dataclasses.replace(concept, learned={})
     assert list(load_file(tmp_path / concept_file.FILE_NAME)) == ["prefix"]
     assert [path.name for path in tmp_path.iterdir()] == [concept_file.FILE_NAME]
 
 
-def test_wrong_model(concept):
+def test_the_samplers_settings(tmp_path, concept):
+    """Scheduler, steps and guidance are recorded; how many images at once is the machine's. A file without is read."""
+    path = tmp_path / "a.safetensors"
+    concept_file.save(path, dataclasses.replace(concept, sampler=SamplerConfig(20, 3.0, 16, "ddim")))
+    assert concept_file.load(path).sampler == SamplerConfig(20, 3.0, SamplerConfig.batch_size, "ddim")
+    concept_file.save(path, concept)
+    assert concept_file.load(path).sampler is None
+
+
+def test_wrong_model(concept, tiny_pipeline):
     text = CLIPTextConfig(hidden_size=160, num_attention_heads=5)
-    networks = Networks((CLIPTextModel(text),), unet=None, vae=None, schedule=None)
+    networks = dataclasses.replace(tiny_pipeline.networks, text=(CLIPTextModel(text),))
     assert concept_file.check_model(concept, "0123", networks, "OUT", "model") == []
     with pytest.raises(UserError, match="OUT: learned in text encoder 0123, but model has 4567"):
         concept_file.check_model(concept, "4567", networks, "OUT", "model")
@@ -57,6 +66,11 @@ def rewritten(path, concept, prefix=None, **metadata):
         ({"format_version": None}, "format version None"),
         ({"class_word": None}, "metadata missing or unknown: class_word"),
         ({"more": '"x"'}, "metadata missing or unknown: more"),
+        ({"sampler": '{"steps": 20}'}, "metadata missing or unknown: guidance, scheduler"),
+        (
+            {"sampler": '{"steps": 0, "guidance": 3.0, "scheduler": ""}'},
+            "sampler.steps=0; expected 1 to 1000",
+        ),
         ({"scope": '"sometimes"'}, "scope 'sometimes'; expected one of all, trigger"),
         ({"layers": "[11, 9, 10]"}, r"layers \[11, 9, 10\]; expected indices that ascend"),
         ({"layers": "[9, 10]"}, r"prefix float32 \[4, 3, 2, 5, 32\]; expected float32 \[P, 2, 2, heads, head_dim\]"),

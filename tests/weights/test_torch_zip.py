@@ -28,7 +28,7 @@ def tensors() -> dict[str, np.ndarray]:
     }
 
 
-def same(found: dict[str, torch_zip.Tensor], expected: dict[str, np.ndarray]):
+def same(found: dict[str, torch_zip.ZipTensor], expected: dict[str, np.ndarray]):
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
