@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 PHOTOS = sorted((ROOT / "catversion_jax" / "concepts" / "teapot" / "train").iterdir())[:4]
 IMAGES = ROOT / "runs" / "figure"
 SEEDS = {
-    "a photo of a teapot in the jungle": 0,
-    "a photo of a teapot at night": 0,
+    "a photo of a teapot in the jungle": 1,
+    "a photo of a teapot at night": 3,
     "a photo of a teapot on a wooden floor": 0,
 }
 SIDE, GAP, MARGIN, FONT = 224, 12, 16, 17
@@ -30,12 +30,12 @@ def main() -> None:
     top, height = MARGIN + 2 * FONT, MARGIN + 2 * FONT + SIDE + 3 * FONT + MARGIN
     canvas = Image.new("RGB", (left + len(images) * (SIDE + GAP) - GAP + MARGIN, height), "white")
     pen = ImageDraw.Draw(canvas)
-    pen.text((MARGIN, MARGIN), "5 photos of your teapot", "black", font)
+    pen.text((MARGIN, MARGIN), "your photos", "black", font)
     for i, path in enumerate(PHOTOS):
         photo = Image.open(path).convert("RGB").resize((small, small), Image.Resampling.BICUBIC)
         canvas.paste(photo, (MARGIN + i % 2 * (small + GAP), top + i // 2 * (small + GAP)))
     pen.line([(left - 3 * GAP, MARGIN), (left - 3 * GAP, height - MARGIN)], "lightgrey", 2)
-    pen.text((left, MARGIN), "images of it, by prompt", "black", font)
+    pen.text((left, MARGIN), "your teapot, by prompt", "black", font)
     for i, (prompt, image) in enumerate(images.items()):
         x = left + i * (SIDE + GAP)
         canvas.paste(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, top))
