@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from catversion_jax.models.parametrized import ZEROS, Conv, Dense, Embed
 from catversion_jax.models.prefix_attention import LayerPrefix, Prefix, attend
 from catversion_jax.utils.types import Array, Bool, Float, Int
 
@@ -76,11 +77,11 @@ class CLIPAttention(nn.Module):
         cfg = self.config
         heads = (*x.shape[:2], *cfg.heads)
         query, key, value = (
-            nn.Dense(cfg.hidden_size, dtype=cfg.dtype, name=name)(x).reshape(heads)
+            Dense(cfg.hidden_size, dtype=cfg.dtype, name=name)(x).reshape(heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         x = attend(query, key, value, mask, prefix).reshape(x.shape)
-        return nn.Dense(cfg.hidden_size, dtype=cfg.dtype, name="out_proj")(x)
+        return Dense(cfg.hidden_size, dtype=cfg.dtype, name="out_proj")(x)
 
 
 class CLIPMLP(nn.Module):
@@ -88,9 +89,9 @@ class CLIPMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B Q c"]) -> Float[Array, "B Q c"]:
-        x = nn.Dense(self.config.intermediate_size, dtype=self.config.dtype, name="fc1")(x)
+        x = Dense(self.config.intermediate_size, dtype=self.config.dtype, name="fc1")(x)
         x = ACTIVATIONS[self.config.hidden_act](x)
-        return nn.Dense(self.config.hidden_size, dtype=self.config.dtype, name="fc2")(x)
+        return Dense(self.config.hidden_size, dtype=self.config.dtype, name="fc2")(x)
 
 
 def layer_norm(config: CLIPConfig, name: str) -> nn.LayerNorm:
@@ -140,12 +141,10 @@ class CLIPTextEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, token_ids: Int[Array, "B Q"]) -> Float[Array, "B Q c"]:
         cfg = self.config
-        init = nn.initializers.normal(0.02)
-        tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, embedding_init=init, dtype=cfg.dtype, name="token_embedding")
-        positions = nn.Embed(
+        tokens = Embed(cfg.vocab_size, cfg.hidden_size, dtype=cfg.dtype, name="token_embedding")
+        positions = Embed(
             cfg.max_position_embeddings,
             cfg.hidden_size,
-            embedding_init=init,
             dtype=cfg.dtype,
             name="position_embedding",
         )
@@ -173,7 +172,7 @@ class CLIPTextModel(nn.Module):
     def setup(self):
         self.text_model = CLIPTextTransformer(self.config)
         if self.config.projection_dim is not None:
-            self.text_projection = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.config.dtype)
+            self.text_projection = Dense(self.config.projection_dim, use_bias=False, dtype=self.config.dtype)
 
     def embed(self, token_ids: Int[Array, "B Q"]) -> Float[Array, "B Q c"]:
         return self.text_model.embeddings(token_ids)
@@ -237,14 +236,14 @@ class CLIPVisionEmbeddings(nn.Module):
     def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B Q c"]:
         cfg = self.config
         patch = (cfg.patch_size, cfg.patch_size)
-        class_embedding = self.param("class_embedding", nn.initializers.normal(0.02), (cfg.hidden_size,))
-        x = nn.Conv(
+        class_embedding = self.param("class_embedding", ZEROS, (cfg.hidden_size,))
+        x = Conv(
             cfg.hidden_size, patch, patch, padding="VALID", use_bias=False, dtype=cfg.dtype, name="patch_embedding"
         )(pixels)
         x = x.reshape(x.shape[0], -1, cfg.hidden_size)
         first = jnp.broadcast_to(class_embedding.astype(x.dtype), (x.shape[0], 1, cfg.hidden_size))
         x = jnp.concatenate([first, x], axis=1)
-        positions = nn.Embed(x.shape[1], cfg.hidden_size, dtype=cfg.dtype, name="position_embedding")
+        positions = Embed(x.shape[1], cfg.hidden_size, dtype=cfg.dtype, name="position_embedding")
         return x + positions(jnp.arange(x.shape[1]))
 
 
@@ -268,4 +267,4 @@ class CLIPVisionModel(nn.Module):
         """Returns image embeddings, not normalized, for pixels with CLIP's mean and standard deviation removed."""
         cfg = self.config
         x = CLIPVisionTransformer(cfg, name="vision_model")(pixels)
-        return nn.Dense(cfg.projection_dim, use_bias=False, dtype=cfg.dtype, name="visual_projection")(x)
+        return Dense(cfg.projection_dim, use_bias=False, dtype=cfg.dtype, name="visual_projection")(x)

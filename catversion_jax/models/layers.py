@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from catversion_jax.models.attention import dot_product_attention, probabilities
+from catversion_jax.models.parametrized import Conv, Dense
 from catversion_jax.utils.types import Array, Float
 
 # The published weights were trained with this epsilon and the exact GELU (CompVis' ldm/modules/attention.py, Normalize
@@ -15,8 +16,8 @@ TRANSFORMER_GROUP_NORM_EPS = 1e-6
 gelu = partial(nn.gelu, approximate=False)
 
 
-def conv3x3(channels: int, dtype: Any, name: str, strides: int = 1, padding: Any = 1) -> nn.Conv:
-    return nn.Conv(channels, (3, 3), strides=(strides, strides), padding=padding, dtype=dtype, name=name)
+def conv3x3(channels: int, dtype: Any, name: str, strides: int = 1, padding: Any = 1) -> nn.Module:
+    return Conv(channels, (3, 3), strides=(strides, strides), padding=padding, dtype=dtype, name=name)
 
 
 class ResnetBlock2D(nn.Module):
@@ -32,10 +33,10 @@ class ResnetBlock2D(nn.Module):
         norm = partial(nn.GroupNorm, self.groups, epsilon=self.eps, dtype=self.dtype)
         y = conv3x3(self.channels, self.dtype, "conv1")(nn.silu(norm(name="norm1")(x)))
         if time is not None:
-            y += nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))[:, None, None]
+            y += Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))[:, None, None]
         y = conv3x3(self.channels, self.dtype, "conv2")(nn.silu(norm(name="norm2")(y)))
         if x.shape[-1] != self.channels:
-            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+            x = Conv(self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
         return x + y
 
 
@@ -74,14 +75,14 @@ class Attention(nn.Module):
         channels = x.shape[-1]
 
         def project(name, inputs):
-            y = nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
+            y = Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
             return y.reshape(*inputs.shape[:2], self.heads, channels // self.heads)
 
         query, key, value = project("to_q", x), project("to_k", context), project("to_v", context)
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "probabilities", probabilities(query, key))
         y = dot_product_attention(query, key, value)
-        return nn.Dense(channels, dtype=self.dtype, name="to_out_0")(y.reshape(x.shape))
+        return Dense(channels, dtype=self.dtype, name="to_out_0")(y.reshape(x.shape))
 
 
 class GEGLU(nn.Module):
@@ -90,7 +91,7 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B Q c"]) -> Float[Array, "B Q {self.channels}"]:
-        x, gate = jnp.split(nn.Dense(2 * self.channels, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        x, gate = jnp.split(Dense(2 * self.channels, dtype=self.dtype, name="proj")(x), 2, axis=-1)
         return x * gelu(gate)
 
 
@@ -101,7 +102,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "B Q c"]) -> Float[Array, "B Q c"]:
         channels = x.shape[-1]
         x = GEGLU(4 * channels, self.dtype, name="net_0")(x)
-        return nn.Dense(channels, dtype=self.dtype, name="net_2")(x)
+        return Dense(channels, dtype=self.dtype, name="net_2")(x)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -128,7 +129,7 @@ class Transformer2D(nn.Module):
     def __call__(self, x: Float[Array, "B h w c"], context: Float[Array, "B K e"]) -> Float[Array, "B h w c"]:
         b, h, w, c = x.shape
         # A 1x1 convolution is a matrix product; only the shape of the published kernels differs.
-        project = partial(nn.Dense, c) if self.linear_projection else partial(nn.Conv, c, (1, 1))
+        project = partial(Dense, c) if self.linear_projection else partial(Conv, c, (1, 1))
         y = nn.GroupNorm(self.groups, epsilon=TRANSFORMER_GROUP_NORM_EPS, dtype=self.dtype, name="norm")(x)
         y = project(dtype=self.dtype, name="proj_in")(y).reshape(b, h * w, c)
         for k in range(self.depth):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Transformer2D, Upsample2D, conv3x3
+from catversion_jax.models.parametrized import Dense
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.json_config import from_json
 from catversion_jax.utils.types import AnyArray, Array, Float, Int
@@ -125,8 +126,8 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B c"]) -> Float[Array, "B {self.channels}"]:
-        x = nn.silu(nn.Dense(self.channels, dtype=self.dtype, name="linear_1")(x))
-        return nn.Dense(self.channels, dtype=self.dtype, name="linear_2")(x)
+        x = nn.silu(Dense(self.channels, dtype=self.dtype, name="linear_1")(x))
+        return Dense(self.channels, dtype=self.dtype, name="linear_2")(x)
 
 
 def resnet(config: UNetConfig, channels: int, j: int) -> nn.Module:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from catversion_jax.models.attention import dot_product_attention
 from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
+from catversion_jax.models.parametrized import Conv, Dense
 from catversion_jax.utils.json_config import from_json
 from catversion_jax.utils.types import Array, Float
 
@@ -61,9 +62,9 @@ class AttentionBlock(nn.Module):
         b, h, w, c = x.shape
         y = nn.GroupNorm(self.config.norm_num_groups, epsilon=NORM_EPS, dtype=self.config.dtype, name="group_norm")(x)
         y = y.reshape(b, h * w, 1, c)
-        query, key, value = (nn.Dense(c, dtype=self.config.dtype, name=name)(y) for name in ("query", "key", "value"))
+        query, key, value = (Dense(c, dtype=self.config.dtype, name=name)(y) for name in ("query", "key", "value"))
         y = dot_product_attention(query, key, value).reshape(b, h, w, c)
-        return x + nn.Dense(c, dtype=self.config.dtype, name="proj_attn")(y)
+        return x + Dense(c, dtype=self.config.dtype, name="proj_attn")(y)
 
 
 class VAEMidBlock(nn.Module):
@@ -143,8 +144,8 @@ class AutoencoderKL(nn.Module):
         cfg = self.config
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
-        self.quant_conv = nn.Conv(2 * cfg.latent_channels, (1, 1), dtype=cfg.dtype)
-        self.post_quant_conv = nn.Conv(cfg.latent_channels, (1, 1), dtype=cfg.dtype)
+        self.quant_conv = Conv(2 * cfg.latent_channels, (1, 1), dtype=cfg.dtype)
+        self.post_quant_conv = Conv(cfg.latent_channels, (1, 1), dtype=cfg.dtype)
 
     def encode(self, images: Float[Array, "B h w 3"]) -> tuple[Float[Array, LATENTS], Float[Array, LATENTS]]:
         """Returns the posterior's mean and log-variance, float32, not yet scaled by `scaling_factor`."""

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from catversion_jax.models.clip import CLIPConfig, CLIPEncoder, layer_norm
+from catversion_jax.models.parametrized import ZEROS, Conv
 from catversion_jax.utils.types import Array, Float
 
 FIXED = {
@@ -39,11 +40,10 @@ class ViTModel(nn.Module):
         """Returns the class token's state, not normalized, for pixels with ImageNet's mean and deviation removed."""
         cfg = self.config
         patch = (cfg.patch_size, cfg.patch_size)
-        x = nn.Conv(cfg.hidden_size, patch, patch, padding="VALID", dtype=cfg.dtype, name="patch_embedding")(pixels)
+        x = Conv(cfg.hidden_size, patch, patch, padding="VALID", dtype=cfg.dtype, name="patch_embedding")(pixels)
         x = x.reshape(x.shape[0], -1, cfg.hidden_size)
-        init = nn.initializers.normal(0.02)
-        token = self.param("cls_token", init, (1, 1, cfg.hidden_size)).astype(x.dtype)
+        token = self.param("cls_token", ZEROS, (1, 1, cfg.hidden_size)).astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, cfg.hidden_size)), x], axis=1)
-        x = x + self.param("position_embeddings", init, (1, x.shape[1], cfg.hidden_size)).astype(x.dtype)
+        x = x + self.param("position_embeddings", ZEROS, (1, x.shape[1], cfg.hidden_size)).astype(x.dtype)
         x = CLIPEncoder(cfg, name="encoder")(x, jnp.ones((x.shape[1], x.shape[1]), bool))[-1]
         return layer_norm(cfg, "layernorm")(x[:, 0])
