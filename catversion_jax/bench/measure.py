@@ -23,7 +23,7 @@ from catversion_jax.bench.random_model import RANDOM, RANDOM_FOR, SD15, random_m
 from catversion_jax.bench.row import OURS, Row, with_flops, with_ratios, with_times
 from catversion_jax.bench.step import count_flops, ours
 from catversion_jax.bench.timing import take_turns
-from catversion_jax.config import Config, default, from_config_dict, stable_diffusion
+from catversion_jax.config import OF_A_RUN, Config, default, from_config_dict, stable_diffusion
 from catversion_jax.training.run import load_model
 from catversion_jax.training.step import steps_per_dispatch
 from catversion_jax.utils import cache
@@ -31,7 +31,6 @@ from catversion_jax.utils.errors import UserError, short
 from catversion_jax.weights.source import Source
 
 REPETITIONS = 10  # timed dispatches for each size, unless `steps` says how many
-UNSET = ("run_dir", "data.dir", "concept.class_word")
 
 MEMORY_RAN_OUT = re.compile(r"RESOURCE_EXHAUSTED|out of memory|can't allocate memory", re.IGNORECASE)
 
@@ -50,7 +49,7 @@ class Size:
         """Returns the config of this size; a run's folder, photos and class word do not matter here."""
         config = self.config
         if config is None:
-            config = from_config_dict(default() if on_cpu() else stable_diffusion(SD15), UNSET)
+            config = from_config_dict(default() if on_cpu() else stable_diffusion(SD15), OF_A_RUN)
         # Placeholders: no photo is read, and the prompts are random numbers.
         given = {
             "run_dir": config.run_dir,

@@ -13,9 +13,10 @@ from absl import flags
 from tqdm import tqdm
 
 from catversion_jax.bench import torch_step
-from catversion_jax.bench.measure import REPETITIONS, UNSET, Size, measure_size
+from catversion_jax.bench.measure import REPETITIONS, Size, measure_size
 from catversion_jax.bench.row import Row, bench_table
 from catversion_jax.cli.flags import checked_config, define_config
+from catversion_jax.config import OF_A_RUN
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand, write_atomically
 
@@ -48,7 +49,7 @@ def main(arguments: flags.FlagValues) -> int:
         # By default JAX reserves most of a GPU's memory, and PyTorch runs in the same process.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
-    config = arguments.config and checked_config(arguments, UNSET)
+    config = arguments.config and checked_config(arguments, OF_A_RUN)
     facts: dict[str, Any] = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
     rows: list[Row] = []
     for concepts, batch in (bar := tqdm(sizes, unit=" sizes")):

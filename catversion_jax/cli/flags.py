@@ -14,7 +14,7 @@ from catversion_jax.config import Config, from_config_dict
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import recorded_sampler
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, is_storage_error
 from catversion_jax.utils.files import expand
 
 flags.disclaim_key_flags()  # flags that are defined here count as the calling command's
@@ -101,11 +101,13 @@ def define_model() -> None:
 def define_sampling(images_per_prompt: int = 4) -> None:
     """Defines the flags of the sampler, the base model and the seeds."""
     recorded = "if not set, as recorded in the concept"
-    flags.DEFINE_float("guidance", None, f"Scale of classifier-free guidance, 1 for none; {recorded}.", lower_bound=0)
+    scale = f"Scale of classifier-free guidance, 1 for none; {recorded}, or {SamplerConfig.guidance}."
+    steps = f"Number of sampling steps; {recorded}, or {SamplerConfig.steps}."
+    flags.DEFINE_float("guidance", None, scale, lower_bound=0)
     flags.DEFINE_string(
         "scheduler", None, f"Sampling scheduler: one of {', '.join(SCHEDULERS)}; {recorded}, or the model's own."
     )
-    flags.DEFINE_integer("steps", None, f"Number of sampling steps; {recorded}.", lower_bound=1, upper_bound=1000)
+    flags.DEFINE_integer("steps", None, steps, lower_bound=1, upper_bound=1000)
     define_strength()
     define_model()
     flags.DEFINE_enum("dtype", ModelConfig.dtype, list(DTYPES), "Dtype of the text encoder and the UNet.")
@@ -129,10 +131,12 @@ def given_seeds(arguments: flags.FlagValues) -> tuple[int, ...]:
     return tuple((arguments.seed + i) % 2**32 for i in range(arguments.num))
 
 
-def make_folder(path: Path, flag: str = "--out") -> Path:
+def make_folder(path: Path) -> Path:
     """Makes a folder that a flag names. Raises UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror}); {flag} takes a folder") from error
+        if is_storage_error(error):
+            raise
+        raise UserError(f"{path}: cannot be made ({error.strerror}); --out takes a folder") from error
     return path

@@ -7,6 +7,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
+from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.cli.flags import (
     define_embedding,
     define_prompts,
@@ -43,7 +44,7 @@ def main(arguments: flags.FlagValues) -> int:
     concepts = given_concepts(arguments)
     personalization = Personalization(tuple(concepts.values()), arguments.strength)
     compose(personalization.concepts)  # refuses concepts that cannot share a prompt, at any strength
-    sampler = given_sampler(arguments, concepts)
+    sampler = SamplerConfig() if arguments.check else given_sampler(arguments, concepts)
     prompts = given_prompts(arguments)
     out = expand(arguments.out)
     if not arguments.check:

@@ -201,7 +201,9 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        return run_command(name, arguments)
+        status = run_command(name, arguments)
+        sys.stdout.flush()  # here, where a reader that has gone can be told from other errors
+        return status
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough

@@ -12,6 +12,7 @@ import jax
 from absl import flags
 
 from catversion_jax.cli.flags import checked_config, define_config
+from catversion_jax.config import OF_A_RUN
 from catversion_jax.data import concept_sets
 from catversion_jax.evaluation import encoders
 from catversion_jax.evaluation.evaluation import UNRELATED, versions
@@ -26,7 +27,6 @@ from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand, write_atomically
 
 POSITIONALS = ("TABLE",)
-UNSET = ("run_dir", "data.dir", "concept.class_word")
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -59,7 +59,7 @@ def main(arguments: flags.FlagValues, name: str) -> int:
 
 
 def open_study(arguments: flags.FlagValues, name: str) -> Study:
-    config = checked_config(arguments, UNSET)
+    config = checked_config(arguments, OF_A_RUN)
     kind = tables.TABLES[name]
     scale = kind.quick if arguments.quick else kind.full
     folders = named(concept_sets.find_concepts(arguments.concepts or concept_sets.SHIPPED), scale.concepts)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from absl import flags
 
 from catversion_jax.cli.flags import checked_config, define_config
+from catversion_jax.config import OF_A_RUN
 from catversion_jax.data import concept_sets
 from catversion_jax.evaluation import encoders
 from catversion_jax.evaluation.samples import EvaluationConfig
@@ -18,8 +19,6 @@ from catversion_jax.study.sweep import Score, override, score_setting, sweep_tab
 from catversion_jax.training.run import load_model
 from catversion_jax.utils.files import expand, json_lines, write_atomically
 from catversion_jax.utils.identity import claim
-
-UNSET = ("run_dir", "data.dir", "concept.class_word")
 
 
 def define_flags() -> None:
@@ -45,7 +44,7 @@ def define_flags() -> None:
 
 def main(arguments: flags.FlagValues) -> int:
     """Writes scores.jsonl, with a line for each concept as soon as it is scored, and table.md."""
-    config = checked_config(arguments, UNSET)
+    config = checked_config(arguments, OF_A_RUN)
     out = expand(arguments.out)
     folders = concept_sets.find_concepts(arguments.concepts or concept_sets.SHIPPED)
     configs = {setting: override(config, setting) for setting in arguments["try"].value or [""]}

@@ -94,22 +94,28 @@ def from_config_dict(values: ConfigDict, unset: Collection[str] = ()) -> Config:
 
 
 def typed(kind: type, values: ConfigDict, prefix: str = "config.") -> Any:
-    """Converts a ConfigDict to a settings dataclass. Raises UserError for an unknown key."""
+    """Converts a ConfigDict to a settings dataclass. Raises UserError for a key that is unknown or misplaced."""
     fields = {entry.name for entry in dataclasses.fields(kind)}
     types = typing.get_type_hints(kind)
     if unknown := sorted(set(values.keys()) - fields):
         raise UserError(f"{prefix}{unknown[0]}: no such key; expected one of {', '.join(sorted(fields))}")
-    return kind(
-        **{
-            name: typed(types[name], value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else hashable(value)
-            for name, value in values.items()
-        }
-    )
+    given = {}
+    for name, value in values.items():
+        is_section, has_keys = dataclasses.is_dataclass(types[name]), isinstance(value, ConfigDict)
+        if is_section != has_keys:
+            expected = "a section with keys" if is_section else "a value"
+            raise UserError(f"{prefix}{name}: expected {expected}, not {'keys' if has_keys else repr(value)}")
+        given[name] = typed(types[name], value, f"{prefix}{name}.") if is_section else hashable(value)
+    return kind(**given)
 
 
 def hashable(value: Any) -> Any:
     """Turns lists, which a config file may hold, into tuples: settings are static arguments of jitted functions."""
     return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
+
+
+OF_A_RUN = ("run_dir", "data.dir", "concept.class_word")
+"""Keys that a run requires, and a command that makes its runs itself does not."""
 
 
 def default() -> ConfigDict:

@@ -1,11 +1,10 @@
 """The config's sections for training and checkpoints; the others are defined beside the code that they configure."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.config.optimizer import OptimizerConfig
-from catversion_jax.utils.settings import YES_OR_NO, at_least, between, optional, setting, several_texts, share
+from catversion_jax.utils.settings import YES_OR_NO, at_least, between, optional, part_of, setting, several_texts, share
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,7 @@ class TrainConfig(OptimizerConfig):
     @property
     def optimizer(self) -> OptimizerConfig:
         """The optimizer's settings alone: a compiled step must not depend on the rest of the section."""
-        names = [field.name for field in dataclasses.fields(OptimizerConfig)]
-        return OptimizerConfig(**{name: getattr(self, name) for name in names})
+        return part_of(self, OptimizerConfig)
 
 
 @dataclass(frozen=True)
@@ -73,5 +71,4 @@ class SampleConfig(SamplerConfig):
     @property
     def sampler(self) -> SamplerConfig:
         """The sampler's settings alone, as a concept's file records them."""
-        names = [field.name for field in dataclasses.fields(SamplerConfig)]
-        return SamplerConfig(**{name: getattr(self, name) for name in names})
+        return part_of(self, SamplerConfig)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from catversion_jax.data.prompts import fill
+from catversion_jax.data.prompts import article, fill
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand, read_json
 
@@ -59,12 +59,13 @@ class ConceptFolder:
 
     def prompts(self, templates: Sequence[str]) -> tuple[str, ...]:
         """The templates, filled in for this concept."""
-        return tuple(fill(template, self.class_word, self.article) for template in templates)
+        return tuple(
+            fill(template, self.class_word, self.article or article(self.class_word)) for template in templates
+        )
 
     def changes(self) -> dict[str, str]:
         """The config's values, by dotted key, to train on this concept."""
-        photos = {"data.dir": str(self.train), "data.masks_dir": str(self.train_masks)}
-        return photos | {f"concept.{key}": value for key, value in self.description.items()}
+        return {"data.dir": str(self.train)} | {f"concept.{key}": value for key, value in self.description.items()}
 
 
 def find_concepts(root: str | Path) -> list[ConceptFolder]:

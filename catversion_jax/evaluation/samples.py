@@ -120,23 +120,27 @@ def read_images(task: ImagesTask) -> Samples:
 
 
 load_once = functools.cache(load_pipeline)
-"""`load`, but concepts of one base model share it."""
+"""`load_pipeline`, but concepts of one base model share it."""
 
 
 def base_model(task: ConceptTask, config: EvaluationConfig) -> Pipeline:
-    """Loads the model to sample from. Raises UserError if it is not the concept's, or a prompt lacks the class word."""
-    concept = task.concept
-    concepts = {str(task.source): concept}
+    """Loads the model to sample from. Raises UserError if the concept was not learned in it."""
+    concepts = {str(task.source): task.concept}
     pipeline, warnings = load_for_concepts(concepts, model_of(concepts, config.model, config.dtype), load_once)
     for warning in warnings:
         warn(warning)
-    without = without_word(pipeline.tokenizer, concept.class_word, task.prompts)
-    if concept.class_word and without:
+    return pipeline
+
+
+def check_class_word(pipeline: Pipeline, task: ConceptTask) -> None:
+    """Raises UserError if a prompt lacks the class word."""
+    word = task.concept.class_word
+    without = without_word(pipeline.tokenizer, word, task.prompts)
+    if word and without:
         raise UserError(
-            f"prompt {without[0]!r}: no class word {concept.class_word!r}, which the concept was learned with; "
+            f"prompt {without[0]!r}: no class word {word!r}, which the concept was learned with; "
             "write it into the prompt"
         )
-    return pipeline
 
 
 def sample(
@@ -163,6 +167,7 @@ def sample_base(
 def sample_task(pipeline: Pipeline, task: ConceptTask, config: EvaluationConfig, encoders: Encoders) -> Samples:
     """Samples images of the concept, finds masks if the references have masks, and measures the prior drift."""
     concept = task.concept
+    check_class_word(pipeline, task)
     photos = read_references(task, pipeline.networks.resolution)
     masked = photos[0].mask is not None and bool(concept.class_word)
     if config.grabcut and not masked:

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.base import Method, check_keys
 from catversion_jax.methods.registry import METHODS, name_of
-from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, short
-from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.settings import flatten, follows
 from catversion_jax.utils.types import Params
 from catversion_jax.weights import safetensors
@@ -74,11 +72,7 @@ def save(path: Path, concept: Concept) -> None:
     metadata["format_version"] = json.dumps(FORMAT_VERSION)
     arrays = flatten_dict(concept.learned, sep="/")
     tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-    try:
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-    except SafetensorError as error:  # what the system said, in the library's own type
-        kind = StorageError if is_storage_error(error) else UserError
-        raise kind(f"{path}: could not write the concept ({short(error)}); make room, or grant access") from error
+    safetensors.write_file(path, tensors, metadata)
 
 
 def load(path: str | Path) -> Concept:
@@ -103,10 +97,10 @@ def load(path: str | Path) -> Concept:
     if method is None:
         raise UserError(f"{path}: of an unknown method; expected one of {', '.join(METHODS)}; update this program")
     values = {name: metadata.pop(name) for name in FIELDS if name in metadata}
-    sampler = metadata.pop("sampler", None)
+    recorded = metadata.pop("sampler", None)
     try:
         check_keys(values, set(FIELDS), OPTIONAL)
-        values["sampler"] = sampler and read_sampler(sampler)
+        values["sampler"] = None if recorded is None else read_sampler(recorded)
         if odd := [f"{name} {x.dtype}" for name, x in tensors.items() if x.dtype != np.float32]:
             raise ValueError(f"{odd[0]}; expected float32")
         learned = unflatten_dict(tensors, sep="/")
@@ -116,9 +110,13 @@ def load(path: str | Path) -> Concept:
         raise UserError(f"{path}: {error}; expected a concept of format {FORMAT_VERSION}; copy it again") from error
 
 
-def read_sampler(values: dict[str, Any]) -> SamplerConfig:
+def read_sampler(values: Any) -> SamplerConfig:
     """Reads the sampler's settings of a file. Raises ValueError if one is not valid."""
+    if not isinstance(values, dict):
+        raise ValueError(f"sampler {values!r}; expected an object with {', '.join(SAMPLER)}")
     check_keys(values, set(SAMPLER))
+    if type(values["steps"]) is not int:
+        raise ValueError(f"sampler.steps={values['steps']!r}; expected a whole number")
     sampler = SamplerConfig(**values)
     for key, field, value in flatten(sampler):
         if not follows(field.metadata["constraint"], value):

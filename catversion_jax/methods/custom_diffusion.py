@@ -12,11 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.base.text_states import PromptStates
-from catversion_jax.methods.base import Method
-from catversion_jax.methods.dreambooth import unet_changes
-from catversion_jax.methods.hyperparameters import Hyperparameters
 from catversion_jax.methods.textual_inversion import TextualInversion
-from catversion_jax.utils import tree
+from catversion_jax.methods.unet_method import UNetMethod, unet_changes
 from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
 
 PUBLISHED = {"train.learning_rate": 8e-5, "train.batch_size": 8, "train.steps": 250, "prior.pictures": 200}
@@ -30,21 +27,14 @@ WORD = TextualInversion()
 
 
 @dataclass(frozen=True)
-class CustomDiffusion(Method):
-    """Trains `unet`, which is added to LAYERS, and `word`, as in Textual Inversion but in the identifier's place.
+class CustomDiffusion(UNetMethod):
+    """Trains LAYERS of the UNet, and `word`, as in Textual Inversion but in the identifier's place.
 
     The paper's images of the class are real ones; here the base model samples them, a variant that the paper also
     examines.
     """
 
     published = PUBLISHED
-    changes_unet = True
-    identifier: str
-    prior_weight: float
-
-    @classmethod
-    def from_hyperparameters(cls, hyperparameters: Hyperparameters, networks: Networks) -> "CustomDiffusion":
-        return cls(hyperparameters.identifier, hyperparameters.prior.weight)
 
     def init(self, key: Key[Array, ""], networks: Networks) -> Params:
         every = flatten_dict({"unet": unet_changes(networks)})
@@ -61,6 +51,3 @@ class CustomDiffusion(Method):
         self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float
     ) -> tuple[tuple[PromptStates, ...], Sequence[None]]:
         return WORD.apply_to_prompts(learned, prompts, strength)
-
-    def unet(self, learned: Params, unet: Params, strength: Float[Array, ""] | float = 1.0) -> Params:
-        return tree.add(unet, learned["unet"], strength)

@@ -29,7 +29,7 @@ class AdapterConfig:
     logit_bias: float = setting(
         0.0,
         "Value added to every attention logit of the prefix; 1 in the authors' code.",
-        between(-100, 100, "a number"),
+        between(-100, 100),
     )
     scope: str = setting(
         "all", "Tokens that see the prefix: all, or trigger for those from the class word on.", one_of(SCOPES)

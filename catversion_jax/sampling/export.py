@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from catversion_jax.base.pipeline import MINI, Pipeline
 from catversion_jax.methods import concept_file
@@ -17,6 +16,7 @@ from catversion_jax.sampling.conditioning import context
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.weights import safetensors
 
 FOLDER = Path(__file__).parents[1] / "exported"
 """Code for other programs, which is copied as data and never imported here."""
@@ -74,4 +74,4 @@ def write_embeds(
         "model_path": model_path or str(MINI),
     }
     texts = {name: json.dumps(value) for name, value in metadata.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, texts))
+    safetensors.write_file(path, tensors, texts)

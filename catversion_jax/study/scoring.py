@@ -11,6 +11,7 @@ from catversion_jax.data.photos import read_photos
 from catversion_jax.evaluation import metrics, scores
 from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig, masked_images, sample, sample_task
 from catversion_jax.evaluation.scores import Encoders, MaskedImages, Values
+from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.utils.tree import count_numbers
 from catversion_jax.utils.types import UInt8
@@ -45,8 +46,11 @@ class Scorer:
         rows, images = [], {}
         for folder in folders:
             prompts, concept = folder.prompts(self.templates), concepts[folder.name]
+            # Concepts of an interrupted study may be of a model that has been replaced since.
+            pipeline, model = self.pipeline, "the study's model"
+            concept_file.check_model(concept, pipeline.fingerprint, pipeline.networks, str(folder.path), model)
             task = ConceptTask(folder.name, prompts, folder.heldout, folder.heldout_masks, folder.path, concept)
-            samples = sample_task(self.pipeline, task, self.config, self.encoders)
+            samples = sample_task(pipeline, task, self.config, self.encoders)
             related = scores.of_prompts(samples.prompts, samples.images, heldout(folder), self.encoders)
             rows.append({"concept": folder.name} | scores.concept_row(related, samples.unrelated))
             rows[-1]["copied"] = copied(samples.images, photos_trained_on(folder), self.encoders)

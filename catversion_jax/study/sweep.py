@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from catversion_jax.config import Config, from_config_dict, to_config_dict
+from catversion_jax.config import OF_A_RUN, Config, from_config_dict, to_config_dict
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.latents import posteriors
 from catversion_jax.data.photos import read_photos
-from catversion_jax.evaluation import metrics, scores
+from catversion_jax.evaluation import metrics
 from catversion_jax.evaluation.heldout_loss import heldout_loss
 from catversion_jax.evaluation.samples import sample, sample_base
-from catversion_jax.evaluation.scores import MaskedImages
 from catversion_jax.methods.composition import Personalization
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.sampling import conditioning
@@ -61,7 +60,7 @@ def override(config: Config, setting: str) -> Config:
             values.update_from_flattened_dict({key.strip(): tuple(parsed) if isinstance(parsed, list) else parsed})
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{setting}: {key} cannot be {value} ({error})") from error
-    return from_config_dict(values, unset=("run_dir", "data.dir", "concept.class_word"))
+    return from_config_dict(values, unset=OF_A_RUN)
 
 
 def folder_of(setting: str) -> str:
@@ -78,23 +77,23 @@ def score_setting(config: Config, setting: str, folder: ConceptFolder, out: Path
     run_folder = out / folder_of(setting)
     concept = train_alone(config, folder, run_folder, pipeline)
     photos = read_photos(folder.heldout, pipeline.networks.resolution)
-    references = MaskedImages([photo.image for photo in photos], None)
-    latents, _ = posteriors(pipeline.networks.vae, pipeline.params["vae"], np.stack(references.images), flip=False)
+    heldout = [photo.image for photo in photos]
+    references = clip.image(heldout)
+    latents, _ = posteriors(pipeline.networks.vae, pipeline.params["vae"], np.stack(heldout), flip=False)
     prompts = folder.prompts(scorer.templates)
     (training_prompt, *_) = folder.prompts(config.concept.templates)
     places = place_captions(config, folder, scorer)
     base = sample_base(pipeline, prompts, scorer.config)
     personalized = sample(pipeline, prompts, scorer.config, scorer.config.personalization(concept))
-    each = [prompt for prompt in prompts for _ in scorer.config.seeds]
     values, rows = {}, []
     for name, strength, images in (("_base", 0.0, base), ("", 1.0, personalized)):
-        related = scores.of_prompts(each, MaskedImages(images, None), references, scorer.encoders)
-        values["clip_i" + name] = float(np.concatenate([unit["clip_i"] for unit in related.values()]).mean())
-        values["place_accuracy" + name] = place_accuracy(clip.image(images), scorer, places)
+        embeddings = clip.image(images)
+        values["clip_i" + name] = float(metrics.clip_i(embeddings, references).mean())
+        values["place_accuracy" + name] = place_accuracy(embeddings, scorer, places)
         values["heldout_loss" + name] = loss_at(scorer, concept, strength, training_prompt, latents[:, 0])
         rows.append(images[:: len(scorer.config.seeds)])
     labels = ["held out", "base model", "personalized"]
-    image = grid([list(references.images[: len(prompts)]), *rows], labels, prompts, captions_above=1)
+    image = grid([heldout[: len(prompts)], *rows], labels, prompts, captions_above=1)
     write_atomically(run_folder / folder.name / "scored.png", image.save)
     return Score(setting, folder.name, **values, steps=concept.steps)
 

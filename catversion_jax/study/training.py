@@ -16,6 +16,7 @@ from catversion_jax.training.many_concepts import Share, train_many
 from catversion_jax.training.run import train_once
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.settings import check_settings
 
 SECONDS = "seconds.json"
 SLOTS = len(TRIED_ON)
@@ -58,9 +59,12 @@ def side_by_side(config: Config, folders: Sequence[ConceptFolder], out: Path, pi
 
 def separately(config: Config, folders: Sequence[ConceptFolder], out: Path, pipeline: Pipeline) -> None:
     for folder in folders:
-        train_alone(config, folder, out, pipeline)
+        with_masks = config.replaced({"data.masks_dir": str(folder.train_masks)})
+        train_alone(with_masks, folder, out, pipeline)
 
 
 def train_alone(config: Config, folder: ConceptFolder, out: Path, pipeline: Pipeline) -> Concept:
     """Trains a concept in a run of its own in `out`, unless it exists; returns it."""
-    return train_once(config.replaced(folder.changes() | {"run_dir": str(out / folder.name)}), pipeline)
+    config = config.replaced(folder.changes() | {"run_dir": str(out / folder.name)})
+    check_settings(config)
+    return train_once(config, pipeline)

@@ -59,8 +59,10 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             raise self._unreadable(error) from error
 
-    def _unreadable(self, error: Exception) -> UserError:
+    def _unreadable(self, error: Exception) -> UserError | StorageError:
         path = self.folder / str(self.latest)
+        if is_storage_error(error):
+            return StorageError(f"{path}: could not be read ({short(error)}); try again once the disk is well")
         return UserError(f"{path}: not a readable checkpoint ({short(error)}); remove it to resume from the one before")
 
     def close(self) -> None:
@@ -75,6 +77,8 @@ def explained(what: str):
     """Turns what a storage library raises into a UserError or StorageError of one line."""
     try:
         yield
+    except (UserError, StorageError):
+        raise
     # Not OSError alone: Orbax and TensorStore wrap the system's error in types of their own.
     except Exception as error:
         kind = StorageError if is_storage_error(error) else UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from catversion_jax.config import Config
 from catversion_jax.methods import concept_file
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, is_storage_error
 from catversion_jax.utils.files import expand
 from catversion_jax.utils.identity import claim, refuse_another
 
@@ -71,4 +71,6 @@ class RunDir:
         try:
             claim(self.config, config.identity(), Config().identity())
         except OSError as error:
+            if is_storage_error(error):
+                raise
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run_dir") from error

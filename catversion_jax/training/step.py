@@ -259,7 +259,7 @@ def evaluate_loss(
 
 @cache
 def compile_evaluate(config: StepConfig):
-    """Returns `evaluate(state, frozen, data)`, jitted over the config's mesh; the state's buffers are donated."""
+    """Returns `evaluate_loss(state, frozen, data)`, jitted over the config's mesh; the state's buffers are donated."""
     concept = sharding(config.mesh, "concept")
     return jax.jit(
         partial(evaluate_loss, config=config),

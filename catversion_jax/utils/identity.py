@@ -1,7 +1,7 @@
 """A run's identity: the settings that made the results in a folder. The same command resumes; others are refused."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def refuse_another(path: Path, identity: Mapping[str, Any], defaults: Mapping[st
     except (ValueError, TypeError):
         raise UserError(f"{path}: not the JSON of a run's config; choose another folder") from None
     # The old identity went through JSON, which turns tuples into lists.
-    new = json.loads(json.dumps(identity))
+    old, new = dict(dotted(old)), dict(dotted(json.loads(json.dumps(identity))))
     differences = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
@@ -38,3 +38,12 @@ def claim(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] |
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         write_atomically(path, lambda file: file.write_text(json.dumps(identity, indent=1) + "\n"))
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested mappings under dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -110,6 +110,11 @@ def follows(constraint: Constraint, value: Any) -> bool:
         return False
 
 
+def part_of(settings: Any, kind: type[SettingsT]) -> SettingsT:
+    """Returns the settings that a dataclass inherits from `kind`, alone."""
+    return kind(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)})
+
+
 def replaced(settings: SettingsT, changes: dict[str, Any]) -> SettingsT:
     """Returns the settings with new values for some dotted keys. Raises KeyError for an unknown key."""
     own: dict[str, Any] = {}

@@ -124,7 +124,7 @@ def submit(
 ) -> list[Future]:
     """Starts to read the Flax parameters `expected` (a tree of shapes) from PyTorch's `tensors`, a few at a time.
 
-    `convert` is called in several threads. Raises UserError as `plan` does, before any tensor is read.
+    `convert` is called in several threads. Raises UserError as `plan_conversion` does, before any tensor is read.
     """
 
     def fill(tensor: Tensor | np.ndarray, parts: list[Target]) -> list[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import StorageError, UserError, is_storage_error
 
 ENDPOINT = "https://huggingface.co"
 
@@ -32,6 +32,5 @@ def fetch(repo: str, revision: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns, endpoint=ENDPOINT))
     except Exception as error:  # from requests, httpx or the disk, depending on the library's version
         plain = f"not downloaded ({type(error).__name__}: {str(error).split(chr(10))[0]}); run it again, it goes on"
-        raise UserError(
-            f"{repo}: {next((text for kind, text in reasons if isinstance(error, kind)), plain)}"
-        ) from error
+        reason = next((text for kind, text in reasons if isinstance(error, kind)), plain)
+        raise (StorageError if is_storage_error(error) else UserError)(f"{repo}: {reason}") from error

@@ -2,8 +2,8 @@
 
 A rule is (module in PyTorch, module in Flax, kind). `{i}`, `{j}` stand for numbers and are carried over; the kind tells
 which tensors a module has and how each is laid out (LEAVES). Old and new names of a module are two rules with the same
-target. `conversion.plan` accepts a checkpoint only if each tensor matches exactly one rule and each parameter is filled
-exactly once, so a table cannot drop a tensor silently.
+target. `conversion.plan_conversion` accepts a checkpoint only if each tensor matches exactly one rule and each
+parameter is filled exactly once, so a table cannot drop a tensor silently.
 """
 
 from collections.abc import Callable

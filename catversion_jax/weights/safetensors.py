@@ -6,8 +6,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, short
+from catversion_jax.utils.files import write_atomically
 from catversion_jax.weights.tensor import FileTensor
 
 DTYPES = {
@@ -42,3 +44,12 @@ def open_safetensors(path: Path) -> dict[str, FileTensor]:
         name: FileTensor(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
         for name, entry in tensors.items()
     }
+
+
+def write_file(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes a file completely or not at all. Raises StorageError, or UserError if access is denied."""
+    try:
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    except SafetensorError as error:  # what the system said, in the library's own type
+        kind = StorageError if is_storage_error(error) else UserError
+        raise kind(f"{path}: could not be written ({short(error)}); make room, or grant access") from error

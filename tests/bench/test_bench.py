@@ -15,7 +15,7 @@ from catversion_jax.base.pipeline import COMPONENTS, abstract
 from catversion_jax.bench import machine, measure, random_model, step, timing
 from catversion_jax.bench.row import COLUMNS, OURS, Row, bench_table, with_ratios
 from catversion_jax.cli import bench as command
-from catversion_jax.config import Config, from_config_dict, stable_diffusion
+from catversion_jax.config import OF_A_RUN, Config, from_config_dict, stable_diffusion
 from catversion_jax.utils.errors import UserError
 from tests.commands import catversion, error_of
 
@@ -210,7 +210,7 @@ def test_random_weights_stand_in_only_for_a_known_model_that_is_not_there(config
 
     monkeypatch.setattr("catversion_jax.weights.hub.fetch", not_there)
     published, unknown = (
-        from_config_dict(stable_diffusion(name), measure.UNSET) for name in (random_model.SD15, "someone/else")
+        from_config_dict(stable_diffusion(name), OF_A_RUN) for name in (random_model.SD15, "someone/else")
     )
     assert measure.find_source(config) is not None
     assert measure.find_source(published) is None

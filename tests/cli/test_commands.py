@@ -243,13 +243,28 @@ def test_debug_shows_where_an_error_comes_from():
     assert done.stderr.splitlines()[-1].startswith("catversion: error: nowhere: not found")
 
 
+def test_a_reader_that_has_gone():
+    """Such as head. Not an error, and nothing is said about it."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        command("train", "--help"), cwd=ROOT, env=ENVIRONMENT, stdout=write, stderr=subprocess.PIPE, timeout=100
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+TAKES_CONFIG = {"train", "batch", "sweep", "study", "bench"}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_tells_all(name):
     """Every flag that the command defines and, with a config, every key, each with a sentence."""
     text = catversion(name, "--help", here=True).stdout
     assert text.startswith(f"catversion {name}")
     assert "--debug  Show the traceback" in text
-    for key, field, _ in flatten(Config()) if "--config  " in text else ():
+    assert ("--config  " in text) == (name in TAKES_CONFIG)
+    for key, field, _ in flatten(Config()) if name in TAKES_CONFIG else ():
         assert f"  {key}  {field.metadata['help'].split()[0]}" in text
     assert "repeat this option" not in text
     assert str(ROOT) not in text
@@ -347,7 +362,10 @@ def test_sweep(tiny_model, tmp_path):
     os.symlink(mini / "image_encoder", model / "image_encoder")
     concepts = tmp_path / "concepts"
     concepts.mkdir()
-    os.symlink(TEAPOT, concepts / "teapot")
+    # Without masks, which a user's folders rarely have.
+    (concepts / "teapot").mkdir()
+    for name in ("concept.json", "train", "heldout"):
+        os.symlink(TEAPOT / name, concepts / "teapot" / name)
     arguments = [
         "sweep", "--config=configs/mini.py", f"--config.model.path={model}", "--config.train.steps=2",
         "--config.sample.steps=2", "--config.sample.every=0", f"--concepts={concepts}", f"--out={tmp_path / 'out'}",

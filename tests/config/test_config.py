@@ -96,6 +96,18 @@ def test_a_key_of_a_config_file_that_is_none():
         from_config_dict(values, unset=tuple(GIVEN))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [("train", 5, "a section with keys, not 5"), ("seed", {"a": 1}, "a value, not keys")],
+)
+def test_a_section_and_a_value_are_not_each_other(key, value, expected):
+    values = default()
+    with values.ignore_type():
+        values[key] = value
+    with pytest.raises(UserError, match=rf"config\.{key}: expected {expected}"):
+        from_config_dict(values, unset=tuple(GIVEN))
+
+
 def test_the_parts_of_a_section_are_its_own():
     config = Config().replaced({"train.learning_rate": 0.5, "train.steps": 7, "sample.steps": 3, "sample.every": 2})
     assert config.train.optimizer.learning_rate == 0.5

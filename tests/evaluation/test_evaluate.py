@@ -196,9 +196,10 @@ def test_grabcut_without_opencv(monkeypatch):
         evaluate.find_tasks(flags(embedding="a", grabcut=True))
 
 
-def test_a_prompt_without_the_class_word(embedding):
+def test_a_prompt_without_the_class_word(embedding, tiny_pipeline, judging_model):
+    task, config = task_of(embedding, concept_file.load(embedding), "a car")
     with pytest.raises(UserError, match="prompt 'a car': no class word 'teapot', which the concept was learned with"):
-        samples.base_model(*task_of(embedding, concept_file.load(embedding), "a car"))
+        samples.sample_task(tiny_pipeline, task, config, scores.Encoders(encoders.of_model(judging_model), None))
 
 
 def flags(**changes) -> SimpleNamespace:

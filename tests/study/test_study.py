@@ -13,7 +13,7 @@ from PIL import Image
 
 from catversion_jax.base.pipeline import MINI
 from catversion_jax.cli import study as command
-from catversion_jax.config import from_config_dict
+from catversion_jax.config import OF_A_RUN, from_config_dict
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.prompts import fill
 from catversion_jax.evaluation import scores
@@ -184,7 +184,7 @@ def test_the_tables_settings_can_be_had(mini):
     for setting in (*settings.BASELINES, *settings.ABLATION):
         config = get_config()
         config.update_from_flattened_dict(setting.changes)
-        from_config_dict(config, unset=command.UNSET).make_method(mini.networks)
+        from_config_dict(config, unset=OF_A_RUN).make_method(mini.networks)
         groups.setdefault(setting.group, []).append(setting.name)
     assert groups.keys() >= METHODS.keys()
     for method, rates in settings.RATES.items():

@@ -19,7 +19,7 @@ def model(tmp_path, monkeypatch):
 
 @pytest.fixture
 def conversions(monkeypatch):
-    """The components that were weight_cache, in order."""
+    """The components that were converted, in order."""
     done = []
     begin = pipeline.begin
     monkeypatch.setattr(
