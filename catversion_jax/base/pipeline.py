@@ -147,9 +147,15 @@ COMPONENTS = {
 }
 
 
+@cache  # tracing a network takes about a second, and each concept of DreamBooth asks again
+def declared_shapes(name: str, module) -> Params:
+    """The shapes of a component's parameters, as its modules declare them."""
+    return shapes_of(module.init, *COMPONENTS[name].inputs(module))
+
+
 def abstract(name: str, module, dtype=jnp.float32, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
     """The shapes of a component's parameters in `dtype`, each with its sharding."""
-    shapes = shapes_of(module.init, *COMPONENTS[name].inputs(module))
+    shapes = declared_shapes(name, module)
 
     def shape(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)

@@ -21,7 +21,7 @@ def refuse_another(path: Path, identity: Mapping[str, Any], defaults: Mapping[st
     except (ValueError, TypeError):
         raise UserError(f"{path}: not the JSON of a run's config; choose another folder") from None
     # The old identity went through JSON, which turns tuples into lists.
-    old, new = dict(dotted(old)), dict(dotted(json.loads(json.dumps(identity))))
+    old, new = dict(flat_items(old)), dict(flat_items(json.loads(json.dumps(identity))))
     differences = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
@@ -40,10 +40,10 @@ def claim(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] |
         write_atomically(path, lambda file: file.write_text(json.dumps(identity, indent=1) + "\n"))
 
 
-def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_items(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields the values of nested mappings under dotted keys."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from dotted(value, f"{prefix}{key}.")
+            yield from flat_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -119,7 +119,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, concept, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(concept_file, "save_file", full)
+    monkeypatch.setattr("catversion_jax.weights.safetensors.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         concept_file.save(path, concept)
     assert path.read_bytes() == before
