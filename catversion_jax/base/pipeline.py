@@ -225,7 +225,6 @@ def load_pipeline(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, 
     dtypes = {name: jnp.float32 if name == "vae" else DTYPES[model.dtype] for name in (*texts, "unet", "vae")}
     modules = {name: COMPONENTS[name].make(source.config(name), dtypes[name]) for name in dtypes}
 
-    @cache
     def shapes(name: str) -> Params:
         return abstract(name, modules[name], dtypes[name], mesh, rules)
 
