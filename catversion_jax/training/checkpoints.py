@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from catversion_jax.training.state import TrainState
-from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, short
+from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, kind_of, short
 
 # Orbax logs several lines for every save, through both loggers.
 for name in ("absl", "orbax"):
@@ -81,5 +81,4 @@ def explained(what: str):
         raise
     # Not OSError alone: Orbax and TensorStore wrap the system's error in types of their own.
     except Exception as error:
-        kind = StorageError if is_storage_error(error) else UserError
-        raise kind(f"{what} ({short(error)}); make room, or grant access, and resume") from error
+        raise kind_of(error)(f"{what} ({short(error)}); make room, or grant access, and resume") from error

@@ -40,3 +40,8 @@ def is_storage_error(error: BaseException | None) -> bool:
     return any(os.strerror(code) in said for code in STORAGE_ERRNOS) or is_storage_error(
         error.__cause__ or error.__context__
     )
+
+
+def kind_of(error: BaseException) -> type[UserError] | type[StorageError]:
+    """Returns the error to raise for a library's error: StorageError for a storage failure, else UserError."""
+    return StorageError if is_storage_error(error) else UserError

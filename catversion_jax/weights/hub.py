@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from catversion_jax.utils.errors import StorageError, UserError, is_storage_error
+from catversion_jax.utils.errors import kind_of
 
 ENDPOINT = "https://huggingface.co"
 
@@ -33,4 +33,4 @@ def fetch(repo: str, revision: str, patterns: list[str]) -> Path:
     except Exception as error:  # from requests, httpx or the disk, depending on the library's version
         plain = f"not downloaded ({type(error).__name__}: {str(error).split(chr(10))[0]}); run it again, it goes on"
         reason = next((text for kind, text in reasons if isinstance(error, kind)), plain)
-        raise (StorageError if is_storage_error(error) else UserError)(f"{repo}: {reason}") from error
+        raise kind_of(error)(f"{repo}: {reason}") from error

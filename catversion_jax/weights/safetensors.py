@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, short
+from catversion_jax.utils.errors import UserError, kind_of, short
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.weights.tensor import FileTensor
 
@@ -51,5 +51,4 @@ def write_file(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, s
     try:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
     except SafetensorError as error:  # what the system said, in the library's own type
-        kind = StorageError if is_storage_error(error) else UserError
-        raise kind(f"{path}: could not be written ({short(error)}); make room, or grant access") from error
+        raise kind_of(error)(f"{path}: could not be written ({short(error)}); make room, or grant access") from error
