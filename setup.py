@@ -22,6 +22,7 @@ REQUIRES = [
     "absl-py>=2.1",  # flags
     "pillow>=11",  # photos in, pictures and grids out
     "numpy>=2",  # arrays on the host
+    "msgspec>=0.19",  # JSON that is read back, checked against a declared type
     "jaxtyping>=0.3",  # shapes in signatures
     "tqdm>=4.66",  # the progress bar
     "tensorboardX>=2.6",  # event files without TensorFlow

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from catversion_jax import __version__
-from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, short
+from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, one_line, short
 from catversion_jax.utils.log import LOGGER
 
 # Before anything imports them: JAX's C++ log and transformers' advice are not for our users.
@@ -38,9 +39,10 @@ COMMANDS = {
 """Sub-command, which is a module of this package -> what it does. The module has define_flags() and
 main(flags, *positionals) and, if the command takes positional arguments, their names in POSITIONALS."""
 
-MISTAKE, STORAGE, INTERRUPTED, PIPE_CLOSED = 1, 74, 130, 141
-"""Exit statuses of all commands: the user's mistake; failed storage (EX_IOERR of sysexits.h), after which the same
-command may work later; Ctrl-C; standard output that its reader closed."""
+MISTAKE, BUG, STORAGE, INTERRUPTED, PIPE_CLOSED = 1, 70, 74, 130, 141
+"""Exit statuses of all commands: the user's mistake; an error that we did not foresee (EX_SOFTWARE of sysexits.h);
+failed storage (EX_IOERR), after which the same command may work later; Ctrl-C; standard output that its reader closed.
+"""
 
 HELP = {"--help", "-h", "-help"}
 
@@ -91,11 +93,11 @@ def flag_help(flag: flags.Flag) -> str:
     """Returns a flag's entry in the help, with its default."""
     # absl has the default of --config as the config itself; its help names the file.
     shown = flag.name != "config" and flag.default not in (None, "", [])
-    default = f" Default: {listed(flag.default)}." if shown else ""
+    default = f" Default: {joined(flag.default)}." if shown else ""
     return entry(f"--{flag.name}", str(flag.help).removesuffix(ABSL_MULTI_HELP), default)
 
 
-def listed(value: object) -> str:
+def joined(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -161,8 +163,8 @@ def set_up_logging() -> None:
     LOGGER.setLevel(logging.WARNING)
 
 
-def explain(error: BaseException) -> tuple[str, int] | None:
-    """Returns the line that reports an error, and the exit status; None for a bug, which gets a traceback."""
+def explain(error: BaseException) -> tuple[str, int]:
+    """Returns the line that reports an error, and the exit status."""
     if isinstance(error, UserError):
         return str(error), MISTAKE
     if isinstance(error, StorageError):
@@ -170,8 +172,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError):  # a full disk, a folder without write access; files are written as a whole or not
         where = f"{error.filename}: " if error.filename else ""
         again = "fix that and run the command again (train: with --resume)"
-        return f"{where}{error.strerror or short(error)}; {again}", STORAGE if is_storage_error(error) else MISTAKE
-    return None
+        line = f"{where}{error.strerror or short(error)}; {again}"
+        return one_line(line), STORAGE if is_storage_error(error) else MISTAKE
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return f"out of memory ({short(error)}); lower the batch size, the slots or the dtype's width", MISTAKE
+    return f"{type(error).__name__}: {short(error)}; this is a bug: --debug shows where, please report that", BUG
 
 
 def run_command(name: str, arguments: list[str]) -> int:
@@ -194,6 +199,9 @@ def run_command(name: str, arguments: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs `catversion ARGV`; returns the exit status."""
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one whose encoding lacks a character shows that as an escape
+            stream.reconfigure(errors="backslashreplace")
     if name == "help" or name in HELP:
         print(usage())
         return 0
@@ -210,12 +218,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except Exception as error:
-        explained = explain(error)
-        if explained is None:
-            raise
         if "--debug" in arguments:
             traceback.print_exc()
-        line, status = explained
+        line, status = explain(error)
         print(f"catversion: error: {line}", file=sys.stderr)
         return status
 

@@ -17,8 +17,9 @@ from catversion_jax.evaluation.scores import Encoders
 from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.sweep import Score, override, score_setting, sweep_table
 from catversion_jax.training.run import load_model
-from catversion_jax.utils.files import expand, json_lines, write_atomically
+from catversion_jax.utils.files import expand, write_atomically
 from catversion_jax.utils.identity import claim
+from catversion_jax.utils.records import read_lines
 
 
 def define_flags() -> None:
@@ -50,7 +51,7 @@ def main(arguments: flags.FlagValues) -> int:
     configs = {setting: override(config, setting) for setting in arguments["try"].value or [""]}
     identity = {"config": config.identity(), "seeds": arguments.seeds, "prompts": arguments.prompts}
     claim(out / "sweep.json", identity)
-    found = [Score(**line) for line in json_lines(out / "scores.jsonl")]
+    found = [Score(**line) for line in read_lines(out / "scores.jsonl", dict)]
     known = {(score.setting, score.concept) for score in found}
     model = config.model
     evaluation = EvaluationConfig(config.sample.sampler, tuple(range(arguments.seeds)), 1.0, (), "", model.dtype)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand, read_json
+from catversion_jax.utils.files import expand
+from catversion_jax.utils.records import read_record
 
 SHIPPED = Path(__file__).parents[1] / "concepts"
 KEYS = ("class_word", "article")
@@ -43,7 +44,7 @@ class ConceptFolder:
     def description(self) -> dict[str, str]:
         """Class word and article. Raises UserError if `concept.json` does not hold exactly these two."""
         path = self.path / "concept.json"
-        concept = read_json(path)
+        concept = read_record(path, dict)
         if not isinstance(concept, dict) or {k: type(v) for k, v in concept.items()} != dict.fromkeys(KEYS, str):
             example = '{"class_word": "teapot", "article": "a"}'
             raise UserError(f"{path}: {concept}; expected the texts {' and '.join(KEYS)}, as {example}")

@@ -5,9 +5,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import read_json
+from catversion_jax.utils.records import read_record
 
 IMAGES_PER_PROMPT = 4
 
@@ -132,7 +133,7 @@ def customconcept101(folder: Path) -> list[Subject]:
         raise UserError(f"{path}: not found; expected CustomConcept101's dataset.json beside prompts/ and its photos")
     subjects = []
     try:
-        for entry in read_json(path):
+        for entry in read_record(path, list[dict[str, Any]]):
             photos, word = folder / entry["instance_data_dir"], entry["class_prompt"]
             templates = (folder / entry["prompt_filename"]).read_text("utf-8").splitlines()
             subjects.append(Subject(photos.name, word, photos, filled(filter(str.strip, templates), word)))

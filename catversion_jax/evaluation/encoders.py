@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVision
 from catversion_jax.models.vit import FIXED as VIT_FIXED
 from catversion_jax.models.vit import ViTConfig, ViTModel
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import read_json
 from catversion_jax.utils.json_config import from_json
 from catversion_jax.utils.padded_batches import in_batches
+from catversion_jax.utils.records import read_record
 from catversion_jax.utils.types import Float, Params, UInt8
 from catversion_jax.weights import hub, rules
 from catversion_jax.weights.conversion import from_torch, shapes_of
@@ -178,7 +179,7 @@ def locate(name: str, what: str, files: Sequence[str] = ()) -> Path:
 def typed_config(folder: Path, what: str, kind: str, expected: str) -> dict:
     """Reads a model's config.json. Raises UserError if its model_type is not `kind`."""
     path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_record(path, dict[str, Any]) if path.is_file() else {}
     if config.get("model_type") != kind:
         found = f"model_type {config.get('model_type')!r}" if path.is_file() else "no such file"
         raise UserError(f"{path}: {found}; {what} expects {expected}, or a folder of one")

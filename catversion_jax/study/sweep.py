@@ -22,8 +22,9 @@ from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.training import train_alone
 from catversion_jax.utils import markdown
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import read_json, write_atomically
+from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid
+from catversion_jax.utils.records import read_record
 from catversion_jax.utils.types import Float
 
 PLACE = re.compile(r"a photo of \{concept\} (.+)")
@@ -109,7 +110,7 @@ def loss_at(
 
 def place_captions(config: Config, folder: ConceptFolder, scorer: Scorer) -> dict[str, Float[np.ndarray, "e"]]:
     """Returns place -> its caption's embedding, for the places that the base model knows."""
-    known = read_json(config.model.folder / "world.json")["phrases"]
+    known = read_record(config.model.folder / "world.json", dict)["phrases"]
     captions = folder.prompts([f"a photo of {{concept}} {place}" for place in known])
     return dict(zip(known, scorer.encoders.clip.text(captions), strict=True))
 

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from catversion_jax.utils.files import json_lines, write_atomically
+from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.records import read_lines
 
 FILE_NAME = "report.jsonl"
 
@@ -26,7 +27,7 @@ class Report:
 
     def entries(self) -> Iterator[dict]:
         """Returns the lines of the report, without one that was cut by a crash."""
-        return json_lines(self.path)
+        return read_lines(self.path, dict)
 
     def reconcile(self, done: dict[str, bool]) -> None:
         """Keeps one line for each concept of `done` that is done, and drops those of the others, which are tried again.

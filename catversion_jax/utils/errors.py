@@ -1,7 +1,10 @@
 """The two errors that end a command with one line: a user's mistake and a storage failure."""
 
+import contextlib
 import errno
 import os
+import unicodedata
+from collections.abc import Iterable, Iterator
 
 STORAGE_ERRNOS = {
     getattr(errno, name)
@@ -10,21 +13,58 @@ STORAGE_ERRNOS = {
 }
 """Errors of a full, failing or unreachable disk: the same command may succeed later."""
 
+MOST_CHARACTERS = 1200
+"""The longest message: some lines of a terminal. What is longer is cut in its middle."""
+LISTED = 5
+"""Names that a message lists before it counts the rest."""
+UNPRINTABLE = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
+"""Unicode's categories of control and formatting characters, lone surrogates, and line and paragraph separators."""
 
-class UserError(Exception):
-    """A user's mistake, printed as one line without a traceback; the command exits with status 1.
 
-    The message names the file, key or shape, and says what was expected and what to do.
+class ReportedError(Exception):
+    """An error that a command prints as one line, without a traceback.
+
+    The message names the file, key or shape, and says what was expected and what to do. It may quote what files and
+    people gave: characters that would move a terminal's cursor or begin a new line are shown as escapes.
     """
 
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
-class StorageError(Exception):
-    """A storage failure, printed as one line; the command exits with status 74 and may succeed if it is run again."""
+
+class UserError(ReportedError):
+    """A user's mistake; the command exits with status 1."""
+
+
+class StorageError(ReportedError):
+    """A storage failure; the command exits with status 74 and may succeed if it is run again."""
+
+
+def one_line(text: str, most: int = MOST_CHARACTERS) -> str:
+    """Returns a text that is safe to print: control characters as escapes, and cut in its middle after `most`."""
+    if len(text) > 2 * most:  # escaping a text of megabytes first would take a while
+        text = text[:most] + text[-most:]
+    shown = "".join(c.encode("unicode_escape").decode() if is_unprintable(c) else c for c in text)
+    if len(shown) <= most:
+        return shown
+    # The end is kept, because it says what to do.
+    return f"{shown[: most // 2]} [...] {shown[-(most // 2) :]}"
+
+
+def is_unprintable(character: str) -> bool:
+    return not (" " <= character <= "~") and unicodedata.category(character) in UNPRINTABLE
+
+
+def listed(names: Iterable[object], most: int = LISTED) -> str:
+    """Returns the first `most` names, separated by commas, and how many more there are."""
+    every = [one_line(str(name), 200) for name in names]
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
 
 
 def short(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters, or the error's type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
 
 
 def is_storage_error(error: BaseException | None) -> bool:
@@ -45,3 +85,14 @@ def is_storage_error(error: BaseException | None) -> bool:
 def kind_of(error: BaseException) -> type[UserError] | type[StorageError]:
     """Returns the error to raise for a library's error: StorageError for a storage failure, else UserError."""
     return StorageError if is_storage_error(error) else UserError
+
+
+@contextlib.contextmanager
+def refused(what: str, todo: str) -> Iterator[None]:
+    """Raises UserError(`what` (the system's words); `todo`) for an OSError that is no storage failure."""
+    try:
+        yield
+    except OSError as error:
+        if is_storage_error(error):
+            raise
+        raise UserError(f"{what} ({error.strerror or short(error)}); {todo}") from error

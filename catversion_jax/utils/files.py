@@ -1,63 +1,110 @@
-"""Files that are written completely or not at all, and JSON that is checked when it is read."""
+"""Files that are read within limits, and files that are written completely or not at all."""
 
-import contextlib
-import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+import secrets
+import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, refused
+
+BOM = b"\xef\xbb\xbf"
+MIB = 2**20
 
 
 def expand(path: str | Path) -> Path:
-    """Expands a leading ~, which a shell leaves alone inside --flag=~/folder."""
-    return Path(path).expanduser()
+    """Expands a leading ~, which a shell leaves alone inside --flag=~/folder.
+
+    Raises UserError for a text that no file system takes as a path.
+    """
+    try:
+        expanded = Path(path).expanduser()
+        os.fsencode(expanded)
+    except RuntimeError as error:  # ~ of an unknown user, or of a user without a home
+        raise UserError(f"{path}: {error}; write the folder out") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: not a path, as it holds half of a character; write it in UTF-8") from None
+    if "\0" in str(expanded):
+        raise UserError(f"{path}: not a path, as it holds a NUL; remove that")
+    return expanded
+
+
+def open_regular(path: Path, expected: str = "expected a file") -> BinaryIO:
+    """Opens a regular file for reading. Raises UserError for anything else: a device or a pipe may never end."""
+    with refused(f"{path}: cannot be read", expected):
+        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path}: not a regular file; {expected}")
+    return os.fdopen(handle, "rb")
+
+
+def read_bytes(path: Path, limit: int, expected: str) -> bytes:
+    """Returns the contents of a regular file. Raises UserError if it cannot be read or has more than `limit` bytes."""
+    with open_regular(path, expected) as file, refused(f"{path}: cannot be read", expected):
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        size = f"{limit // MIB} MiB" if limit >= MIB else f"{limit} bytes"
+        raise UserError(f"{path}: larger than {size}; {expected}")
+    return data
+
+
+def read_text(path: Path, limit: int, expected: str) -> str:
+    """Returns the text of a UTF-8 file, with or without a byte order mark. Raises UserError for anything else."""
+    try:
+        return read_bytes(path, limit, expected).removeprefix(BOM).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; {expected}; save it as UTF-8") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary file beside `path`, flushes it to disk and renames it to `path`.
 
-    A crash or a full disk leaves the old file, or none. An OSError names `path`.
+    A crash or a full disk leaves the old file, or none. A symbolic link stays, and the file that it names is replaced.
+    An OSError names `path`. Raises UserError if `path` is something else than a regular file.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    target = checked_output(path)
+    # A name of its own length: the target's name may be as long as the file system allows.
+    temporary = target.parent / f".{secrets.token_hex(8)}{target.suffix[-16:]}"
     try:
+        # Made here and exclusively, with the mode that the umask leaves; `write` then overwrites it.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        # mkstemp creates files that only their owner may read.
-        temporary.chmod(0o666 & ~current_umask())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path, expected: str = "expected a JSON file") -> Any:
-    """Returns the contents of a JSON file. Raises UserError if it is missing or not JSON."""
+def checked_output(path: Path) -> Path:
+    """Returns the file that a path stands for, through symbolic links.
+
+    Raises UserError if it is there and no regular file: replacing a device or a folder would break it.
+    """
+    target = Path(os.path.realpath(path))
     try:
-        return json.loads(path.read_text())
+        mode = target.stat().st_mode
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; {expected}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); {expected}") from error
+        return target
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: not a regular file; expected the name of a file to write")
+    return target
 
 
-def json_lines(path: Path) -> Iterator[dict]:
-    """Yields the objects of a JSON Lines file, if it exists; skips lines that are not JSON (cut by a crash)."""
-    if path.is_file():
-        with path.open() as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    yield json.loads(line)
+def open_own(path: Path, flags: int) -> int:
+    """Opens a lock, counter or log file of ours, which is made if need be; returns its descriptor.
 
-
-def current_umask() -> int:
-    # The system reports the umask only when it is set.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    Raises OSError (ELOOP) for a symbolic link, which somebody else may have put there in a shared folder.
+    """
+    handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path}: not a regular file; remove it")
+    return handle

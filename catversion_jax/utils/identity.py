@@ -7,6 +7,7 @@ from typing import Any
 
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.records import read_record
 
 
 def refuse_another(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
@@ -16,10 +17,7 @@ def refuse_another(path: Path, identity: Mapping[str, Any], defaults: Mapping[st
     """
     if not path.is_file():
         return
-    try:
-        old = dict(defaults or {}) | json.loads(path.read_text())
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: not the JSON of a run's config; choose another folder") from None
+    old = dict(defaults or {}) | read_record(path, dict[str, Any], "expected a run's config; choose another folder")
     # The old identity went through JSON, which turns tuples into lists.
     old, new = dict(flat_items(old)), dict(flat_items(json.loads(json.dumps(identity))))
     differences = [

@@ -6,9 +6,11 @@ command line prints `catversion: warning: ...`; another program handles them as 
 
 import logging
 
+from catversion_jax.utils.errors import one_line
+
 LOGGER = logging.getLogger("catversion_jax")
 
 
 def warn(message: str) -> None:
     """Warns the user of a likely mistake, or of a failure that did not stop the work."""
-    LOGGER.warning("%s", message)
+    LOGGER.warning("%s", one_line(message))

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import read_json
+from catversion_jax.utils.records import read_record
 from catversion_jax.weights import hub, ldm, rules, safetensors, torch_zip
 from catversion_jax.weights.rules import Rule
 from catversion_jax.weights.tensor import Tensor
@@ -135,11 +136,10 @@ def open_folder(name: str, path: Path, variant: str, prediction_type: str) -> So
     def part(component: str) -> ModelComponent:
         folder = path / FOLDERS[component]
         form, tensors = open_weights(folder, variant)
-        return ModelComponent(
-            read_json(folder / "config.json", EXPECTED), tensors, None if form.is_flax else RULES[component]
-        )
+        config = read_record(folder / "config.json", dict[str, Any], EXPECTED)
+        return ModelComponent(config, tensors, None if form.is_flax else RULES[component])
 
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json", EXPECTED)
+    scheduler = read_record(path / "scheduler" / "scheduler_config.json", dict[str, Any], EXPECTED)
     return Source(
         name=name,
         parts={component: part(component) for component in present},

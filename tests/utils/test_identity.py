@@ -34,5 +34,5 @@ def test_a_key_that_an_older_folder_lacks(tmp_path):
 @pytest.mark.parametrize("text", ["[]", "7", "{", ""])
 def test_a_file_that_is_no_config(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="not the JSON of a run's config; choose another folder"):
+    with pytest.raises(UserError, match="expected a run's config; choose another folder"):
         claim(tmp_path / "config.json", {"seed": 1})
