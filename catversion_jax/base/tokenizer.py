@@ -1,14 +1,14 @@
-"""CLIP's tokenizer, and the class word's position among a prompt's tokens."""
+"""CLIP's tokenizer."""
 
 import json
-import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.types import Int
+from catversion_jax.utils.types import Bool, Int
 
 
 class Tokenizer:
@@ -25,42 +25,36 @@ class Tokenizer:
         self.length = json.loads(config.read_text())["model_max_length"] if config.is_file() else 77
         self._tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
-    def __call__(self, prompts: list[str]) -> Int[np.ndarray, "T Q"]:
-        out = self._tokenizer(prompts, padding="max_length", max_length=self.length, truncation=True)
-        return np.asarray(out["input_ids"], np.int32)
+    def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "T Q"]:
+        return self.fit([self.word(prompt) for prompt in prompts])
+
+    def fit(self, prompts: Sequence[tuple[int, ...]]) -> Int[np.ndarray, "T Q"]:
+        """Puts the start token before and the end token after each prompt's tokens; cuts or pads them to `length`."""
+        tokenizer, most = self._tokenizer, self.length - 2
+        rows = np.full((len(prompts), self.length), tokenizer.pad_token_id, np.int32)
+        for row, ids in zip(rows, prompts, strict=True):
+            whole = (tokenizer.bos_token_id, *ids[:most], tokenizer.eos_token_id)
+            row[: len(whole)] = whole
+        return rows
 
     def word(self, word: str) -> tuple[int, ...]:
-        """The token ids of one or more words, without start and end token."""
+        """The token ids of any text, without start and end token."""
         return tuple(self._tokenizer(word, add_special_tokens=False)["input_ids"])
+
+    @property
+    def unknown(self) -> int:
+        """The token that stands for what the vocabulary has no tokens for."""
+        return self._tokenizer.unk_token_id
+
+    @cached_property
+    def ends_word(self) -> Bool[np.ndarray, "vocabulary"]:
+        """Which tokens end a word: those that CLIP marks with </w>, and the special ones."""
+        tokens = self._tokenizer.get_vocab()
+        ends = np.zeros(max(tokens.values()) + 1, bool)
+        special = set(self._tokenizer.all_special_tokens)
+        ends[[i for token, i in tokens.items() if token.endswith("</w>") or token in special]] = True
+        return ends
 
     def token(self, token_id: int) -> str:
         """The text of a token."""
         return self._tokenizer.convert_ids_to_tokens(token_id).removesuffix("</w>")
-
-    def is_cut(self, prompt: str) -> bool:
-        """Whether the prompt is too long for the text encoder, so that its end is cut off."""
-        return len(self.word(prompt)) > self.length - 2
-
-
-def find_word(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Int[np.ndarray, "T"]:
-    """The position of the last token of the word's first occurrence in each prompt, or -1 if it does not occur.
-
-    The whole token sequence of the word has to match. Tokens are case-folded; a plural is another token.
-    """
-    windows = np.lib.stride_tricks.sliding_window_view(token_ids, len(word), axis=1)
-    hits = (windows == np.asarray(word)).all(-1)
-    return np.where(hits.any(1), hits.argmax(1) + len(word) - 1, -1)
-
-
-def without_word(tokenizer: Tokenizer, class_word: str, prompts: Sequence[str]) -> list[str]:
-    """The prompts that do not contain the class word; all of them if the class word is unknown ("")."""
-    if not class_word:
-        return list(prompts)
-    positions = find_word(tokenizer(list(prompts)), tokenizer.word(class_word))
-    return [prompt for prompt, position in zip(prompts, positions, strict=True) if position < 0]
-
-
-def put_before(prompt: str, class_word: str, identifier: str) -> str:
-    """Inserts an identifier before the first occurrence of the class word, if the prompt contains it."""
-    word = rf"(?<!\w){re.escape(class_word)}(?!\w)"
-    return re.sub(word, lambda match: f"{identifier} {match[0]}", prompt, count=1, flags=re.IGNORECASE)

@@ -17,7 +17,6 @@ import numpy as np
 
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.base.text_states import PromptStates
-from catversion_jax.base.tokenizer import find_word
 from catversion_jax.methods.base import Method, check_keys, of_encoders
 from catversion_jax.methods.hyperparameters import PARTS, AdapterConfig, Hyperparameters
 from catversion_jax.models.prefix_attention import SCOPES, Prefix, init_prefix, resolve_layers, strength_bias
@@ -92,11 +91,11 @@ class CatVersion(Method):
     def first_layers(self, networks: Networks) -> tuple[int, ...]:
         return tuple(layers[0] for layers in self.layers)
 
-    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
+    def token_mask(self, last: Int[np.ndarray, "T"], length: int) -> Bool[np.ndarray, "T {length} 1"]:
         if self.scope == "all":
-            return np.ones((*token_ids.shape, 1), bool)
-        last = find_word(token_ids, word)[:, None, None]
-        return (last >= 0) & (np.arange(token_ids.shape[1])[:, None] >= last)
+            return np.ones((len(last), length, 1), bool)
+        last = last[:, None, None]
+        return (last >= 0) & (np.arange(length)[:, None] >= last)
 
     def apply_to_prompts(
         self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float
