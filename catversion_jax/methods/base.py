@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import jax
+import msgspec
 import numpy as np
 
 from catversion_jax.base.pipeline import Networks
@@ -41,7 +42,7 @@ class Method(abc.ABC):
     def from_metadata(cls, metadata: dict[str, Any], learned: Params) -> "Method":
         """Builds the method from a concept's file. Raises ValueError if metadata or arrays are not this method's."""
         check_keys(metadata, {field.name for field in fields(cls)})
-        return cls(**metadata)
+        return msgspec.convert(metadata, cls)
 
     def metadata(self) -> dict[str, Any]:
         """The method's fields for a concept's file, in JSON's types."""

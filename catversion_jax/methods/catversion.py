@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from catversion_jax.base.pipeline import Networks
@@ -24,6 +25,15 @@ from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
 
 DEFAULTS = AdapterConfig()
+
+
+class Recorded(msgspec.Struct):
+    """The method's fields in a concept's file."""
+
+    layers: tuple[int, ...]  # of the first text encoder
+    logit_bias: float
+    scope: str
+    layers_2: tuple[int, ...] = ()  # of SDXL's second one
 
 
 @dataclass(frozen=True)
@@ -49,19 +59,21 @@ class CatVersion(Method):
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any], learned: Params) -> "CatVersion":
         check_keys(metadata, {"layers", "logit_bias", "scope"}, {"layers_2"})
+        recorded = msgspec.convert(metadata, Recorded)
         expected = ["prefix", "prefix_2"][: 1 + ("layers_2" in metadata)]
         if sorted(learned) != expected:
             raise ValueError(f"tensors {sorted(learned)}; expected {expected}")
-        layers = tuple(tuple(metadata[name]) for name in ("layers", "layers_2") if name in metadata)
+        layers = (recorded.layers, *([recorded.layers_2] if "layers_2" in metadata else []))
         if bad := [of_encoder for of_encoder in layers if not of_encoder or sorted({*of_encoder}) != [*of_encoder]]:
             raise ValueError(f"layers {[*bad[0]]}; expected indices that ascend")
         for (name, prefix), of_encoder in zip(sorted(learned.items()), layers, strict=True):
-            if prefix.ndim != 5 or prefix.dtype != np.float32 or prefix.shape[1:3] != (len(of_encoder), 2):
+            is_array = isinstance(prefix, np.ndarray) and prefix.ndim == 5 and prefix.size > 0
+            if not is_array or prefix.dtype != np.float32 or prefix.shape[1:3] != (len(of_encoder), 2):
                 wanted = f"[P, {len(of_encoder)}, 2, heads, head_dim]"
                 raise ValueError(f"{name} {prefix.dtype} {list(prefix.shape)}; expected float32 {wanted}")
-        if metadata["scope"] not in SCOPES:
-            raise ValueError(f"scope {metadata['scope']!r}; expected one of {', '.join(SCOPES)}")
-        return cls(layers, float(metadata["logit_bias"]), metadata["scope"])
+        if recorded.scope not in SCOPES:
+            raise ValueError(f"scope {recorded.scope!r}; expected one of {', '.join(SCOPES)}")
+        return cls(layers, recorded.logit_bias, recorded.scope)
 
     def metadata(self) -> dict[str, Any]:
         return {"logit_bias": self.logit_bias, "scope": self.scope} | dict(

@@ -8,15 +8,30 @@ from catversion_jax.base.words import is_word_cut, without_word
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.composition import Personalization, compose
 from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.model_names import is_on_hub
 from catversion_jax.utils.errors import UserError, listed
+from catversion_jax.utils.files import expand
+from catversion_jax.weights import hub
 
 
 def model_of(concepts: Mapping[str, Concept], path: str = "", dtype: str = ModelConfig.dtype) -> ModelConfig:
-    """The model at `path` or, without a path, the one that the first concept was trained on."""
-    first, *_ = concepts.values()
+    """The model at `path` or, without a path, the one that the first concept was trained on.
+
+    Raises UserError if that is not here: a concept may come from a stranger, and what it names is not downloaded.
+    """
+    (source, first), *_ = concepts.items()
     if path:
         return ModelConfig(path, dtype=dtype)
-    return ModelConfig(first.model_path, first.model_revision, first.model_variant, first.model_prediction_type, dtype)
+    recorded = first.model_path
+    if recorded and not expand(recorded).exists():
+        if not is_on_hub(recorded):
+            raise UserError(f"{source}: learned on {recorded!r}, a local model; give its path as --model")
+        if not hub.is_cached(recorded, first.model_revision):
+            raise UserError(
+                f"{source}: learned on {recorded} of {hub.ENDPOINT}, which is not in the cache; "
+                f"to download it, say --model={recorded}"
+            )
+    return ModelConfig(recorded, first.model_revision, first.model_variant, first.model_prediction_type, dtype)
 
 
 def load_for_concepts(

@@ -48,7 +48,22 @@ def open_safetensors(path: Path) -> dict[str, FileTensor]:
 
 def write_file(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Writes a file completely or not at all. Raises StorageError, or UserError if access is denied."""
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, metadata)
+        sort_header(temporary)
+
     try:
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        write_atomically(path, write)
     except SafetensorError as error:  # what the system said, in the library's own type
         raise kind_of(error)(f"{path}: could not be written ({short(error)}); make room, or grant access") from error
+
+
+def sort_header(path: Path) -> None:
+    """Sorts the keys of a file's header, which the library writes in any order: equal contents give equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
