@@ -176,6 +176,11 @@ def explain(error: BaseException) -> tuple[str, int]:
         return one_line(line), STORAGE if is_storage_error(error) else MISTAKE
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"out of memory ({short(error)}); lower the batch size, the slots or the dtype's width", MISTAKE
+    if "jax" in sys.modules:
+        from catversion_jax.utils.devices import devices_problem
+
+        if reason := devices_problem():
+            return reason, MISTAKE
     return f"{type(error).__name__}: {short(error)}; this is a bug: --debug shows where, please report that", BUG
 
 
