@@ -17,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from catversion_jax import __version__
-from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, one_line, short
+from catversion_jax.utils.errors import Interrupted, StorageError, UserError, is_storage_error, one_line, short
 from catversion_jax.utils.log import LOGGER
 
 # Before anything imports them: JAX's C++ log and transformers' advice are not for our users.
@@ -217,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         status = run_command(name, arguments)
         sys.stdout.flush()  # here, where a reader that has gone can be told from other errors
         return status
+    except Interrupted as error:
+        return 128 + error.number
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
