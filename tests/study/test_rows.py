@@ -19,6 +19,7 @@ from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.records import append_line
 
 CANDIDATE = {"group": "catversion", "name": "rate 1", "seconds": None, "numbers": 96, "fitness": 0.5}
+WHOLE = json.dumps(CANDIDATE)
 SCORE = Score("", "teapot", 0.5, 0.4, None, 1.0, 0.1, 0.2, 400)
 
 
