@@ -9,8 +9,8 @@ Mutation = Callable[[bytes, random.Random], bytes]
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3, 2**31, 2**70, -(2**70), 0.5, -0.0, 1e308, "", " ", "x", "x" * 5000, "\ud800",
-    "a\0b", "\x1b[2J\n", "../../etc/passwd", "~nosuchuser/x", "/dev/zero", "NaN", [], {}, [[]], [None], [1, "a"], {"a": 1},
-    [0] * 5000,
+    "a\0b", "\x1b[2J\n", "../../etc/passwd", "~nosuchuser/x", "/dev/zero", "NaN", [], {}, [[]], [None],
+    [1, "a"], {"a": 1}, [0] * 5000,
 )  # fmt: skip
 """Values that are put in place of others."""
 
