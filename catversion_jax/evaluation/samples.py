@@ -11,7 +11,7 @@ from tqdm import tqdm
 from catversion_jax.base.pipeline import Pipeline, load_pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.base.tokenizer import without_word
-from catversion_jax.data.photos import Photo, is_candidate, read_photos
+from catversion_jax.data.photos import FolderRules, Photo, read_photos
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.evaluation import masks, scores
 from catversion_jax.evaluation.grabcut import grabcut
@@ -82,7 +82,7 @@ class EvaluationConfig:
 
 def read_references(task: EvaluationTask, resolution: int | None = None) -> list[Photo]:
     """Reads a task's reference photos, uncropped or, with a resolution, as squares."""
-    return read_photos(task.references, resolution, task.masks or "", ("references", "masks"), MAX_IMAGES)
+    return read_photos(task.references, resolution, task.masks or "", FolderRules(("references", "masks"), MAX_IMAGES))
 
 
 def masked_images(photos: Sequence[Photo]) -> MaskedImages:
@@ -94,14 +94,14 @@ def masked_images(photos: Sequence[Photo]) -> MaskedImages:
     return MaskedImages([photo.image for photo in photos], masks or None)
 
 
-def is_image(path: Path) -> bool:
-    return is_candidate(path) and not GRID.fullmatch(path.name)
+def is_no_grid(path: Path) -> bool:
+    return not GRID.fullmatch(path.name)
 
 
 def read_images(task: ImagesTask) -> Samples:
     """Reads existing images: all of a folder for one prompt; for several, by the names `catversion generate` gives."""
-    keys = ("images", "image_masks")
-    photos = read_photos(task.source, None, task.image_masks or "", keys, MAX_IMAGES, is_image)
+    rules = FolderRules(("images", "image_masks"), MAX_IMAGES, is_no_grid)
+    photos = read_photos(task.source, None, task.image_masks or "", rules)
     if len(task.prompts) == 1:
         return Samples([*task.prompts] * len(photos), masked_images(photos))
     by_slug = dict(zip(unique_slugs(task.prompts), task.prompts, strict=True))
