@@ -35,7 +35,9 @@ GRID_IMAGES, GRID_PIXELS = 256, 256
 def define_flags() -> None:
     define_embedding(several=True)
     define_prompts("Prompt with the class word; may be repeated.")
-    flags.DEFINE_string("out", "pictures", "Folder for the images; a second call adds to it.")
+    flags.DEFINE_string(
+        "out", "pictures", f"Folder for the images and a grid of the first {GRID_IMAGES}; a second call adds to it."
+    )
     flags.DEFINE_string("negative_prompt", "", "Prompt to steer away from; never sees the concept.")
     flags.DEFINE_bool("check", False, "Sample nothing; print how far the concept moves each prompt's text states.")
     define_sampling()

@@ -20,6 +20,8 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_FILE_BYTES = 64 * MIB
 MAX_PIXELS = 205 * 10**6
 """The largest image; phones and medium format cameras take photos of 100 and 200 megapixels."""
+FULL_PIXELS = 100 * 10**6
+"""Of a larger image, four pixels are averaged to one as it is read, so that it takes a gigabyte and not several."""
 MAX_TEXT_BYTES = 64 * MIB
 """Of the texts in a PNG: image generators store whole workflows there."""
 
@@ -70,8 +72,10 @@ def open_image(path: Path) -> Image.Image:
                     f"{path}: {image.width}x{image.height}, {pixels / 10**6:.0f} megapixels; expected at most "
                     f"{MAX_PIXELS // 10**6}; make it smaller"
                 )
+            if pixels > FULL_PIXELS:
+                image.draft(None, (image.width // 2, image.height // 2))  # JPEGs can be decoded at half their size
             image.load()
-            return upright(image, path)
+            return upright(halved(image) if image.width * image.height > FULL_PIXELS else image, path)
 
 
 @contextlib.contextmanager
@@ -108,6 +112,14 @@ def damage_named(path: Path) -> Iterator[None]:
                 f"{path}: a text or profile in it exceeds {MAX_TEXT_BYTES // MIB} MiB; save it without metadata"
             ) from error
         raise UserError(f"{path}: damaged or truncated image ({short(error)}); remove or replace it") from error
+
+
+def halved(image: Image.Image) -> Image.Image:
+    """Averages squares of four pixels."""
+    plain = {"1": "L", "P": "RGBA" if image.has_transparency_data else "RGB"}.get(image.mode)
+    small = (image.convert(plain) if plain else eight_bits(image)).reduce(2)
+    small.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return small
 
 
 def upright(image: Image.Image, path: Path) -> Image.Image:

@@ -120,7 +120,7 @@ def read_dreambench(path: Path) -> tuple[dict[str, str], tuple[str, ...], tuple[
     expected = "expected DreamBench's table of classes and two lists of prompts; download it again"
     content = "\n".join(read_text(path, MOST_BYTES, expected).splitlines()) + "\n"
     table = re.search(r"subject_name,class\n((?:[^,\n]+,[^,\n]+\n)+)", content)
-    lists = re.findall(r"prompt_list = \[([^\]]*)\]", content)
+    lists = re.findall(r"prompt_list = \[([^\[\]]*)\]", content)  # without brackets inside, so that no text takes long
     found = [tuple(p.replace("{0} {1}", "{}") for p in re.findall(r"'([^'\n]*)'\.format", part)) for part in lists]
     if not table or len(found) != 2 or not all(found):
         raise UserError(f"{path}: {expected}")

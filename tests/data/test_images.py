@@ -230,6 +230,26 @@ def test_two_hundred_megapixels_are_read(tmp_path, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "CMYK", "I;16"])
+def test_a_huge_image_is_halved_as_it_is_read(tmp_path, monkeypatch, mode):
+    """With a mask of its size, and turned as its EXIF data say; the colours stay."""
+    exif = ifd(TURNED)
+    halves = two_halves(80, 60)
+    image = Image.fromarray(np.asarray(halves.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else halves
+    path = tmp_path / f"a.{'jpg' if mode in ('RGB', 'CMYK') else 'png'}"
+    (image if mode == "I;16" else halves.convert(mode)).save(path, exif=exif)
+    (tmp_path / "masks").mkdir()
+    Image.new("1", (60, 80), 1).save(tmp_path / "masks" / "a.png")
+    (whole,) = read_photos(tmp_path, None)
+    monkeypatch.setattr(images, "FULL_PIXELS", 80 * 60 - 1)
+    (half,) = read_photos(tmp_path, None)
+    assert whole.image.shape == (80, 60, 3)
+    assert half.image.shape == (40, 30, 3)
+    assert half.mask.all()
+    means = np.asarray(whole.image, float).reshape(40, 2, 30, 2, 3).mean((1, 3))
+    assert np.abs(half.image - means).mean() < 2  # a JPEG's edge between colours is blurred
+
+
 def test_only_regular_files(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png: not a regular file"):
