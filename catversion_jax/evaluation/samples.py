@@ -190,7 +190,10 @@ def sample_task(
     unrelated = measure_drift(pipeline, concept, config, encoders)
     if not masked:
         return Samples(prompts, MaskedImages(images, None), unrelated)
-    return Samples(prompts, MaskedImages(images, find_masks(images, prompts)), unrelated, float(np.mean(overlaps)))
+    of_images: list[Bool[np.ndarray, "H W"]] = []
+    for pairs in groups(zip(images, prompts, strict=True)):
+        of_images += find_masks([image for image, _ in pairs], [prompt for _, prompt in pairs])
+    return Samples(prompts, MaskedImages(images, of_images), unrelated, float(np.mean(overlaps)))
 
 
 def measure_drift(

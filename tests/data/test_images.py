@@ -100,32 +100,47 @@ def display_p3() -> bytes:
     return rgb_profile([(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)])
 
 
-def rgb_profile(primaries: list[tuple[float, float, float]], gamma: float | None = None) -> bytes:
-    """An ICC profile of three primaries (XYZ at D50) and one curve, sRGB's or a power."""
+SRGB = [(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)]
+"""Its primaries, XYZ at D50."""
 
-    def fixed(value: float) -> bytes:
-        return struct.pack(">i", round(value * 65536))
 
-    def xyz(values) -> bytes:
-        return b"XYZ \0\0\0\0" + b"".join(map(fixed, values))
+def fixed(*values: float) -> bytes:
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
+
+def xyz(values: tuple[float, ...]) -> bytes:
+    return b"XYZ \0\0\0\0" + fixed(*values)
+
+
+def curve(gamma: float | None) -> bytes:
+    """A power, or sRGB's curve."""
     if gamma is None:
-        parameters = b"".join(map(fixed, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
-        curve = b"para\0\0\0\0" + struct.pack(">HH", 3, 0) + parameters
-    else:
-        curve = b"para\0\0\0\0" + struct.pack(">HH", 0, 0) + fixed(gamma)
+        return b"para\0\0\0\0" + struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    return b"para\0\0\0\0" + struct.pack(">HH", 0, 0) + fixed(gamma)
+
+
+def icc_profile(space: bytes, blocks: dict[str, bytes]) -> bytes:
+    """An ICC profile of a display, version 4, of a colour space and its tags."""
     text = b"mluc\0\0\0\0" + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 4, 28) + "ab".encode("utf-16-be")
-    blocks = {"desc": text, "cprt": text, "wtpt": xyz((0.9642, 1, 0.8249))}
-    blocks |= {f"{c}XYZ": xyz(values) for c, values in zip("rgb", primaries, strict=True)}
-    blocks |= {f"{c}TRC": curve for c in "rgb"}
+    blocks = {"desc": text, "cprt": text, "wtpt": xyz((0.9642, 1, 0.8249))} | blocks
     table, body, offset = b"", b"", 128 + 4 + 12 * len(blocks)
     for name, data in blocks.items():
-        data += bytes(-len(data) % 4)
+        padded = data + bytes(-len(data) % 4)
         table += struct.pack(">4sII", name.encode(), offset + len(body), len(data))
-        body += data
-    head = struct.pack(">I4sI4s4s4s12s4s", offset + len(body), bytes(4), 0x04300000, b"mntr", b"RGB ", b"XYZ ",
-                       bytes(12), b"acsp").ljust(68, b"\0") + b"".join(map(fixed, (0.9642, 1, 0.8249)))  # fmt: skip
-    return head.ljust(128, b"\0") + struct.pack(">I", len(blocks)) + table + body
+        body += padded
+    names = struct.pack(">I4sI4s4s4s12s4s", offset + len(body), bytes(4), 0x04300000, b"mntr", space, b"XYZ ",
+                        bytes(12), b"acsp")  # fmt: skip
+    head = (names.ljust(68, b"\0") + fixed(0.9642, 1, 0.8249)).ljust(128, b"\0")
+    return head + struct.pack(">I", len(blocks)) + table + body
+
+
+def rgb_profile(primaries: list[tuple[float, float, float]], gamma: float | None = None) -> bytes:
+    blocks = {f"{colour}XYZ": xyz(values) for colour, values in zip("rgb", primaries, strict=True)}
+    return icc_profile(b"RGB ", blocks | {f"{colour}TRC": curve(gamma) for colour in "rgb"})
+
+
+def grey_profile(gamma: float) -> bytes:
+    return icc_profile(b"GRAY", {"kTRC": curve(gamma)})
 
 
 def test_display_p3(tmp_path, display_p3):
@@ -143,17 +158,30 @@ def test_display_p3(tmp_path, display_p3):
     np.testing.assert_array_equal(np.asarray(open_photo(tmp_path / "c.png")), 0)
 
 
-def test_an_rgb_profile_of_a_grey_image(tmp_path):
-    """A power of 1.8 in grey: 128 of it is brighter in sRGB."""
-    srgb = [(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)]
+@pytest.mark.parametrize("profile", [rgb_profile(SRGB, 1.8), grey_profile(1.8)], ids=["rgb", "grey"])
+def test_profiles_of_a_grey_image(tmp_path, profile):
+    """A power of 1.8: its 128 is brighter in sRGB."""
     expected = 255 * (1.055 * ((128 / 255) ** 1.8) ** (1 / 2.4) - 0.055)
-    for mode in ("L", "LA"):
-        Image.new(mode, (8, 8), 128 if mode == "L" else (128, 255)).save(
-            tmp_path / "a.png", icc_profile=rgb_profile(srgb, 1.8)
-        )
-        np.testing.assert_allclose(np.asarray(open_photo(tmp_path / "a.png")), expected, atol=2)
-    Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(tmp_path / "b.png", icc_profile=rgb_profile(srgb, 1.8))
-    np.testing.assert_allclose(np.asarray(open_photo(tmp_path / "b.png")), expected, atol=2)
+    grey = {
+        "L": Image.new("L", (8, 8), 128),
+        "LA": Image.new("LA", (8, 8), (128, 255)),
+        "I;16": Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)),
+    }
+    for mode, image in grey.items():
+        image.save(tmp_path / "a.png", icc_profile=profile)
+        np.testing.assert_allclose(np.asarray(open_photo(tmp_path / "a.png")), expected, atol=2, err_msg=mode)
+
+
+def test_adobe_rgb(tmp_path):
+    """Its green lies outside sRGB: (0, 255, 0) is sRGB's, whose red is negative; grey moves by the curves alone."""
+    adobe = [(0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)]
+    profile = rgb_profile(adobe, 563 / 256)
+    linear = (np.asarray((150, 100, 60)) / 255) ** (563 / 256) @ np.asarray(adobe) @ np.linalg.inv(np.asarray(SRGB))
+    expected = 255 * (1.055 * linear ** (1 / 2.4) - 0.055)
+    Image.new("RGB", (8, 8), (150, 100, 60)).save(tmp_path / "a.png", icc_profile=profile)
+    np.testing.assert_allclose(np.asarray(open_photo(tmp_path / "a.png"))[0, 0], expected, atol=2)
+    Image.new("RGB", (8, 8), (0, 255, 0)).save(tmp_path / "a.png", icc_profile=profile)
+    np.testing.assert_allclose(np.asarray(open_photo(tmp_path / "a.png"))[0, 0], (0, 255, 0), atol=2)
 
 
 def test_srgb_stays_as_it_is(tmp_path):
@@ -175,8 +203,9 @@ def lab_profile() -> bytes:
         ("RGB", lambda good: good[:128] + bytes(len(good) - 128)),
         ("RGB", lambda _: lab_profile()),
         ("CMYK", lambda good: good),
+        ("RGB", lambda _: grey_profile(1.8)),
     ],
-    ids=["text", "cut", "zeros", "lab", "rgb-of-cmyk"],
+    ids=["text", "cut", "zeros", "lab", "rgb-of-cmyk", "grey-of-rgb"],
 )
 def test_a_profile_that_cannot_be_used_is_ignored_with_a_warning(tmp_path, caplog, display_p3, mode, profile):
     image = two_halves().convert(mode)
