@@ -26,7 +26,7 @@ from catversion_jax.evaluation.scores import Encoders
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.utils.errors import UserError, is_storage_error, short
-from catversion_jax.utils.files import expand, write_atomically
+from catversion_jax.utils.files import checked_output, expand, write_atomically
 
 
 def define_flags() -> None:
@@ -80,6 +80,8 @@ def main(arguments: flags.FlagValues) -> int:
     if out.is_dir() or out.suffix == ".html":
         raise UserError(f"--out={out}: expected the name of a JSON file; the report takes the same name with .html")
     make_folder(out.parent)
+    for path in (out, out.with_suffix(".html")):
+        checked_output(path)  # now, and not when hours of scores are to be written
     config = evaluation_config(arguments, tasks)
     shared = load_encoders(arguments, tasks)
     found = evaluation.evaluate(tasks, config, shared)

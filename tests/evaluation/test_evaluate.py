@@ -358,3 +358,16 @@ def test_a_benchmark_of_hundreds_of_prompts_says_what_its_grid_shows():
     thumbnail = page.thumbnail(np.zeros((8, 8, 3), np.uint8))
     html = page.render(result | {"config": {"clip": {"name": "c"}, "dino": None}}, {"a": {"references": [thumbnail]}})
     assert "The grid shows the first 40 of 42 prompts." in html
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("x" * 251 + ".j", "File name too long"), ("/dev/null", "not a regular file"), ("a.json", "not a regular file")],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(scored, tmp_path, monkeypatch, name, error):
+    """Of the first, the name fits and that of its report does not; of the last, the report's is a folder."""
+    (tmp_path / "a.html").mkdir()
+    scored.out = str(tmp_path / name)
+    monkeypatch.setattr(evaluate, "load_encoders", lambda *_: pytest.fail("too late"))
+    with pytest.raises((UserError, OSError), match=error):
+        evaluate.main(scored)
