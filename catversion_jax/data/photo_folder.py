@@ -76,12 +76,17 @@ def split_folder(folder: Path, keep: Callable[[Path], bool] = lambda _: True) ->
     files = list(filter(keep, list_files(folder)))
     sure = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
     stems = {stem_of(path) for path in sure}
-    masks = [path for path in sure if is_mask(path, stems)]
-    photos = [path for path in sure if path not in set(masks)]
-    names = {name.casefold() for path in photos for name in (path.name, stem_of(path))}
-    rest = [path for path in files if path.suffix.lower() not in PHOTO_ENDINGS]
-    others = [path for path in rest if path.suffix.lower() in OTHER_ENDINGS or stem_of(path).casefold() in names]
-    return FolderFiles(sorted([*photos, *(path for path in rest if path not in set(others))]), masks, others)
+    masks = {path for path in sure if is_mask(path, stems)}
+    names = {name.casefold() for path in sure if path not in masks for name in (path.name, stem_of(path))}
+    others = {path for path in set(files) - set(sure) if is_other(path, names)}
+    left_out = masks | others
+    photos = [path for path in files if path not in left_out]
+    return FolderFiles(photos, sorted(masks), sorted(others))
+
+
+def is_other(path: Path, names: Collection[str]) -> bool:
+    """Whether a file without a photo's ending is no photo; `names` are those of photos, with and without endings."""
+    return path.suffix.lower() in OTHER_ENDINGS or stem_of(path).casefold() in names
 
 
 def is_mask(path: Path, stems: Collection[str]) -> bool:

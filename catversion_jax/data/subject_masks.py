@@ -31,19 +31,14 @@ def find_masks(
     of the folder's setting. Masks without a photo are left out with a warning. Raises UserError for two masks of one
     photo, and for two folders of masks.
     """
-    if masks_dir:
-        masks_folder: Path | None = expand(masks_dir)
-    else:
-        masks_folder = mask_folder(folder)
-    if masks_folder is None and not files.masks:
-        return None
+    masks_folder = expand(masks_dir) if masks_dir else mask_folder(folder)
     paths = [] if masks_dir else list(files.masks)
-    if masks_folder is not None:
-        if not masks_folder.is_dir():
-            raise UserError(f"{masks_folder}: no such folder; {key} takes a folder with a mask for each photo")
-        inside = split_folder(masks_folder)
-        paths += [*inside.photos, *inside.masks]
-    return paired(paths, photos)
+    if masks_folder is None:
+        return paired(paths, photos) or None
+    if not masks_folder.is_dir():
+        raise UserError(f"{masks_folder}: no such folder; {key} takes a folder with a mask for each photo")
+    inside = split_folder(masks_folder)
+    return paired([*paths, *inside.photos, *inside.masks], photos)
 
 
 def mask_folder(folder: Path) -> Path | None:

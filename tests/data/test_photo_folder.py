@@ -1,12 +1,14 @@
 """What people keep beside their photos: captions, films, links, masks under many names; nothing of it is silent."""
 
 import os
+import time
 import unicodedata
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from catversion_jax.data import photo_folder
 from catversion_jax.data.photos import count_photos, describe_masks, find_photos, read_photos
 from catversion_jax.utils.errors import UserError
 
@@ -94,12 +96,15 @@ def test_masks_that_are_named_after_their_photo(tmp_path, name, folder):
     assert count_photos(tmp_path) == 1
 
 
-def test_a_photo_of_a_mask_is_a_photo(tmp_path):
+def test_a_photo_of_a_mask_is_a_photo(tmp_path, caplog):
     """Unless the photo that it would mask is there; OneTrainer's ending always tells a mask."""
     photo(tmp_path / "halloween-mask.png")
     photo(tmp_path / "mask.png")
     assert [found.name for found in find_photos(tmp_path)] == ["halloween-mask", "mask"]
     mask(tmp_path / "gone-masklabel.png")
+    assert [found.mask for found in find_photos(tmp_path)] == [None, None]
+    assert "masks of no photo are not used: gone-masklabel.png" in caplog.text
+    mask(tmp_path / "mask-masklabel.png")
     with pytest.raises(UserError, match=r"halloween-mask\.png: no mask named halloween-mask\.\*"):
         find_photos(tmp_path)
 
@@ -232,3 +237,12 @@ def test_names_cannot_forge_lines(tmp_path, caplog):
     mask(tmp_path / "masks" / "a\nb\x1b[2J.png", box=(0, 0, 0, 0))
     lines = describe_masks(read_photos(tmp_path, None))
     assert not any(character in "".join([*lines, caplog.messages[0]]) for character in "\n\x1b")
+
+
+def test_ten_thousand_files_are_sorted_in_a_moment(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{i}{ending}" for i in range(10_000) for ending in (".png", ".txt", "-masklabel.png")]
+    monkeypatch.setattr(photo_folder, "list_files", lambda _: paths)
+    before = time.process_time()
+    files = photo_folder.split_folder(tmp_path)
+    assert [len(part) for part in files] == [10_000] * 3
+    assert time.process_time() - before < 5
