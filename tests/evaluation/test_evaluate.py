@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -339,6 +340,14 @@ def test_any_prompt_is_drawn(scored, prompt, recwarn):
     html = Path(scored.out).with_suffix(".html").read_text("utf-8")
     assert "<script>" not in html
     assert not [warning for warning in recwarn.list if issubclass(warning.category, UserWarning)]
+
+
+def test_a_folder_whose_name_is_no_utf8(scored):
+    renamed = os.fsencode(scored.images) + b"_$$\xe9"
+    os.rename(scored.images, renamed)
+    scored.images = os.fsdecode(renamed)
+    assert evaluate.main(scored) == 0
+    assert r"pictures_$$\udce9" in Path(scored.out).with_suffix(".html").read_text("utf-8")
 
 
 def test_numbers_that_json_lacks_are_null(scored, monkeypatch):
