@@ -1,8 +1,10 @@
 """`catversion evaluate`: scores images of a concept or of a public benchmark, sampled here or read from disk."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -25,8 +27,8 @@ from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig, Ima
 from catversion_jax.evaluation.scores import Encoders
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand, write_atomically
+from catversion_jax.utils.errors import UserError, is_storage_error, short
+from catversion_jax.utils.files import checked_output, expand, write_atomically
 
 
 def define_flags() -> None:
@@ -80,24 +82,45 @@ def main(arguments: flags.FlagValues) -> int:
     if out.is_dir() or out.suffix == ".html":
         raise UserError(f"--out={out}: expected the name of a JSON file; the report takes the same name with .html")
     make_folder(out.parent)
+    for path in (out, out.with_suffix(".html")):
+        checked_output(path)  # now, and not when hours of scores are to be written
     config = evaluation_config(arguments, tasks)
     shared = load_encoders(arguments, tasks)
     found = evaluation.evaluate(tasks, config, shared)
-    given = ("embedding", "images", "references", "masks", "image_masks", "protocol")
-    described = {name: getattr(arguments, name) for name in given} | {"embedding": given_embedding(arguments)}
-    described |= evaluation.describe(tasks, config, shared, found.rows)
-    result = found.result() | {"config": described, "versions": evaluation.versions()}
-    write_report(out, result, page.render(result, found.grids))
+    given = {name: getattr(arguments, name) for name in ("images", "references", "masks", "image_masks")}
+    given["embedding"] = given_embedding(arguments)
+    described = {name: value and public_name(value) for name, value in given.items()}
+    described |= {"protocol": arguments.protocol} | evaluation.describe(tasks, config, shared, found.rows)
+    result = finite(found.result() | {"config": described, "versions": evaluation.versions()})
+    # Before anything is drawn: hours of scores must not be lost to a picture of them.
+    document = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    write_atomically(out, lambda path: path.write_text(document))
     for name in scores.SCORES:
         print(f"{name:17}{page.format_score(result[name], result['intervals'][name])}")
+    write_page(out, result, found.pictures)
     print(f"{sum(row['pictures'] for row in found.rows)} images: {out}, {out.with_suffix('.html')}")
     return 0
 
 
-def write_report(out: Path, result: dict, report: str) -> None:
-    document = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    write_atomically(out, lambda path: path.write_text(document))
-    write_atomically(out.with_suffix(".html"), lambda path: path.write_text(report, "utf-8"))
+def finite(value: Any) -> Any:
+    """Returns JSON's types with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_page(out: Path, result: dict, pictures: dict[str, page.Rows]) -> None:
+    """Writes the HTML report beside the scores in `out`. Raises UserError if it cannot be drawn."""
+    path = out.with_suffix(".html")
+    try:
+        report = page.render(result, pictures)
+    except Exception as error:  # of any type, as fonts, templates and plots are others' code
+        if is_storage_error(error):
+            raise
+        raise UserError(f"{path}: cannot be drawn ({short(error)}); the scores are complete in {out.name}") from error
+    write_atomically(path, lambda temporary: temporary.write_text(report, "utf-8", "backslashreplace"))
 
 
 def write_manifest(arguments: flags.FlagValues) -> int:

@@ -25,16 +25,20 @@ from catversion_jax.sampling.conditioning import movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
 from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils.files import expand, write_atomically
-from catversion_jax.utils.image_grid import grid
+from catversion_jax.utils.image_grid import grid, reduced
 from catversion_jax.utils.log import warn
 
 GRID_COLUMNS = 8
+GRID_IMAGES, GRID_PIXELS = 256, 256
+"""Images in the grid, and the side of each, at most: the grid of thousands of large ones would take gigabytes."""
 
 
 def define_flags() -> None:
     define_embedding(several=True)
     define_prompts("Prompt with the class word; may be repeated.")
-    flags.DEFINE_string("out", "pictures", "Folder for the images; a second call adds to it.")
+    flags.DEFINE_string(
+        "out", "pictures", f"Folder for the images and a grid of the first {GRID_IMAGES}; a second call adds to it."
+    )
     flags.DEFINE_string("negative_prompt", "", "Prompt to steer away from; never sees the concept.")
     flags.DEFINE_bool("check", False, "Sample nothing; print how far the concept moves each prompt's text states.")
     define_sampling()
@@ -60,18 +64,23 @@ def main(arguments: flags.FlagValues) -> int:
     rows = write_images(out, request, sample_images(pipeline, request, personalization))
     path = free_grid_name(out)
     write_atomically(path, wrapped_grid(rows).save)
-    print(f"{len(request.prompts)} images in {out}, together in {path}")
+    count, shown = len(request.prompts), sum(map(len, rows.values()))
+    print(f"{count} images in {out}, {'together' if shown == count else f'the first {shown} together'} in {path}")
     return 0
 
 
 def write_images(out: Path, request: SampleRequest, images) -> dict[str, list[np.ndarray]]:
-    """Writes each image as soon as it is sampled; returns all by prompt."""
-    rows: dict[str, list[np.ndarray]] = {prompt: [] for prompt in request.prompts}
-    slugs = dict(zip(rows, unique_slugs(list(rows)), strict=True))
+    """Writes each image as soon as it is sampled; returns the first GRID_IMAGES by prompt, reduced for the grid."""
+    prompts = list(dict.fromkeys(request.prompts))
+    slugs = dict(zip(prompts, unique_slugs(prompts), strict=True))
+    rows: dict[str, list[np.ndarray]] = {}
+    left = GRID_IMAGES
     named = zip(request.prompts, request.seeds, images, strict=True)
     for prompt, seed, image in tqdm(named, total=len(request.prompts), unit=" images"):
         write_atomically(out / f"{slugs[prompt]}_{seed}.png", Image.fromarray(image).save)
-        rows[prompt].append(image)
+        if left:
+            rows.setdefault(prompt, []).append(reduced(image, GRID_PIXELS))
+            left -= 1
     return rows
 
 

@@ -1,9 +1,12 @@
 """`catversion train`: trains a concept on a folder of photos."""
 
+from collections.abc import Sequence
+
 from absl import flags
 
 from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.config import Config
+from catversion_jax.data.photos import Photo, describe_masks
 from catversion_jax.training.previews import sample_grid
 from catversion_jax.training.run import load_model, train
 from catversion_jax.training.run_dir import RunDir
@@ -19,6 +22,12 @@ def main(arguments: flags.FlagValues) -> int:
     return run_training(checked_config(arguments), arguments.resume)
 
 
+def print_masks(photos: Sequence[Photo]) -> None:
+    """Prints which mask belongs to which photo, before the training: a wrong one is seen while nothing is lost."""
+    for line in describe_masks(photos):
+        print(line, flush=True)
+
+
 def run_training(config: Config, resume: bool = False) -> int:
     """Trains, or resumes, and writes the sample grid. Returns 0, or 128 + the number of the interrupting signal."""
     run = RunDir.of(config)
@@ -27,7 +36,7 @@ def run_training(config: Config, resume: bool = False) -> int:
         print(f"{run.path}: finished already; nothing to do")
         return 0
     pipeline = load_model(config)
-    outcome = train(config, run, pipeline)
+    outcome = train(config, run, pipeline, print_masks)
     concept = outcome.concept
     if outcome.interrupted_by:
         print(f"{run.path}: stopped at step {concept.steps} of {config.train.steps}; continue with --resume")

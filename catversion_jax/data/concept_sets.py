@@ -14,6 +14,7 @@ from catversion_jax.utils.records import read_record
 
 SHIPPED = Path(__file__).parents[1] / "concepts"
 KEYS = ("class_word", "article")
+EXAMPLE = '{"class_word": "teapot", "article": "a"}'
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class ConceptFolder:
     def description(self) -> dict[str, str]:
         """Class word and article. Raises UserError if `concept.json` does not hold exactly these two."""
         path = self.path / "concept.json"
-        concept = read_record(path, dict)
-        if not isinstance(concept, dict) or {k: type(v) for k, v in concept.items()} != dict.fromkeys(KEYS, str):
-            example = '{"class_word": "teapot", "article": "a"}'
-            raise UserError(f"{path}: {concept}; expected the texts {' and '.join(KEYS)}, as {example}")
+        expected = f"expected the texts {' and '.join(KEYS)}, as {EXAMPLE}"
+        concept = read_record(path, dict[str, str], expected)
+        if set(concept) != set(KEYS) or not concept["class_word"].strip():
+            raise UserError(f"{path}: {concept}; {expected}")
         return concept
 
     @cached_property

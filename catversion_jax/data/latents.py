@@ -26,12 +26,19 @@ def posteriors(
     vae: AutoencoderKL, params: Params, images: UInt8[np.ndarray, "N H W 3"], flip: bool
 ) -> tuple[Float[np.ndarray, "N F h w c"], Float[np.ndarray, "N F h w c"]]:
     """Returns mean and standard deviation for each photo and, with `flip`, for its mirror image (F = 2, else 1)."""
-    views = np.stack([images, images[:, :, ::-1]] if flip else [images], axis=1)
-    flat = views.reshape(-1, *images.shape[1:])
-    padded = np.concatenate([flat, np.repeat(flat[-1:], -len(flat) % BATCH, axis=0)])
-    parts = [encode_images(params, padded[i : i + BATCH], vae=vae) for i in range(0, len(padded), BATCH)]
-    mean, std = (np.concatenate(part)[: len(flat)] for part in zip(*parts, strict=True))
-    return mean.reshape(*views.shape[:2], *mean.shape[1:]), std.reshape(*views.shape[:2], *std.shape[1:])
+    views = 2 if flip else 1
+    count = len(images) * views
+
+    def view(index: int) -> UInt8[np.ndarray, "H W 3"]:
+        image = images[index // views]
+        return image[:, ::-1] if index % views else image
+
+    # The last batch is filled with its last view, so that one compiled program serves all.
+    batches = (np.stack([view(min(i, count - 1)) for i in range(at, at + BATCH)]) for at in range(0, count, BATCH))
+    parts = [encode_images(params, batch, vae=vae) for batch in batches]
+    mean, std = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+    shape = (len(images), views, *mean.shape[1:])
+    return mean.reshape(shape), std.reshape(shape)
 
 
 def bucket(count: int) -> int:

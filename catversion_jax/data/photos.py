@@ -1,21 +1,23 @@
 """Reads a user's folder of photos and their masks, and brings all of them to one form."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from catversion_jax.utils.errors import UserError
+from catversion_jax.data.images import FORMATS, open_photo
+from catversion_jax.data.photo_folder import split_folder, stem_of
+from catversion_jax.data.subject_masks import HALF, find_masks, open_mask, warn_of_masks
+from catversion_jax.utils.errors import UserError, listed, one_line
+from catversion_jax.utils.files import expand
+from catversion_jax.utils.log import warn
 from catversion_jax.utils.settings import ANY_TEXT, YES_OR_NO, setting, text
 from catversion_jax.utils.types import Bool, UInt8
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PHOTOS = 100
-MAX_FILE_BYTES = 64 * 2**20
-MAX_PIXELS = 100 * 10**6
-IGNORED = ("thumbs.db", "desktop.ini")  # left in folders by file managers; dot files are ignored too
 
 
 @dataclass(frozen=True)
@@ -34,37 +36,38 @@ class Photo:
     name: str  # the file's stem
     image: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"] | None  # True: the subject
+    mask_file: str = ""  # folder and name of the mask's file; "": unknown
 
 
-def open_image(path: Path) -> Image.Image:
-    """Opens an image, decoded and turned upright (EXIF). Raises UserError, naming the file, for anything else."""
-    size = path.stat().st_size
-    if size == 0:
-        raise UserError(f"{path}: empty file; expected a {', '.join(FORMATS)} image; remove or replace it")
-    if size > MAX_FILE_BYTES:
-        raise UserError(f"{path}: {size >> 20} MiB; expected at most {MAX_FILE_BYTES >> 20} MiB; make it smaller")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(
-                    f"{path}: {image.width}x{image.height}; expected at most {MAX_PIXELS // 10**6} megapixels"
-                )
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a {', '.join(FORMATS)} image; remove or convert it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: damaged or truncated image ({error}); remove or replace it") from error
+@dataclass(frozen=True)
+class PhotoFile:
+    """A photo that has not been read yet, and the file of its mask."""
+
+    path: Path
+    mask: Path | None
+
+    @property
+    def name(self) -> str:
+        return stem_of(self.path)
+
+    def read(self, resolution: int | None = None) -> Photo:
+        """Reads photo and mask, cropped to squares of `resolution` pixels (None: as they are)."""
+        image = open_photo(self.path)
+        if self.mask is None:
+            return Photo(self.name, fit(image, resolution, Image.Resampling.BICUBIC), None)
+        mask = open_mask(self.mask, image.size, self.path)
+        subject = fit(mask, resolution, Image.Resampling.BOX) > HALF
+        file = f"{self.mask.parent.name}/{self.mask.name}"
+        return Photo(self.name, fit(image, resolution, Image.Resampling.BICUBIC), subject, file)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts to 8-bit RGB: 16-bit grey is scaled, transparency is composited over white."""
-    if image.mode.startswith("I"):  # 16-bit greyscale
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+@dataclass(frozen=True)
+class FolderRules:
+    """What is expected of a folder: its settings' names for messages, the most photos, and which files count."""
+
+    keys: tuple[str, str] = ("data.dir", "data.masks_dir")
+    most: int = MAX_PHOTOS
+    keep: Callable[[Path], bool] = lambda _: True
 
 
 def fit(image: Image.Image, resolution: int | None, resample: Image.Resampling) -> np.ndarray:
@@ -74,57 +77,65 @@ def fit(image: Image.Image, resolution: int | None, resample: Image.Resampling) 
     return np.asarray(ImageOps.fit(image, (resolution, resolution), resample))
 
 
-def is_candidate(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".") and path.name.lower() not in IGNORED
+def find_photos(folder: str | Path, masks_dir: str | Path = "", rules: FolderRules = FolderRules()) -> list[PhotoFile]:
+    """Returns a folder's photos, sorted by name, with their masks, as files that have not been opened.
+
+    Masks have the stem of their photo. They are in `masks_dir` or, if that is "", in `<folder>/masks` or beside the
+    photos as <photo>-masklabel. Files that are neither are left out with a warning. Raises UserError for two photos of
+    one stem, and for a photo without a mask if another has one.
+    """
+    folder = expand(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; {rules.keys[0]} takes a folder of 1 to {rules.most} photos")
+    files = split_folder(folder, rules.keep)
+    expected = f"expected 1 to {rules.most} {', '.join(FORMATS)} files"
+    if not 1 <= len(files.photos) <= rules.most:
+        others = f", and other files: {listed(path.name for path in files.others)}" if files.others else ""
+        raise UserError(f"{folder}: {len(files.photos)} photos{others}; {expected}")
+    if files.others:
+        warn(f"{folder}: files that are no photos are not used: {listed(path.name for path in files.others)}")
+    by_stem: dict[str, Path] = {}
+    for path in files.photos:
+        if other := by_stem.get(stem_of(path)):
+            raise UserError(f"{other}, {path}: another photo has the same name but for its ending; rename one of them")
+        by_stem[stem_of(path)] = path
+    masks = find_masks(folder, files, masks_dir, rules.keys[1], by_stem)
+    if masks is None:
+        return [PhotoFile(path, None) for path in files.photos]
+    for stem, path in by_stem.items():
+        if stem not in masks:
+            raise UserError(f"{path}: no mask named {stem}.* among its masks; add one for every photo, or none at all")
+    return [PhotoFile(path, masks[stem]) for stem, path in by_stem.items()]
 
 
 def read_photos(
-    folder: str | Path,
-    resolution: int | None,
-    masks_dir: str | Path = "",
-    keys: tuple[str, str] = ("data.dir", "data.masks_dir"),
-    most: int = MAX_PHOTOS,
-    keep: Callable[[Path], bool] = is_candidate,
+    folder: str | Path, resolution: int | None, masks_dir: str | Path = "", rules: FolderRules = FolderRules()
 ) -> list[Photo]:
-    """Reads a folder's photos, sorted by name and cropped to squares of `resolution` pixels (None: as they are).
+    """Reads the photos that `find_photos` finds, cropped to squares of `resolution` pixels (None: as they are).
 
-    A mask is an image of its photo's size and file stem (bright = subject) in `masks_dir`, by default in
-    `<folder>/masks` if that exists. Raises UserError, naming the file, for a file that is not a photo and for a missing
-    mask; `keys` are the names of the two folders' settings in these messages.
+    Raises UserError, naming the file, for a file that is not a photo; warns of masks that cover all or nothing.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {keys[0]} takes a folder of 1 to {most} photos")
-    paths = sorted(filter(keep, folder.iterdir()))
-    if not 1 <= len(paths) <= most:
-        raise UserError(f"{folder}: {len(paths)} photos; expected 1 to {most} {', '.join(FORMATS)} files")
-    stems = [path.stem for path in paths]
-    double = next((path for path in paths if stems.count(path.stem) > 1), None)
-    if double:
-        raise UserError(f"{double}: another photo has the same name but for its ending; rename one of them")
-    masks = find_masks(folder, Path(masks_dir) if masks_dir else None, keys[1])
-    return [read_photo(path, resolution, masks) for path in paths]
+    photos = [file.read(resolution) for file in find_photos(folder, masks_dir, rules)]
+    warn_of_masks(expand(folder), mask_shares(photos))
+    return photos
 
 
-def find_masks(folder: Path, masks_dir: Path | None, key: str) -> dict[str, Path] | None:
-    """Returns the masks by file stem, or None if there is no folder of masks."""
-    if masks_dir is None:
-        masks_dir = folder / "masks"
-        if not masks_dir.is_dir():
-            return None
-    if not masks_dir.is_dir():
-        raise UserError(f"{masks_dir}: no such folder; {key} takes a folder with a mask for each photo")
-    return {path.stem: path for path in filter(is_candidate, masks_dir.iterdir())}
+def mask_shares(photos: Iterable[Photo]) -> dict[str, float]:
+    """Returns the share of each photo that its mask covers, by name; photos without a mask are left out."""
+    return {photo.name: float(photo.mask.mean()) for photo in photos if photo.mask is not None}
 
 
-def read_photo(path: Path, resolution: int | None, masks: dict[str, Path] | None) -> Photo:
-    image = open_image(path)
-    pixels = fit(to_rgb(image), resolution, Image.Resampling.BICUBIC)
-    if masks is None:
-        return Photo(path.stem, pixels, None)
-    if path.stem not in masks:
-        raise UserError(f"{path}: no mask named {path.stem}.* among its masks; add one for every photo, or none at all")
-    mask = to_rgb(open_image(masks[path.stem])).convert("L")
-    if mask.size != image.size:
-        raise UserError(f"{masks[path.stem]}: {mask.size} pixels; expected {image.size}, as its photo {path}")
-    return Photo(path.stem, pixels, fit(mask, resolution, Image.Resampling.BOX) > 127)
+def describe_masks(photos: Sequence[Photo]) -> list[str]:
+    """Returns a line for each photo with a mask: which file it is, and the share that it covers."""
+    return [
+        one_line(f"mask of {photo.name}: {photo.mask_file or 'stored with the run'}, covers {photo.mask.mean():.1%}")
+        for photo in photos
+        if photo.mask is not None
+    ]
+
+
+def count_photos(folder: str | Path) -> int:
+    """Returns how many photos a folder has, at most MAX_PHOTOS; 0 if it cannot be listed."""
+    with contextlib.suppress(UserError, OSError):
+        return min(MAX_PHOTOS, len(split_folder(expand(folder)).photos))
+    return 0

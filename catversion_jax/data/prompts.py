@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.settings import ANY_TEXT, setting, several_texts, text
+from catversion_jax.utils.settings import Constraint, setting, several_texts
+
+BRACES = frozenset("{}")
+
+
+def words(what: str) -> Constraint:
+    """A text that is not blank and has no braces, which are for a template's fields."""
+    return Constraint(lambda value: bool(value.strip()) and not BRACES & set(value), f"{what}, without braces")
 
 
 @dataclass(frozen=True)
@@ -14,9 +21,13 @@ class ConceptConfig:
     class_word: str = setting(
         "",
         "Base class of the concept, as you would name it in a prompt; train requires it.",
-        text("the base class, such as teapot"),
+        words("the base class, such as teapot"),
     )
-    article: str = setting("", 'Article before the class word; "" means a or an, by the first letter.', ANY_TEXT)
+    article: str = setting(
+        "",
+        'Article before the class word; "" means a or an, by the first letter.',
+        Constraint(lambda value: not BRACES & set(value), "an article, such as a or the, without braces"),
+    )
     templates: tuple[str, ...] = setting(
         ("a photo of {concept}",),
         "Prompt templates for training; {concept} is article and class word, {class_word} the word alone.",
@@ -25,7 +36,7 @@ class ConceptConfig:
     identifier: str = setting(
         "sks",
         "Word that dreambooth and custom_diffusion put before the class word.",
-        text("a word, such as sks"),
+        words("a word, such as sks"),
     )
 
     def prompts(self, templates: Sequence[str]) -> list[str]:
@@ -41,9 +52,12 @@ def article(class_word: str) -> str:
 def fill(template: str, class_word: str, article: str) -> str:
     """Fills a template: {concept} becomes article and class word, {class_word} the class word alone.
 
-    Raises UserError for any other field.
+    Raises UserError for any other field, and for a brace in the class word or the article.
     """
+    for what, text in (("class word", class_word), ("article", article)):
+        if BRACES & set(text):
+            raise UserError(f"{what} {text!r}: has a brace; expected words without braces, such as teapot")
     prompt = template.replace("{concept}", f"{article} {class_word}").replace("{class_word}", class_word)
-    if "{" in prompt or "}" in prompt:
+    if BRACES & set(prompt):
         raise UserError(f"prompt template {template!r}: the only fields are {{concept}} and {{class_word}}")
     return prompt

@@ -5,12 +5,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, listed
+from catversion_jax.utils.files import MIB, expand, read_text
 from catversion_jax.utils.records import read_record
 
 IMAGES_PER_PROMPT = 4
+MOST_BYTES = MIB
+"""The largest file of prompts; the published ones take kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -115,32 +117,39 @@ def dreambench(folder: Path) -> list[Subject]:
 
 def read_dreambench(path: Path) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
     """Reads subject -> class, the prompts for objects and those for live subjects from DreamBench's own file."""
-    content = path.read_text("utf-8")
+    expected = "expected DreamBench's table of classes and two lists of prompts; download it again"
+    content = "\n".join(read_text(path, MOST_BYTES, expected).splitlines()) + "\n"
     table = re.search(r"subject_name,class\n((?:[^,\n]+,[^,\n]+\n)+)", content)
-    lists = re.findall(r"prompt_list = \[(.*?)\]", content, re.DOTALL)
-    found = [tuple(p.replace("{0} {1}", "{}") for p in re.findall(r"'(.*?)'\.format", part)) for part in lists]
+    lists = re.findall(r"prompt_list = \[([^\[\]]*)\]", content)  # without brackets inside, so that no text takes long
+    found = [tuple(p.replace("{0} {1}", "{}") for p in re.findall(r"'([^'\n]*)'\.format", part)) for part in lists]
     if not table or len(found) != 2 or not all(found):
-        raise UserError(f"{path}: expected DreamBench's table of classes and two lists of prompts; download it again")
+        raise UserError(f"{path}: {expected}")
     objects, live = found
     classes = [line.split(",") for line in table[1].splitlines()]
     return {subject: word for subject, word in classes}, objects, live
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What we read of a subject in CustomConcept101's dataset.json."""
+
+    instance_data_dir: str
+    class_prompt: str
+    prompt_filename: str
+
+
 def customconcept101(folder: Path) -> list[Subject]:
     """Returns the subjects of `dataset.json`, `prompts/*.txt` and `benchmark_dataset/<subject>/`, as published."""
     path = folder / "dataset.json"
-    if not path.is_file():
-        raise UserError(f"{path}: not found; expected CustomConcept101's dataset.json beside prompts/ and its photos")
+    entries = read_record(path, list[Entry], "expected CustomConcept101's dataset.json, beside prompts/ and its photos")
     subjects = []
-    try:
-        for entry in read_record(path, list[dict[str, Any]]):
-            photos, word = folder / entry["instance_data_dir"], entry["class_prompt"]
-            templates = (folder / entry["prompt_filename"]).read_text("utf-8").splitlines()
-            subjects.append(Subject(photos.name, word, photos, filled(filter(str.strip, templates), word)))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: {error}; expected CustomConcept101's dataset.json; download it again") from error
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; expected the prompts that {path} names") from error
+    for entry in entries:
+        photos, word = folder / expand(entry.instance_data_dir), entry.class_prompt
+        expected = f"expected the prompts of {photos.name}, which {path} names"
+        prompts = read_text(folder / expand(entry.prompt_filename), MOST_BYTES, expected).splitlines()
+        subjects.append(Subject(photos.name, word, photos, filled(filter(str.strip, prompts), word)))
+        if not subjects[-1].prompts or not word.strip():
+            raise UserError(f"{path}: {photos.name}: no prompts or no class_prompt; download the benchmark again")
     return subjects
 
 
@@ -159,11 +168,12 @@ def read_subjects(benchmark: str, folder: Path, names: list[str]) -> list[Subjec
     subjects = BENCHMARKS[benchmark](folder)
     known = {subject.name: subject for subject in subjects}
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"subject {unknown[0]}: not of {benchmark}; expected one of {', '.join(known)}")
+        raise UserError(f"subject {unknown[0]}: not of {benchmark}; expected one of {listed(known, 40)}")
     chosen = [known[name] for name in names] or subjects
     if missing := [subject.name for subject in chosen if not subject.photos.is_dir()]:
-        listed = ", ".join(missing)
-        raise UserError(f"{folder}: no photos of {listed}; download them, or choose other subjects")
+        raise UserError(f"{folder}: no photos of {listed(missing)}; download them, or choose other subjects")
+    if not chosen:
+        raise UserError(f"{folder}: no subjects; expected those of {benchmark}; download it again")
     return chosen
 
 

@@ -1,6 +1,6 @@
 """The encoders that score images: CLIP (a base model's own, or a CLIPModel folder) and DINO."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from catversion_jax.models.vit import FIXED as VIT_FIXED
 from catversion_jax.models.vit import ViTConfig, ViTModel
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.json_config import from_json
-from catversion_jax.utils.padded_batches import in_batches
+from catversion_jax.utils.padded_batches import in_batches, streamed
 from catversion_jax.utils.records import read_record
 from catversion_jax.utils.types import Float, Params, UInt8
 from catversion_jax.weights import hub, rules
@@ -35,6 +35,9 @@ NESTED_DEFAULTS = {
 }
 """Defaults of transformers that a CLIPModel's config.json leaves out, where they differ from ours."""
 
+MAX_ASPECT = 16
+"""The largest ratio of an image's edges whose whole is resized; of a longer one, only the middle."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -46,6 +49,7 @@ class Preprocessing:
     std: tuple[float, float, float]
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "{self.size} {self.size} 3"]:
+        image = less_narrow(image)
         height, width = image.shape[:2]
         short = min(height, width)
         wide, high = (int(self.edge * length / short) for length in (width, height))
@@ -53,6 +57,15 @@ class Preprocessing:
         resized = Image.fromarray(image).resize((wide, high), Image.Resampling.BICUBIC)
         square = np.asarray(resized.crop((left, top, left + self.size, top + self.size)), np.float32)
         return (square / 255 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+
+def less_narrow(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the middle of an image that is more than MAX_ASPECT times as long as wide, and others as they are."""
+    # Resizing the shorter edge of 20000 x 1 pixels to 224 would take gigabytes, for a crop of the middle.
+    height, width = image.shape[:2]
+    longest = MAX_ASPECT * min(height, width)
+    top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)
+    return image[top : top + longest, left : left + longest]
 
 
 def clip_preprocessing(size: int) -> Preprocessing:
@@ -84,8 +97,11 @@ class ImageEncoder:
 
     def __call__(self, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> Float[np.ndarray, "N e"]:
         """Returns unit embeddings of images of any size."""
-        pixels = np.stack([self.preprocessing(image) for image in images])
-        return normalize(in_batches(partial(embed_pixels, self.params, module=self.module), pixels))
+        return self.of_pixels(map(self.preprocessing, images))
+
+    def of_pixels(self, pixels: Iterable[Float[np.ndarray, "size size 3"]]) -> Float[np.ndarray, "N e"]:
+        """Returns unit embeddings of images that are preprocessed already."""
+        return normalize(streamed(partial(embed_pixels, self.params, module=self.module), pixels))
 
     def described(self) -> dict:
         """Returns what has to be reported with every score of this encoder."""

@@ -7,22 +7,23 @@ from dataclasses import asdict, dataclass, field
 
 import jax
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from catversion_jax import __version__
 from catversion_jax.evaluation import masks, page, scores
+from catversion_jax.evaluation.encoders import ImageEncoder
 from catversion_jax.evaluation.samples import (
     ConceptTask,
     EvaluationConfig,
     ImagesTask,
+    Samples,
     base_model,
-    masked_images,
-    read_images,
-    read_references,
+    find_images,
+    find_references,
     sample_task,
 )
 from catversion_jax.evaluation.scores import Encoders, Values
+from catversion_jax.methods.model_names import public_name
 
 UNRELATED = (
     "a photo of a car",
@@ -43,21 +44,23 @@ class Evaluation:
 
     rows: list[dict] = field(default_factory=list)  # one for each concept
     units: list[list[Values]] = field(default_factory=list)  # of each concept
-    grids: dict[str, Image.Image] = field(default_factory=dict)
+    pictures: dict[str, page.Rows] = field(default_factory=dict)  # to be drawn, by concept
 
     def add(self, task: ConceptTask | ImagesTask, config: EvaluationConfig, encoders: Encoders) -> None:
         """Scores one more concept."""
-        references = masked_images(read_references(task))
+        found = find_references(task)
+        references = scores.embed(found, encoders)
+        samples: Samples
         if isinstance(task, ConceptTask):
             samples = sample_task(base_model(task, config), task, config, encoders)
         else:
-            samples = read_images(task)
-        related = scores.of_prompts(samples.prompts, samples.images, references, encoders)
-        counts = {"concept": task.name, "references": len(references.images), "pictures": len(samples.prompts)}
+            samples = find_images(task)
+        related = scores.of_embedded(samples.prompts, scores.embed(samples.images, encoders), references, encoders)
+        counts = {"concept": task.name, "references": len(found), "pictures": len(samples.prompts)}
         row = counts | {"attention_mask_iou": samples.attention_mask_iou}
         self.rows.append(row | scores.concept_row(related, samples.unrelated))
         self.units.append(scores.concept_units(related, samples.unrelated))
-        self.grids[task.name] = page.samples_grid(references, samples.prompts, samples.images)
+        self.pictures[task.name] = page.thumbnail_rows(found, samples.prompts, samples.images)
 
     def result(self) -> dict:
         """Returns the scores over all concepts, with those of each concept."""
@@ -80,6 +83,12 @@ def evaluate(tasks: Sequence[ConceptTask | ImagesTask], config: EvaluationConfig
     return evaluation
 
 
+def described_encoder(encoder: ImageEncoder) -> dict:
+    """Returns what has to be reported with every score of an encoder, without where it is on this machine."""
+    described = encoder.described()
+    return described | {"name": public_name(described["name"])}
+
+
 def describe(
     tasks: Sequence[ConceptTask | ImagesTask], config: EvaluationConfig, encoders: Encoders, rows: Sequence[dict]
 ) -> dict:
@@ -88,15 +97,15 @@ def describe(
     measured = any(row["masked_clip_i"] is not None for row in rows)
     by_attention = "attention, GrabCut" if config.grabcut else "attention"
     return {
-        "clip": encoders.clip.image.described(),
-        "dino": encoders.dino and encoders.dino.described(),
+        "clip": described_encoder(encoders.clip.image),
+        "dino": encoders.dino and described_encoder(encoders.dino),
         "background": {
             "fill_rgb": masks.FILL,
             "masks_of_references": "files" if measured else None,
             "masks_of_pictures": (by_attention if concepts else "files") if measured else None,
             "attention": {"timesteps": masks.TIMESTEPS, "threshold": "Otsu"} if measured and concepts else None,
         },
-        "drawing": asdict(config) if concepts else None,
+        "drawing": asdict(config) | {"model": public_name(config.model)} if concepts else None,
         "concepts": concepts,
     }
 

@@ -109,16 +109,16 @@ def attention_masks(
     positions = np.arange(token_ids.shape[1])
     of_word = ((positions > last - len(word)) & (positions <= last)) / np.float32(len(word))
     networks = pipeline.networks
-    latents = posteriors(networks.vae, pipeline.params["vae"], images, flip=False)[0][:, 0]
     # The same noise for all images: a mask does not depend on how many there are, nor on their order.
     noises = np.random.default_rng(0).standard_normal((len(TIMESTEPS), *networks.latent_shape)).astype(np.float32)
-    maps = []
+    found: list[np.ndarray] = []
     for index in padded_batches(len(images)):
         # On the base model's text states: the evaluated concept cannot influence its own masks.
         context = conditioning.condition(pipeline, [prompts[i] for i in index])
-        searched = Searched(jnp.asarray(latents[index]), context, of_word[index])
+        latents = posteriors(networks.vae, pipeline.params["vae"], images[index], flip=False)[0][:, 0]
+        searched = Searched(jnp.asarray(latents), context, of_word[index])
         see = partial(word_attention, pipeline.params["unet"], searched, networks=networks)
         steps = [int(share * networks.schedule.num_train_timesteps) for share in TIMESTEPS]
         seen = [see(noise, step) for noise, step in zip(noises, steps, strict=True)]
-        maps.append(np.sum(jax.device_get(seen), axis=0))
-    return np.stack([seen > otsu(seen) for seen in np.concatenate(maps)[: len(images)]])
+        found += [whole > otsu(whole) for whole in np.sum(jax.device_get(seen), axis=0)]
+    return np.stack(found[: len(images)])

@@ -11,7 +11,8 @@ from catversion_jax.utils.types import Float
 
 RESAMPLES = 9999
 LEVEL = 0.95
-
+BLOCK = 2**18
+"""Numbers that are resampled at once, about."""
 
 Number = float | np.floating
 
@@ -73,7 +74,13 @@ def interval(statistic: Callable[..., np.ndarray], *samples: Float[np.ndarray, "
     rows = len(samples[0])
     if rows < 2:
         return None
-    index = np.random.default_rng(0).integers(0, rows, (RESAMPLES, rows))
-    values = statistic(*(sample[index].mean(axis=1) for sample in samples))
+    rng = np.random.default_rng(0)
+    # In blocks, which draw the same numbers as all at once: those of thousands of rows would take gigabytes.
+    block = max(1, BLOCK // rows)
+    means = np.empty((len(samples), RESAMPLES))
+    for start in range(0, RESAMPLES, block):
+        index = rng.integers(0, rows, (min(block, RESAMPLES - start), rows))
+        means[:, start : start + block] = [sample[index].mean(axis=1) for sample in samples]
+    values = statistic(*means)
     low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return None if np.isnan(low) else (float(low), float(high))

@@ -1,22 +1,30 @@
 """The report of an evaluation: one HTML file that contains its images and plots."""
 
 import base64
+import contextlib
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from catversion_jax.evaluation.scores import SCORES, MaskedImages
-from catversion_jax.utils.image_grid import grid
+from catversion_jax.evaluation.image_sets import ImageSet
+from catversion_jax.evaluation.masks import fill_background
+from catversion_jax.evaluation.scores import SCORES
+from catversion_jax.utils.errors import one_line
+from catversion_jax.utils.image_grid import grid, reduced
+from catversion_jax.utils.types import UInt8
 
 TEMPLATE = Path(__file__).parent / "page.html"
 THUMBNAIL = 128  # pixels
 COLUMNS = 6  # images in a row, at most; masked images follow them
 PLOTTED = ("clip_t", "clip_i", "masked_clip_i", "dino")  # the cosines
 COLOURS = ("#1b6ca8", "#d1603d", "#3f8f5b", "#7d5ba6")
-MAX_LABELS = 40
+MAX_LABELS = 40  # of a plot
+MAX_ROWS = 40  # of a grid
+LABEL_LENGTH = 60  # characters
 
 
 def format_score(value: float | None, interval: Sequence[float] | None = None) -> str:
@@ -26,44 +34,71 @@ def format_score(value: float | None, interval: Sequence[float] | None = None) -
     return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
-def thumbnails(images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns the first COLUMNS images, each uncropped on a white square."""
-    out = []
-    for image in images[:COLUMNS]:
-        small = Image.fromarray(image)
-        small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-        square = Image.new("RGB", (max(small.size),) * 2, "white")
-        square.paste(small, ((square.width - small.width) // 2, (square.height - small.height) // 2))
-        out.append(np.asarray(square))
-    return out
+def thumbnail(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """Returns an image, uncropped on a white square of at most THUMBNAIL pixels, as JPEG."""
+    small = Image.fromarray(reduced(image, THUMBNAIL))
+    square = Image.new("RGB", (max(small.size),) * 2, "white")
+    square.paste(small, ((square.width - small.width) // 2, (square.height - small.height) // 2))
+    return jpeg(square, 95)
 
 
-def samples_grid(references: MaskedImages, prompts: Sequence[str], sampled: MaskedImages) -> Image.Image:
-    """Returns a grid of the references and a row for each prompt; with masks, also as the encoder sees them masked."""
+def thumbnails(shown: ImageSet) -> list[bytes]:
+    """Returns the first COLUMNS images and, with masks, the same as the encoder sees them masked."""
+    plain, filled = [], []
+    for image, mask in shown.selected(range(min(COLUMNS, len(shown)))):
+        plain.append(thumbnail(image))
+        if mask is not None:
+            filled.append(thumbnail(fill_background(image, mask)))
+    return plain + filled
 
-    def row(shown: MaskedImages) -> list[np.ndarray]:
-        return thumbnails(shown.images) + (thumbnails(shown.masked()) if shown.masks is not None else [])
 
-    rows = {"references": row(references)}
-    for prompt in dict.fromkeys(prompts):
-        index = [i for i, p in enumerate(prompts) if p == prompt]
-        rows[prompt] = row(sampled.selected(index))
-    return grid(list(rows.values()), list(rows))
+Rows = dict[str, list[bytes]]
+"""Label -> the thumbnails of a row."""
+
+
+def thumbnail_rows(references: ImageSet, prompts: Sequence[str], sampled: ImageSet) -> Rows:
+    """Returns the rows of a concept's grid: the references, and each of the first MAX_ROWS prompts."""
+    rows = {"references": thumbnails(references)}
+    index: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        index.setdefault(prompt, []).append(i)
+    return rows | {prompt: thumbnails(sampled.selected(index[prompt])) for prompt in list(index)[:MAX_ROWS]}
+
+
+def draw_rows(rows: Rows) -> Image.Image:
+    """Draws the grid of a concept."""
+    images = [[np.asarray(Image.open(io.BytesIO(data), formats=("JPEG",))) for data in row] for row in rows.values()]
+    return grid(images, list(rows))
 
 
 def encoded(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def jpeg(image: Image.Image) -> str:
+def jpeg(image: Image.Image, quality: int = 85) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return encoded(buffer.getvalue(), "jpeg")
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def plain_text() -> Iterator[None]:
+    """Makes matplotlib draw every text as it is: prompts and names are not TeX, and may have characters of any font."""
+    import matplotlib  # here: its import takes a second, and only this command needs it
+
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def plot_label(text: str) -> str:
+    """Returns a prompt or name as a plot shows it: in one short line."""
+    return one_line(text, LABEL_LENGTH)
 
 
 def plot_rows(rows: Sequence[dict], label: str) -> str:
     """Plots each row's cosines with their intervals."""
-    from matplotlib.figure import Figure  # here: its import takes a second, and only this command needs it
+    from matplotlib.figure import Figure
 
     rows = rows[:MAX_LABELS]
     figure = Figure((9, 1.2 + 0.32 * len(rows)), layout="constrained")
@@ -79,7 +114,7 @@ def plot_rows(rows: Sequence[dict], label: str) -> str:
                 axes.plot(interval, [place + offset] * 2, color=COLOURS[i], linewidth=2, alpha=0.5)
             axes.plot(row[name], place + offset, "o", color=COLOURS[i], markersize=4)
         axes.plot([], [], "o", color=COLOURS[i], label=name)
-    axes.set_yticks(places, [row[label] for row in rows])
+    axes.set_yticks(places, [plot_label(row[label]) for row in rows])
     axes.set_xlabel("cosine, with its 95 % interval")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1 + 0.6 / (1 + 0.32 * len(rows))), ncols=4, frameon=False)
@@ -94,7 +129,7 @@ def plot_plane(concepts: Sequence[dict]) -> str:
     axes = figure.subplots()
     for concept in concepts:
         points = [(row["clip_t"], row["clip_i"]) for row in concept["prompts"]]
-        axes.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.7, label=concept["concept"])
+        axes.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.7, label=plot_label(concept["concept"]))
     axes.set_xlabel("clip_t: like the prompt")
     axes.set_ylabel("clip_i: like the references")
     axes.grid(alpha=0.3)
@@ -109,18 +144,22 @@ def png(figure) -> str:
     return encoded(buffer.getvalue(), "png")
 
 
-def render(result: dict, grids: dict[str, Image.Image]) -> str:
-    """Returns the HTML page of the result that `catversion evaluate` writes as JSON."""
+def render(result: dict, pictures: dict[str, Rows]) -> str:
+    """Returns the HTML page of the result that `catversion evaluate` writes as JSON, with a grid of each concept."""
     import jinja2  # here: only this command needs it
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     concepts = result["concepts"]
     several = len(concepts) > 1
+    with plain_text():
+        rows_plot = plot_rows(*((concepts, "concept") if several else (concepts[0]["prompts"], "prompt")))
+        plane = plot_plane(concepts)
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         result=result,
         scores=SCORES,
         number=format_score,
-        rows_plot=plot_rows(*((concepts, "concept") if several else (concepts[0]["prompts"], "prompt"))),
-        plane=plot_plane(concepts),
-        grids={name: jpeg(image) for name, image in grids.items()},
+        rows_plot=rows_plot,
+        plane=plane,
+        grids={name: encoded(jpeg(draw_rows(rows)), "jpeg") for name, rows in pictures.items()},
+        most=MAX_ROWS,
     )

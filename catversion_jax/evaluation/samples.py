@@ -1,9 +1,11 @@
 """Collects the images to evaluate: sampled from a concept or read from disk, with subject masks if available."""
 
 import functools
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -11,11 +13,12 @@ from tqdm import tqdm
 from catversion_jax.base.pipeline import Pipeline, load_pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.base.words import without_word
-from catversion_jax.data.photos import Photo, is_candidate, read_photos
+from catversion_jax.data.photos import FolderRules, PhotoFile, find_photos
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.evaluation import masks, scores
 from catversion_jax.evaluation.grabcut import grabcut
-from catversion_jax.evaluation.scores import Encoders, MaskedImages, Values
+from catversion_jax.evaluation.image_sets import MaskedImages, StoredImages
+from catversion_jax.evaluation.scores import Encoders, Values
 from catversion_jax.methods.composition import BASE_MODEL, Personalization
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import load_for_concepts, model_of
@@ -24,9 +27,12 @@ from catversion_jax.sampling.image_names import GRID, NAMED, unique_slugs
 from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.padded_batches import groups
 from catversion_jax.utils.types import Bool, UInt8
 
 MAX_IMAGES = 10_000
+
+SetT = TypeVar("SetT", MaskedImages, StoredImages)
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,11 @@ class ImagesTask(EvaluationTask):
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Generic[SetT]):
     """A task's images, one for each of `prompts`, and what was measured while sampling them."""
 
     prompts: list[str]
-    images: MaskedImages
+    images: SetT
     unrelated: dict[str, Values] = field(default_factory=dict)
     attention_mask_iou: float | None = None  # of attention masks and given masks, on the references
 
@@ -80,43 +86,37 @@ class EvaluationConfig:
         return Personalization((concept,), self.strength)
 
 
-def read_references(task: EvaluationTask, resolution: int | None = None) -> list[Photo]:
-    """Reads a task's reference photos, uncropped or, with a resolution, as squares."""
-    return read_photos(task.references, resolution, task.masks or "", ("references", "masks"), MAX_IMAGES)
+def find_references(task: EvaluationTask) -> StoredImages:
+    """Returns a task's reference photos with their masks."""
+    return StoredImages(
+        find_photos(task.references, task.masks or "", FolderRules(("references", "masks"), MAX_IMAGES))
+    )
 
 
-def masked_images(photos: Sequence[Photo]) -> MaskedImages:
-    """Returns the photos with their masks, which all or none of them have. Raises UserError for an empty mask."""
-    masks = [photo.mask for photo in photos if photo.mask is not None]
-    empty = [photo.name for photo in photos if photo.mask is not None and not photo.mask.any()]
-    if empty:
-        raise UserError(f"{empty[0]}: its mask shows no subject; expected it bright on black; correct the mask")
-    return MaskedImages([photo.image for photo in photos], masks or None)
+def is_no_grid(path: Path) -> bool:
+    return not GRID.fullmatch(path.name)
 
 
-def is_image(path: Path) -> bool:
-    return is_candidate(path) and not GRID.fullmatch(path.name)
-
-
-def read_images(task: ImagesTask) -> Samples:
-    """Reads existing images: all of a folder for one prompt; for several, by the names `catversion generate` gives."""
-    keys = ("images", "image_masks")
-    photos = read_photos(task.source, None, task.image_masks or "", keys, MAX_IMAGES, is_image)
+def find_images(task: ImagesTask) -> Samples[StoredImages]:
+    """Finds existing images: all of a folder for one prompt; for several, by the names `catversion generate` gives."""
+    rules = FolderRules(("images", "image_masks"), MAX_IMAGES, is_no_grid)
+    photos = find_photos(task.source, task.image_masks or "", rules)
     if len(task.prompts) == 1:
-        return Samples([*task.prompts] * len(photos), masked_images(photos))
-    by_slug = dict(zip(unique_slugs(task.prompts), task.prompts, strict=True))
+        return Samples([*task.prompts] * len(photos), StoredImages(photos))
+    slugs = (unicodedata.normalize("NFC", slug) for slug in unique_slugs(task.prompts))  # as the photos' names
+    by_slug = dict(zip(slugs, task.prompts, strict=True))
     named = "of several prompts, images are named <prompt-slug>_<seed>.png, as catversion generate does"
-    by_prompt: dict[str, list[Photo]] = {prompt: [] for prompt in task.prompts}
+    by_prompt: dict[str, list[PhotoFile]] = {prompt: [] for prompt in task.prompts}
     for photo in photos:
         match = NAMED.fullmatch(photo.name)
         prompt = by_slug.get(match["slug"]) if match else None
         if prompt is None:
-            raise UserError(f"{task.source / photo.name}.*: of none of the prompts; {named}")
+            raise UserError(f"{photo.path}: of none of the prompts; {named}")
         by_prompt[prompt].append(photo)
     if missing := [prompt for prompt, found in by_prompt.items() if not found]:
         raise UserError(f"{task.source}: no image of {len(missing)} prompts, such as {missing[0]!r}; {named}")
     prompts = [prompt for prompt, found in by_prompt.items() for _ in found]
-    return Samples(prompts, masked_images([photo for found in by_prompt.values() for photo in found]))
+    return Samples(prompts, StoredImages([photo for found in by_prompt.values() for photo in found]))
 
 
 load_once = functools.cache(load_pipeline)
@@ -164,30 +164,36 @@ def sample_base(
     return sample(pipeline, prompts, config)
 
 
-def sample_task(pipeline: Pipeline, task: ConceptTask, config: EvaluationConfig, encoders: Encoders) -> Samples:
+def sample_task(
+    pipeline: Pipeline, task: ConceptTask, config: EvaluationConfig, encoders: Encoders
+) -> Samples[MaskedImages]:
     """Samples images of the concept, finds masks if the references have masks, and measures the prior drift."""
     concept = task.concept
     check_class_word(pipeline, task)
-    photos = read_references(task, pipeline.networks.resolution)
-    masked = photos[0].mask is not None and bool(concept.class_word)
+    references = find_references(task)
+    masked = references.has_masks and bool(concept.class_word)
     if config.grabcut and not masked:
         raise UserError("grabcut: nothing to mask without masks of the references and a class word")
+
+    def find_masks(images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Bool[np.ndarray, "H W"]]:
+        rough = masks.attention_masks(pipeline, np.stack(images), prompts, concept.class_word)
+        return list(map(grabcut, images, rough)) if config.grabcut else list(rough)
+
+    # Before the sampling, which may take hours: a reference that cannot be read is found here.
+    overlaps = []
+    for group in groups(references.files if masked else ()):
+        photos = [file.read(pipeline.networks.resolution) for file in group]
+        found = find_masks([photo.image for photo in photos], [plain_prompt(concept)] * len(photos))
+        overlaps += [masks.iou(a, photo.mask) for a, photo in zip(found, photos, strict=True) if photo.mask is not None]
     prompts = [prompt for prompt in task.prompts for _ in config.seeds]
     images = sample(pipeline, task.prompts, config, config.personalization(concept), task.name)
     unrelated = measure_drift(pipeline, concept, config, encoders)
     if not masked:
         return Samples(prompts, MaskedImages(images, None), unrelated)
-
-    def find_masks(images: UInt8[np.ndarray, "N H W 3"], prompts: Sequence[str]) -> list[Bool[np.ndarray, "H W"]]:
-        rough = masks.attention_masks(pipeline, images, prompts, concept.class_word)
-        return list(map(grabcut, images, rough)) if config.grabcut else list(rough)
-
-    found = find_masks(np.stack([photo.image for photo in photos]), [plain_prompt(concept)] * len(photos))
-    overlaps = [
-        masks.iou(mask, photo.mask) for mask, photo in zip(found, photos, strict=True) if photo.mask is not None
-    ]
-    with_masks = MaskedImages(images, find_masks(np.stack(images), prompts))
-    return Samples(prompts, with_masks, unrelated, float(np.mean(overlaps)))
+    of_images: list[Bool[np.ndarray, "H W"]] = []
+    for pairs in groups(zip(images, prompts, strict=True)):
+        of_images += find_masks([image for image, _ in pairs], [prompt for _, prompt in pairs])
+    return Samples(prompts, MaskedImages(images, of_images), unrelated, float(np.mean(overlaps)))
 
 
 def measure_drift(

@@ -1,34 +1,17 @@
 """Rows of scores for each prompt, each concept and all concepts, with intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from catversion_jax.evaluation import metrics
 from catversion_jax.evaluation.encoders import Clip, ImageEncoder
+from catversion_jax.evaluation.image_sets import ImageSet
 from catversion_jax.evaluation.masks import fill_background
-from catversion_jax.utils.types import Bool, Float, UInt8
-
-
-@dataclass(frozen=True)
-class MaskedImages:
-    """Images of any sizes, with the masks of their subjects if there are any."""
-
-    images: Sequence[UInt8[np.ndarray, "h w 3"]]
-    masks: Sequence[Bool[np.ndarray, "h w"]] | None
-
-    def selected(self, index: Sequence[int]) -> "MaskedImages":
-        """Some of the images, with their masks."""
-        masks = None if self.masks is None else [self.masks[i] for i in index]
-        return MaskedImages([self.images[i] for i in index], masks)
-
-    def masked(self) -> list[UInt8[np.ndarray, "h w 3"]]:
-        return [fill_background(image, mask) for image, mask in zip(self.images, self.masks or (), strict=True)]
-
-    def backgrounds(self) -> list[UInt8[np.ndarray, "h w 3"]]:
-        """Returns the images with the subject filled."""
-        return [fill_background(image, ~mask) for image, mask in zip(self.images, self.masks or (), strict=True)]
+from catversion_jax.utils.log import warn
+from catversion_jax.utils.padded_batches import groups
+from catversion_jax.utils.types import Float, UInt8
 
 
 @dataclass(frozen=True)
@@ -64,27 +47,70 @@ DEFINITIONS = {
 """Score -> its definition, as reports give it. Cosines are raw: neither scaled nor clipped."""
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """The embeddings of images, each of unit length."""
+
+    clip: Float[np.ndarray, "N e"]
+    masked: Float[np.ndarray, "N e"] | None  # of the images with the background filled, in CLIP's space
+    dino: Float[np.ndarray, "N d"] | None
+
+
+def embed(images: ImageSet, encoders: Encoders) -> Embedded:
+    """Embeds images by all encoders. Each is read once and reduced at once, so only one is in memory at its full size.
+
+    Warns of masks that hide nothing.
+    """
+    clip, dino = encoders.clip.image, encoders.dino
+    covering = 0
+
+    def views() -> Iterator[dict[str, np.ndarray]]:
+        """Yields the pixels of each image as the encoders take them."""
+        nonlocal covering
+        for image, mask in images:
+            pixels = {"clip": clip.preprocessing(image)}
+            if mask is not None:
+                pixels["masked"] = clip.preprocessing(fill_background(image, mask))
+                covering += int(mask.all())
+            if dino:
+                pixels["dino"] = dino.preprocessing(image)
+            yield pixels
+
+    parts: dict[str, list[np.ndarray]] = {}
+    for group in groups(views()):
+        for name in group[0]:
+            encoder = dino if name == "dino" and dino else clip
+            parts.setdefault(name, []).append(encoder.of_pixels([pixels[name] for pixels in group]))
+    if covering:
+        warn(f"{covering} of {len(images)} masks cover all of their images: masked_clip_i sees their backgrounds too")
+    found = {name: np.concatenate(part) for name, part in parts.items()}
+    return Embedded(found["clip"], found.get("masked"), found.get("dino"))
+
+
 def of_prompts(
-    prompts: Sequence[str], sampled: MaskedImages, references: MaskedImages, encoders: Encoders
+    prompts: Sequence[str], sampled: ImageSet, references: ImageSet, encoders: Encoders
 ) -> dict[str, Values]:
     """Returns the values of each prompt; `prompts` has one entry for each sampled image."""
-    unique = list(dict.fromkeys(prompts))
-    index = np.asarray([unique.index(prompt) for prompt in prompts])
-    seen = encoders.clip.image(sampled.images)
+    return of_embedded(prompts, embed(sampled, encoders), embed(references, encoders), encoders)
+
+
+def of_embedded(prompts: Sequence[str], seen: Embedded, references: Embedded, encoders: Encoders) -> dict[str, Values]:
+    """Returns the values of each prompt, as `of_prompts`, of images that are embedded already."""
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    index = np.asarray([numbers[prompt] for prompt in prompts])
     values = {
-        "clip_t": metrics.clip_t(seen, encoders.clip.text(unique)[index]),
-        "clip_i": metrics.clip_i(seen, encoders.clip.image(references.images)),
+        "clip_t": metrics.clip_t(seen.clip, encoders.clip.text(list(numbers))[index]),
+        "clip_i": metrics.clip_i(seen.clip, references.clip),
     }
-    if sampled.masks is not None and references.masks is not None:
-        masked = (encoders.clip.image(images.masked()) for images in (sampled, references))
-        values["masked_clip_i"] = metrics.clip_i(*masked)
-    if encoders.dino:
-        values["dino"] = metrics.clip_i(encoders.dino(sampled.images), encoders.dino(references.images))
-    units = [{name: x[index == i] for name, x in values.items()} for i in range(len(unique))]
+    if seen.masked is not None and references.masked is not None:
+        values["masked_clip_i"] = metrics.clip_i(seen.masked, references.masked)
+    if seen.dino is not None and references.dino is not None:
+        values["dino"] = metrics.clip_i(seen.dino, references.dino)
+    units = [{name: x[index == i] for name, x in values.items()} for i in numbers.values()]
     for i, unit in enumerate(units):
-        spread = metrics.diversity(seen[index == i])
+        spread = metrics.diversity(seen.clip[index == i])
         unit["diversity"] = np.asarray([] if spread is None else [spread])
-    return dict(zip(unique, units, strict=True))
+    return dict(zip(numbers, units, strict=True))
 
 
 def of_unrelated(

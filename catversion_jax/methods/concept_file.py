@@ -52,7 +52,7 @@ class Concept:
         """Everything but the arrays, in JSON's types."""
         of_method = {} if self.method_name == DEFAULT_METHOD else {"method": self.method_name}
         values = {name: getattr(self, name) for name in FIELDS}
-        values["model_path"] = model_names.shared(self.model_path)
+        values["model_path"] = model_names.public_name(self.model_path)
         sampler = self.sampler and {name: getattr(self.sampler, name) for name in SAMPLER}
         return of_method | self.method.metadata() | values | ({"sampler": sampler} if sampler else {})
 

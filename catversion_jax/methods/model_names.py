@@ -19,7 +19,7 @@ def is_on_hub(model: str) -> bool:
     return bool(HUB_NAME.fullmatch(model)) and not model.startswith(".") and not expand(model).exists()
 
 
-def shared(model: str) -> str:
+def public_name(model: str) -> str:
     """Returns what a file that may be shared records: a name on Hugging Face, or the last part of a local path."""
     return model if not model or is_on_hub(model) else expand(model).absolute().name
 
@@ -38,6 +38,6 @@ def local(recorded: str, concept: Path) -> str:
                 model = records.read_record(path, dict[str, object]).get("model.path")
             except UserError:  # not a run's config
                 continue
-            if isinstance(model, str) and model and shared(model) == recorded:
+            if isinstance(model, str) and model and public_name(model) == recorded:
                 return model
     return recorded

@@ -71,7 +71,7 @@ def write_embeds(
         "negative_prompt": request.negative_prompt,
         "strength": personalization.strength,
         "class_word": concept.class_word,
-        "model_path": model_names.shared(model_path) or "mini",
+        "model_path": model_names.public_name(model_path) or "mini",
     }
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     safetensors.write_file(path, tensors, texts)

@@ -9,8 +9,9 @@ from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.photos import read_photos
 from catversion_jax.evaluation import metrics, scores
-from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig, masked_images, sample, sample_task
-from catversion_jax.evaluation.scores import Encoders, MaskedImages, Values
+from catversion_jax.evaluation.image_sets import MaskedImages, masked_images
+from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig, sample, sample_task
+from catversion_jax.evaluation.scores import Encoders, Values
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.utils.tree import count_numbers

@@ -11,7 +11,7 @@ from PIL import Image
 
 from catversion_jax.config import Config
 from catversion_jax.data.concept_sets import ConceptFolder
-from catversion_jax.data.photos import open_image
+from catversion_jax.data.images import open_image
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.study.rows import CandidateRow, ScoredRow
 from catversion_jax.study.scoring import Scorer, size

@@ -8,8 +8,8 @@ import numpy as np
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.prompts import fill
 from catversion_jax.evaluation import masks, metrics
+from catversion_jax.evaluation.image_sets import MaskedImages
 from catversion_jax.evaluation.samples import sample, sample_base
-from catversion_jax.evaluation.scores import MaskedImages
 from catversion_jax.methods.composition import Personalization
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.study.scoring import Scorer, heldout

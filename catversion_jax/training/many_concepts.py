@@ -25,7 +25,7 @@ from catversion_jax.config import Config
 from catversion_jax.data import manifest
 from catversion_jax.data.latents import bucket
 from catversion_jax.data.manifest import Line
-from catversion_jax.data.photos import MAX_PHOTOS, Photo, is_candidate, read_photos
+from catversion_jax.data.photos import Photo, count_photos, read_photos
 from catversion_jax.methods import concept_file
 from catversion_jax.training.checkpoints import Checkpoints, explained
 from catversion_jax.training.concept_data import check_masks, prepare
@@ -62,11 +62,8 @@ class Share:
         return self.config.replaced(line.changes(self.manifest.parent))
 
     def photo_count(self, line: Line) -> int:
-        """Returns how many photos a line has, 0 if its folder cannot be listed; at most MAX_PHOTOS."""
-        try:
-            return min(MAX_PHOTOS, sum(map(is_candidate, Path(self.config_of(line).data.dir).iterdir())))
-        except OSError:
-            return 0
+        """Returns how many photos a line has, 0 if its folder cannot be listed; at most 100."""
+        return count_photos(self.config_of(line).data.dir)
 
     @property
     def most_photos(self) -> int:

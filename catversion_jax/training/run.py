@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from catversion_jax.base import schedulers
@@ -34,12 +35,16 @@ def load_model(config: Config, concepts: int = 1) -> Pipeline:
     return load_pipeline(config.model, config.make_mesh(concepts), config.mesh.rules)
 
 
-def train(config: Config, run: RunDir, pipeline: Pipeline) -> Outcome:
+def train(
+    config: Config, run: RunDir, pipeline: Pipeline, show: Callable[[list[Photo]], object] = lambda _: None
+) -> Outcome:
     """Runs, or resumes, the training that `config` describes, and writes `concept.safetensors`.
 
+    `show` is called with the photos as soon as they are read.
     Raises UserError for a user's mistake, before anything is compiled.
     """
     photos = stored_or_read(run, config, pipeline.networks.resolution)
+    show(photos)
     step_config = StepConfig.of(config, pipeline.networks)
     sampler = config.sample.sampler
     # Called only for its UserError, which would otherwise come after the training.

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from catversion_jax.utils.errors import one_line
 from catversion_jax.utils.types import UInt8
 
 CELL = 128  # minimum side of a cell in pixels: a small model's images are too small to judge
 GAP = 6
 FONT_SIZE = 13
 LABEL_WIDTH = 112
+LABEL_LENGTH = 200  # characters
 
 
 def grid(
@@ -46,6 +48,15 @@ def grid(
     return canvas
 
 
+def reduced(image: UInt8[np.ndarray, "h w 3"], most: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns an image whose longer edge has at most `most` pixels; a smaller one as it is."""
+    if max(image.shape[:2]) <= most:
+        return image
+    small = Image.fromarray(image)
+    small.thumbnail((most, most), Image.Resampling.BICUBIC)
+    return np.asarray(small)
+
+
 def wrap(text: str, width: int) -> str:
-    """Breaks a text into lines of at most about `width` pixels."""
-    return textwrap.fill(text, max(8, int(width / (FONT_SIZE * 0.55))))
+    """Breaks a text into lines of at most about `width` pixels; a very long one is cut in its middle."""
+    return textwrap.fill(one_line(text, LABEL_LENGTH), max(8, int(width / (FONT_SIZE * 0.55))))

@@ -9,7 +9,7 @@ from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.settings import check_settings, flatten
 
 GIVEN = {"run_dir": "out", "data.dir": "photos", "concept.class_word": "teapot"}
-FREE = {"model.path", "model.revision", "model.variant", "data.masks_dir", "concept.article"}
+FREE = {"model.path", "model.revision", "model.variant", "data.masks_dir"}
 """Keys that take any text; what is wrong with it is noticed where it is used."""
 BAD = {
     "run_dir": ["", " ", None],
@@ -18,9 +18,10 @@ BAD = {
     "model.dtype": ["float16", ""],
     "data.dir": ["", None],
     "data.flip": [1, "yes"],
-    "concept.class_word": ["", "\t"],
+    "concept.class_word": ["", "\t", "mug}", "{concept}"],
+    "concept.article": ["{the", "a}"],
     "concept.templates": [(), ("",), "a photo", None],
-    "concept.identifier": ["", " "],
+    "concept.identifier": ["", " ", "sks}"],
     "method": ["lora", ""],
     "adapter.layers": [()],
     "adapter.length": [0],

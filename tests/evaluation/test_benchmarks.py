@@ -84,11 +84,12 @@ def test_customconcept101(customconcept101):
     assert second.prompts == ("Photo of a cup.", "cup in a pool.")
     (customconcept101 / "prompts" / "cup.txt").unlink()
     with pytest.raises(
-        UserError, match=r"cup.txt: No such file or directory; expected the prompts that .*dataset.json"
+        UserError,
+        match=r"cup\.txt: cannot be read \(No such file or directory\); expected the prompts of things_cup1, which ",
     ):
         benchmarks.read_subjects("customconcept101", customconcept101, [])
     (customconcept101 / "dataset.json").write_text('[{"class_prompt": "cup"}]')
-    with pytest.raises(UserError, match=r"'instance_data_dir'; expected CustomConcept101's dataset\.json"):
+    with pytest.raises(UserError, match=r"field `instance_data_dir`.*; expected CustomConcept101's dataset\.json"):
         benchmarks.read_subjects("customconcept101", customconcept101, [])
 
 
@@ -121,3 +122,69 @@ def test_the_manifest_is_one_for_batch(customconcept101, tmp_path):
     lines = list(manifest.read_manifest(path))
     assert [line.id for line in lines] == ["things_cup1", "things_cup2"]
     assert all(line.class_word == "cup" and Path(line.dir).is_dir() for line in lines)
+
+
+TABLE = b"subject_name,class\r\nmine,mug\r\n\r\nprompt_list = [\r\n'a {0} {1} here'.format(a, b),\r\n]\r\n"
+
+
+def test_a_table_with_other_line_breaks(tmp_path):
+    path = tmp_path / "prompts_and_classes.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + TABLE + TABLE.split(b"mug")[1])
+    (mine,) = benchmarks.dreambench(tmp_path)
+    assert (mine.class_word, mine.prompts) == ("mug", ("a mug here",))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (TABLE.replace(b"mug", b"caf\xe9"), "not UTF-8 at byte"),
+        (b"\0" * (2**20 + 1), "larger than 1 MiB"),
+        (b"prompt_list = [" * 60_000, "expected DreamBench's table"),
+        (b"subject_name,class\n" + b"a," * 400_000, "expected DreamBench's table"),
+    ],
+    ids=["latin1", "large", "lists", "commas"],
+)
+def test_tables_that_are_none(tmp_path, data, message):
+    path = tmp_path / "prompts_and_classes.txt"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"prompts_and_classes\.txt: {message}"):
+        benchmarks.dreambench(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "prompts/cup.txt"])
+def test_a_benchmark_of_a_device(customconcept101, name):
+    (customconcept101 / name).unlink()
+    (customconcept101 / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=rf"{name}: not a regular file; expected"):
+        benchmarks.read_subjects("customconcept101", customconcept101, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: b"[" * 100_000, r"dataset\.json: "),
+        (lambda data: data.replace(b'"cup"', b'"\xe9"'), r"dataset\.json: "),
+        (lambda data: data.replace(b'"cup"', b'["cup"]'), r"Expected `str`, got `array` - at `\$\[0\]\.class_prompt`"),
+        (lambda data: data.replace(b'"cup"', b'" "'), "no prompts or no class_prompt"),
+        (lambda data: data.replace(b"prompts/cup.txt", b"prompts/\\u0000"), "holds a NUL"),
+        (lambda data: data.replace(b"prompts/cup.txt", b"prompts"), "not a regular file"),
+        (lambda _: b"[]", "no subjects"),
+        (lambda _: b"{}", "Expected `array`"),
+    ],
+)
+def test_datasets_that_are_none(customconcept101, change, message):
+    path = customconcept101 / "dataset.json"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=message) as error:
+        benchmarks.read_subjects("customconcept101", customconcept101, [])
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_that_are_empty_or_no_text(customconcept101):
+    path = customconcept101 / "prompts" / "cup.txt"
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match="things_cup1: no prompts"):
+        benchmarks.read_subjects("customconcept101", customconcept101, [])
+    path.write_bytes("Photo d'un {} caf\u00e9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"cup\.txt: not UTF-8 at byte"):
+        benchmarks.read_subjects("customconcept101", customconcept101, [])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,10 +14,11 @@ from PIL import Image
 
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.cli import evaluate
-from catversion_jax.evaluation import encoders, evaluation, grabcut, metrics, samples, scores
+from catversion_jax.evaluation import encoders, evaluation, grabcut, metrics, page, samples, scores
 from catversion_jax.evaluation.masks import FILL
 from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig
 from catversion_jax.methods import concept_file
+from catversion_jax.methods.model_names import public_name
 from catversion_jax.utils.errors import UserError
 from tests import tiny
 from tests.commands import ROOT, catversion
@@ -86,12 +88,39 @@ def test_every_score_of_drawn_pictures(drawn):
 
 
 def test_the_report_holds_its_pictures(drawn):
-    page = drawn.with_suffix(".html").read_text()
-    assert len(re.findall("data:image/jpeg;base64,", page)) == 1
-    assert len(re.findall("data:image/png;base64,", page)) == 2
-    assert "http" not in page.split("</head>")[1]
+    html = drawn.with_suffix(".html").read_text()
+    assert len(re.findall("data:image/jpeg;base64,", html)) == 1
+    assert len(re.findall("data:image/png;base64,", html)) == 2
+    assert "http" not in html.split("</head>")[1]
     for prompt in PROMPTS:
-        assert prompt in page
+        assert prompt in html
+
+
+def test_the_report_names_no_folder_of_this_machine(drawn, embedding, dino, judging_model):
+    result = json.loads(drawn.read_text())
+    names = {name: result["config"][name] for name in ("embedding", "references", "masks")}
+    assert names == {"embedding": embedding.name, "references": "heldout", "masks": "heldout_masks"}
+    assert result["config"]["dino"]["name"] == "dino"
+    assert result["config"]["clip"]["name"] == "tiny"
+    (concept,) = result["config"]["concepts"].values()
+    assert concept["model_path"] == "tiny"
+    for path in (drawn, drawn.with_suffix(".html")):
+        for folder in (embedding, dino, judging_model, TEAPOT):
+            assert str(folder.parent) not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/home/me/models/sd15", "sd15"), ("~/models/sd15/", "sd15"), ("../me/sd15.safetensors", "sd15.safetensors"),
+        ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+        ("the mini model", "the mini model"), ("", ""), ("a/b/c", "c"), (".", ROOT.name),
+    ],
+)  # fmt: skip
+def test_public_names(source, shown, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert public_name(source) == shown
+    assert public_name("catversion_jax/concepts") == "concepts"  # a folder that is here
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +155,7 @@ def test_masks_of_both_sides(judging_model, tmp_path):
     )
     (task,) = evaluate.find_tasks(arguments)
     clip = encoders.of_model(judging_model)
-    references, existing = samples.masked_images(samples.read_references(task)), samples.read_images(task)
+    references, existing = samples.find_references(task), samples.find_images(task)
     found = scores.of_prompts(existing.prompts, existing.images, references, scores.Encoders(clip, None))
     sides = []
     for part in ("train", "heldout"):
@@ -176,7 +205,7 @@ def test_grabcut(embedding, judging_model, tiny_pipeline, monkeypatch):
     concept = concept_file.load(embedding)
     task, config = task_of(embedding, concept, "a photo of a teapot")
     task = dataclasses.replace(task, masks=TEAPOT / "heldout_masks")
-    images = [photo.image for photo in samples.read_references(task, 16)][:2]
+    images = [file.read(16).image for file in samples.find_references(task).files][:2]
     monkeypatch.setattr(samples, "sample", lambda *_: images)
     monkeypatch.setattr(samples, "grabcut", lambda image, mask: ~mask)
     both = scores.Encoders(encoders.of_model(judging_model), None)
@@ -253,7 +282,7 @@ def test_flags_that_do_not_fit(changes, message):
 
 def read(**changes):
     (task,) = evaluate.find_tasks(flags(**{"prompt": ["a teapot"]} | changes))
-    return samples.read_references(task), samples.read_images(task)
+    return list(samples.find_references(task)), list(samples.find_images(task).images)
 
 
 def test_pictures_and_masks_that_do_not_match(tmp_path):
@@ -268,10 +297,92 @@ def test_pictures_and_masks_that_do_not_match(tmp_path):
         read(images=TEAPOT / "train", image_masks=tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"heldout/05.png: no mask named 05\.\* among its masks"):
         read(images=TEAPOT / "train", masks=TEAPOT / "train_masks")
-    with pytest.raises(UserError, match=r"train/00\.\*: of none of the prompts; .*<prompt-slug>_<seed>.png"):
+    with pytest.raises(UserError, match=r"train/00\.png: of none of the prompts; .*<prompt-slug>_<seed>.png"):
         read(images=TEAPOT / "train", prompt=PROMPTS)
     Image.new("RGB", (8, 8)).save(tmp_path / "a-blue-teapot_0.png")
     with pytest.raises(UserError, match="no image of 1 prompts, such as 'a teapot on the beach'"):
         read(images=tmp_path, prompt=PROMPTS, image_masks=tmp_path)
-    with pytest.raises(UserError, match="a-blue-teapot_0: its mask shows no subject"):
+    with pytest.raises(UserError, match=r"a-blue-teapot_0: .*a-blue-teapot_0\.png shows no subject"):
         read(images=tmp_path, image_masks=tmp_path)
+
+
+@pytest.fixture
+def scored(judging_model, tmp_path) -> SimpleNamespace:
+    """The flags to score three pictures, quickly, whatever the prompt."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(folder / f"{i}.png")
+    return flags(images=str(folder), model=str(judging_model), prompt=["a teapot"], out=str(tmp_path / "scores.json"))
+
+
+@pytest.mark.parametrize("error", [ValueError("no\nfont"), RecursionError("deep"), MemoryError()], ids=lambda e: str(e))
+def test_the_scores_stay_if_the_page_cannot_be_drawn(scored, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(evaluate.page, "plot_plane", fail)
+    with pytest.raises(UserError, match=r"scores\.html: cannot be drawn \(.*; the scores are complete in scores\.json"):
+        evaluate.main(scored)
+    result = json.loads(Path(scored.out).read_text())
+    assert isinstance(result["clip_t"], float)
+    assert capsys.readouterr().out.startswith(f"clip_t           {result['clip_t']:.3f}")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a teapot of $$",
+        "a teapot for $5 and $\\frac{1}{$",
+        "a teapot \u2603 \u8336\u58f6",
+        "a teapot " * 400,
+        "</pre><script>",
+    ],
+    ids=["dollars", "tex", "glyphs", "long", "html"],
+)
+def test_any_prompt_is_drawn(scored, prompt, recwarn):
+    scored.prompt = [prompt]
+    assert evaluate.main(scored) == 0
+    html = Path(scored.out).with_suffix(".html").read_text("utf-8")
+    assert "<script>" not in html
+    assert not [warning for warning in recwarn.list if issubclass(warning.category, UserWarning)]
+
+
+def test_a_folder_whose_name_is_no_utf8(scored):
+    renamed = os.fsencode(scored.images) + b"_$$\xe9"
+    os.rename(scored.images, renamed)
+    scored.images = os.fsdecode(renamed)
+    assert evaluate.main(scored) == 0
+    assert r"pictures_$$\udce9" in Path(scored.out).with_suffix(".html").read_text("utf-8")
+
+
+def test_numbers_that_json_lacks_are_null(scored, monkeypatch):
+    odd = {"learning_rate": float("nan"), "nested": [{"bias": float("-inf"), "values": (1.0, float("inf"))}]}
+    monkeypatch.setattr(evaluation, "describe", lambda *_: {"clip": {"name": "c"}, "dino": None, "odd": odd})
+    assert evaluate.main(scored) == 0
+    result = json.loads(Path(scored.out).read_text())
+    assert result["config"]["odd"] == {"learning_rate": None, "nested": [{"bias": None, "values": [1.0, None]}]}
+    assert "NaN" not in Path(scored.out).with_suffix(".html").read_text()
+
+
+def test_a_benchmark_of_hundreds_of_prompts_says_what_its_grid_shows():
+    units = {f"prompt {i}": {"clip_t": np.zeros(1), "clip_i": np.zeros(1)} for i in range(page.MAX_ROWS + 2)}
+    row = {"concept": "a", "pictures": len(units), "references": 1} | scores.concept_row(units, {})
+    result = scores.summarize([unit for unit in units.values()])
+    result |= {"attention_mask_iou": None, "concepts": [row], "definitions": scores.DEFINITIONS, "versions": {}}
+    thumbnail = page.thumbnail(np.zeros((8, 8, 3), np.uint8))
+    html = page.render(result | {"config": {"clip": {"name": "c"}, "dino": None}}, {"a": {"references": [thumbnail]}})
+    assert "The grid shows the first 40 of 42 prompts." in html
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("x" * 251 + ".j", "File name too long"), ("/dev/null", "not a regular file"), ("a.json", "not a regular file")],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(scored, tmp_path, monkeypatch, name, error):
+    """Of the first, the name fits and that of its report does not; of the last, the report's is a folder."""
+    (tmp_path / "a.html").mkdir()
+    scored.out = str(tmp_path / name)
+    monkeypatch.setattr(evaluate, "load_encoders", lambda *_: pytest.fail("too late"))
+    with pytest.raises((UserError, OSError), match=error):
+        evaluate.main(scored)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -90,3 +91,21 @@ def test_interval_is_scipys():
     assert metrics.interval(lambda mean: mean, a) == (low, high)
     assert metrics.interval(lambda mean: mean, a[:1]) is None
     assert metrics.interval(metrics.overall, -a, b) is None
+
+
+@pytest.mark.parametrize("rows", [2, 7, 333, 3000])
+def test_blocks_of_the_interval_draw_what_all_at_once_drew(rows):
+    """Against the resamples of one call, as the intervals of earlier reports were computed."""
+    a, b = np.random.default_rng(2).uniform(0.2, 0.9, (2, rows))
+    index = np.random.default_rng(0).integers(0, rows, (metrics.RESAMPLES, rows))
+    values = metrics.overall(a[index].mean(axis=1), b[index].mean(axis=1))
+    assert metrics.interval(metrics.overall, a, b) == tuple(np.quantile(values, (0.025, 0.975)))
+
+
+def test_the_interval_of_thousands_of_pictures_takes_little_memory():
+    values = np.random.default_rng(0).random(3000)
+    tracemalloc.start()
+    metrics.interval(lambda mean: mean, values)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 2**20

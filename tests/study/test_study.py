@@ -16,7 +16,7 @@ from catversion_jax.cli import study as command
 from catversion_jax.config import OF_A_RUN, from_config_dict
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.prompts import fill
-from catversion_jax.evaluation import scores
+from catversion_jax.evaluation.image_sets import MaskedImages
 from catversion_jax.methods.registry import METHODS
 from catversion_jax.study import scoring, settings, study, table, tables, together
 from catversion_jax.study.scoring import Scorer
@@ -211,9 +211,7 @@ def test_copied():
         return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
     encoders = SimpleNamespace(clip=SimpleNamespace(image=embed))
-    drawn, learned_from = (
-        scores.MaskedImages(list(images[part]), list(masks[part])) for part in (slice(2), slice(2, 5))
-    )
+    drawn, learned_from = (MaskedImages(list(images[part]), list(masks[part])) for part in (slice(2), slice(2, 5)))
     without = [
         np.where(mask[..., None], (122, 116, 104), image).ravel() for image, mask in zip(images, masks, strict=True)
     ]

@@ -1,0 +1,103 @@
+"""What a folder of photos holds: photos, masks that lie beside them, and files that are neither."""
+
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from catversion_jax.utils.errors import UserError, refused
+
+IGNORED = ("thumbs.db", "desktop.ini")
+"""Left in folders by file managers; names that begin with a dot are ignored too."""
+
+PHOTO_ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"))
+OTHER_ENDINGS = frozenset(
+    (
+        ".txt", ".caption", ".cap", ".tags", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".md",
+        ".xml", ".xmp", ".aae", ".thm", ".lrv", ".pp3", ".dop", ".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm",
+        ".3gp", ".mp3", ".wav", ".m4a", ".npy", ".npz", ".pt", ".safetensors", ".html", ".url", ".log", ".ini",
+        ".pdf", ".zip", ".py",
+    )
+)  # fmt: skip
+"""Endings of captions, settings, films and other files that are never photos."""
+
+MASK_NAME = re.compile(r"(?P<photo>.+)[-_.](?P<what>masklabel|mask)", re.IGNORECASE | re.DOTALL)
+"""Stem of a mask that lies beside its photo; OneTrainer writes PHOTO-masklabel.png."""
+
+
+class FolderFiles(NamedTuple):
+    """The files of a folder of photos, each sorted by name."""
+
+    photos: list[Path]
+    masks: list[Path]  # beside their photos
+    others: list[Path]
+
+
+def stem_of(path: Path) -> str:
+    """Returns a file's stem, by which photos and masks meet: composed (NFC), with bytes that are no UTF-8 escaped.
+
+    File systems keep accents as one character or as two, and a disk may have been written on the other kind.
+    """
+    return unicodedata.normalize("NFC", os.fsencode(path.stem).decode(errors="backslashreplace"))
+
+
+def is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.lower() in IGNORED
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Returns the regular files of a folder, sorted by name. Sub-folders and hidden files are left out.
+
+    Raises UserError for a folder that cannot be listed, for a link to nothing, and for a device or a pipe.
+    """
+    with refused(f"{folder}: cannot be listed", "expected a folder that you may read"):
+        paths = sorted(path for path in folder.iterdir() if not is_hidden(path))
+    return [path for path in paths if is_regular(path)]
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a path is a regular file; False for a folder. Raises UserError for anything else."""
+    with refused(f"{path}: cannot be read", "if it is a link, restore what it names, or remove the link"):
+        mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path}: not a regular file; expected photos; remove it")
+    return stat.S_ISREG(mode)
+
+
+def split_folder(folder: Path, keep: Callable[[Path], bool] = lambda _: True) -> FolderFiles:
+    """Sorts the files of a folder for which `keep` holds. Raises UserError as `list_files`.
+
+    A file with another ending than a photo's is none if it belongs to a photo, of whose name or stem it is, or if its
+    ending tells that it never is one. All others count as photos, and are refused when they are read if they are not.
+    """
+    files = list(filter(keep, list_files(folder)))
+    sure = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
+    stems = {stem_of(path) for path in sure}
+    masks = {path for path in sure if is_mask(path, stems)}
+    names = {name.casefold() for path in sure if path not in masks for name in (path.name, stem_of(path))}
+    others = {path for path in set(files) - set(sure) if is_other(path, names)}
+    left_out = masks | others
+    photos = [path for path in files if path not in left_out]
+    return FolderFiles(photos, sorted(masks), sorted(others))
+
+
+def is_other(path: Path, names: Collection[str]) -> bool:
+    """Whether a file without a photo's ending is no photo; `names` are those of photos, with and without endings."""
+    return path.suffix.lower() in OTHER_ENDINGS or stem_of(path).casefold() in names
+
+
+def is_mask(path: Path, stems: Collection[str]) -> bool:
+    """Whether a file beside photos is a mask by its name; PHOTO-mask and the like only if that photo is there."""
+    match = MASK_NAME.fullmatch(stem_of(path))
+    return bool(match and (match["what"].lower() == "masklabel" or match["photo"] in stems))
+
+
+def photo_of_mask(path: Path, photos: Collection[str]) -> str | None:
+    """Returns the stem of a mask's photo: its own or, without -masklabel or -mask, the rest; None if none has it."""
+    stem = stem_of(path)
+    match = MASK_NAME.fullmatch(stem)
+    candidates = (stem, match["photo"] if match else stem)
+    return next((name for name in candidates if name in photos), None)

@@ -1,0 +1,93 @@
+"""Masks of the subject in photos, as files: which photo each belongs to, and what it says.
+
+A mask that is transparent somewhere is read by its transparency, and what is opaque is the subject: so background
+removers and editors save cutouts. Any other mask is read by its brightness, and what is bright is the subject.
+"""
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from catversion_jax.data.images import damage_named, eight_bits, open_image, our_limits
+from catversion_jax.data.photo_folder import FolderFiles, photo_of_mask, split_folder
+from catversion_jax.utils.errors import UserError, listed, refused
+from catversion_jax.utils.files import expand
+from catversion_jax.utils.log import warn
+
+FOLDER_NAMES = ("mask", "masks")
+"""Names of a folder of masks inside the folder of photos, in any case."""
+HALF = 127
+"""The largest brightness or opacity that is background."""
+
+
+def find_masks(
+    folder: Path, files: FolderFiles, masks_dir: str | Path, key: str, photos: Collection[str]
+) -> dict[str, Path] | None:
+    """Returns the masks by their photos' stems; None if there are none.
+
+    They are in `masks_dir` or, if that is "", in a sub-folder of FOLDER_NAMES and beside the photos. `key` is the name
+    of the folder's setting. Masks without a photo are left out with a warning. Raises UserError for two masks of one
+    photo, and for two folders of masks.
+    """
+    masks_folder = expand(masks_dir) if masks_dir else mask_folder(folder)
+    paths = [] if masks_dir else list(files.masks)
+    if masks_folder is None:
+        return paired(paths, photos) or None
+    if not masks_folder.is_dir():
+        raise UserError(f"{masks_folder}: no such folder; {key} takes a folder with a mask for each photo")
+    inside = split_folder(masks_folder)
+    return paired([*paths, *inside.photos, *inside.masks], photos)
+
+
+def mask_folder(folder: Path) -> Path | None:
+    """Returns the folder of masks inside a folder of photos, if there is one. Raises UserError for several."""
+    with refused(f"{folder}: cannot be listed", "expected a folder that you may read"):
+        found = sorted(path for path in folder.iterdir() if path.name.lower() in FOLDER_NAMES and path.is_dir())
+    if len(found) > 1:
+        raise UserError(f"{found[0]}, {found[1]}: two folders of masks; expected one; remove or rename the other")
+    return found[0] if found else None
+
+
+def paired(paths: Iterable[Path], photos: Collection[str]) -> dict[str, Path]:
+    """Returns the masks by their photos' stems. Raises UserError if a photo has two."""
+    found: dict[str, Path] = {}
+    alone = []
+    for path in paths:
+        stem = photo_of_mask(path, photos)
+        if stem is None:
+            alone.append(path)
+        elif stem in found:
+            raise UserError(f"{found[stem]}, {path}: two masks of the photo {stem}; expected one; remove the other")
+        else:
+            found[stem] = path
+    if alone:
+        warn(f"{alone[0].parent}: masks of no photo are not used: {listed(path.name for path in alone)}")
+    return found
+
+
+def open_mask(path: Path, size: tuple[int, int], photo: Path) -> Image.Image:
+    """Opens a mask as 8-bit grey, in which more than HALF is the subject.
+
+    Raises UserError, naming the file, if it is not of `size`, which is the photo's.
+    """
+    image = open_image(path)
+    if image.size != size:
+        raise UserError(f"{path}: {image.size} pixels; expected {size}, as its photo {photo}")
+    with damage_named(path), our_limits():
+        image = eight_bits(image)
+        if image.has_transparency_data:
+            opacity = image.convert("RGBA").getchannel("A")
+            # Opacity that is nowhere below half says nothing: lossy formats change an opaque channel a little.
+            if np.asarray(opacity).min() <= HALF:
+                return opacity
+        return image.convert("RGB").convert("L")
+
+
+def warn_of_masks(folder: Path, shares: dict[str, float]) -> None:
+    """Warns of masks that cover all or nothing of their photos; `shares` has what each covers, by name."""
+    says = {1: "all of their photos, so they say nothing", 0: "nothing, as no subject in them is bright or opaque"}
+    for share, meaning in says.items():
+        if names := [name for name, covered in shares.items() if covered == share]:
+            warn(f"{folder}: these masks cover {meaning}; correct them: {listed(names)}")

@@ -1,0 +1,58 @@
+"""What the commands show of many pictures: a grid that stays small, and which mask is whose."""
+
+import numpy as np
+from PIL import Image
+
+from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.cli import generate, train
+from catversion_jax.data.photos import read_photos
+from catversion_jax.sampling.sampler import SampleRequest
+from catversion_jax.utils.image_grid import reduced
+
+
+def request_of(prompts: int, seeds: int) -> SampleRequest:
+    return SampleRequest.every([f"prompt {i}" for i in range(prompts)], range(seeds), SamplerConfig())
+
+
+def test_the_grid_keeps_small_copies_of_the_first_pictures(tmp_path, monkeypatch):
+    """Of hundreds, every one is written and 256 are kept, however large they are."""
+    monkeypatch.setattr(generate, "write_atomically", lambda path, _: written.append(path.name))
+    written: list[str] = []
+    request = request_of(20, 20)
+    image = np.zeros((512, 256, 3), np.uint8)
+    rows = generate.write_images(tmp_path, request, iter([image] * 400))
+    assert len(set(written)) == 400
+    assert [len(row) for row in rows.values()] == [20] * 12 + [16]
+    assert {picture.shape for row in rows.values() for picture in row} == {(256, 128, 3)}
+    grid = generate.wrapped_grid(rows)
+    assert max(grid.size) < 12_000
+    assert grid.width * grid.height < 30 * 10**6
+
+
+def test_few_pictures_are_all_in_the_grid(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+    rows = generate.write_images(tmp_path, request_of(2, 3), iter(images))
+    np.testing.assert_array_equal([picture for row in rows.values() for picture in row], images)
+    assert len(list(tmp_path.glob("prompt-[01]_[012].png"))) == 6
+
+
+def test_reduced():
+    small = np.zeros((256, 100, 3), np.uint8)
+    assert reduced(small, 256) is small
+    assert reduced(np.zeros((1, 20_000, 3), np.uint8), 256).shape == (1, 256, 3)
+
+
+def test_train_prints_which_mask_is_whose(tmp_path, capsys):
+    (tmp_path / "masks").mkdir()
+    for name, ending in (("a", "png"), ("b", "webp")):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.jpg")
+        mask = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+        mask.paste((9, 9, 9, 255), (0, 0, 8, 2 if name == "a" else 6))
+        mask.save(tmp_path / "masks" / f"{name}.{ending}", lossless=True)
+    train.print_masks(read_photos(tmp_path, None))
+    assert capsys.readouterr().out.splitlines() == [
+        "mask of a: masks/a.png, covers 25.0%",
+        "mask of b: masks/b.webp, covers 75.0%",
+    ]
+    train.print_masks(read_photos(tmp_path / "masks", None))
+    assert capsys.readouterr().out == ""
