@@ -27,6 +27,7 @@ from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig, Ima
 from catversion_jax.evaluation.scores import Encoders
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.model_names import public_name
 from catversion_jax.utils.errors import UserError, is_storage_error, short
 from catversion_jax.utils.files import checked_output, expand, write_atomically
 
