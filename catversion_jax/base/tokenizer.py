@@ -1,45 +1,84 @@
 """CLIP's tokenizer, and the class word's position among a prompt's tokens."""
 
-import json
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from catversion_jax.base.tokenizer_files import Vocabulary, read_vocabulary
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.types import Int
+
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""CLIP's words (simple_tokenizer.py of OpenAI's CLIP), each of which is encoded by itself."""
 
 
 class Tokenizer:
     """CLIP's tokenizer, read from a diffusers folder; pads or truncates token ids to the model's length (77)."""
 
     def __init__(self, folder: Path):
-        # Imported here, because it takes a second and half of the commands do not need it.
-        from transformers import CLIPTokenizer
-
-        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
-        if missing:
-            raise UserError(f"{folder}: no {' and no '.join(missing)}; expected a CLIP tokenizer of a diffusers folder")
-        config = folder / "tokenizer_config.json"
-        self.length = json.loads(config.read_text())["model_max_length"] if config.is_file() else 77
-        self._tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        self.vocabulary = read_vocabulary(folder)
+        self.length = self.vocabulary.length
+        self._tokenizer = byte_pair_encoder(self.vocabulary)
+        self._start, self._end, self._pad = (
+            self._tokenizer.token_to_id(self.vocabulary.special[name].content)
+            for name in ("bos_token", "eos_token", "pad_token")
+        )
 
     def __call__(self, prompts: list[str]) -> Int[np.ndarray, "T Q"]:
-        out = self._tokenizer(prompts, padding="max_length", max_length=self.length, truncation=True)
-        return np.asarray(out["input_ids"], np.int32)
+        """Returns the token ids, with start and end token; a prompt that is too long is cut."""
+        token_ids = np.full((len(prompts), self.length), self._pad, np.int32)
+        for row, prompt in zip(token_ids, prompts, strict=True):
+            words = self.word(prompt)[: self.length - 2]
+            row[: len(words) + 2] = (self._start, *words, self._end)
+        return token_ids
 
     def word(self, word: str) -> tuple[int, ...]:
         """The token ids of one or more words, without start and end token."""
-        return tuple(self._tokenizer(word, add_special_tokens=False)["input_ids"])
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{word!r}: holds half of a character; write the prompt in UTF-8") from None
+        return tuple(self._tokenizer.encode(word, add_special_tokens=False).ids)
 
     def token(self, token_id: int) -> str:
         """The text of a token."""
-        return self._tokenizer.convert_ids_to_tokens(token_id).removesuffix("</w>")
+        return self._tokenizer.id_to_token(token_id).removesuffix("</w>")
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt is too long for the text encoder, so that its end is cut off."""
         return len(self.word(prompt)) > self.length - 2
+
+
+def byte_pair_encoder(vocabulary: Vocabulary) -> Any:
+    """Builds the encoder of every CLIP, as transformers' CLIPTokenizer does; returns a `tokenizers.Tokenizer`."""
+    # Imported here, because many commands do not need it. transformers, which builds the same, takes seconds to import.
+    import tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    unknown = vocabulary.special["unk_token"].content
+    pairs = tokenizers.models.BPE(
+        vocabulary.ids, vocabulary.merges, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix="</w>"
+    )
+    encoder = tokenizers.Tokenizer(pairs)
+    encoder.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    for is_special, group in itertools.groupby(vocabulary.added, lambda token: token.special):
+        tokens = [
+            tokenizers.AddedToken(
+                t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=t.normalized,
+                special=is_special,
+            )
+            for t in group
+        ]  # fmt: skip
+        (encoder.add_special_tokens if is_special else encoder.add_tokens)(tokens)
+    return encoder
 
 
 def find_word(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Int[np.ndarray, "T"]:
