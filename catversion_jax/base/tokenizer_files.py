@@ -153,7 +153,8 @@ def special_tokens(settings: TokenizerSettings, special: SpecialTokens) -> dict[
     """The tokens for a prompt's start, end and padding. transformers' order: which file wins, if they differ."""
     # Since transformers 4.34 everything is in tokenizer_config.json, which then has added_tokens_decoder.
     files = (special, settings) if settings.added_tokens_decoder is not None else (settings, special)
-    named: dict[str, NamedToken] = {name: "<|endoftext|>" for name in NAMES} | {"bos_token": "<|startoftext|>"}
+    named: dict[str, NamedToken] = {name: "<|endoftext|>" for name in NAMES}
+    named["bos_token"] = "<|startoftext|>"
     for file in files:
         named |= {name: value for name in NAMES if (value := getattr(file, name)) is not None}
     tokens = {}
