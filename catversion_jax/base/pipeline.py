@@ -51,7 +51,8 @@ class ModelConfig:
     )
     prediction_type: str = setting(
         "",
-        f'What the UNet predicts: {" or ".join(TARGETS)}; "" means as the model says, v_prediction for a 2.x file.',
+        f'What the UNet predicts: {" or ".join(TARGETS)}; "" means as the model says; '
+        "a file that does not say counts as v_prediction if it is 2.x, else epsilon.",
         one_of(TARGETS, unset=True),
     )
     dtype: str = setting(

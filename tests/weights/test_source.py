@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 
-from catversion_jax.base import pipeline
+from catversion_jax.base import pipeline, schedulers
+from catversion_jax.base.noise_schedule import NoiseSchedule
 from catversion_jax.utils.errors import UserError
 from catversion_jax.weights import msgpack, safetensors, source, weight_files
 from catversion_jax.weights.conversion import from_torch
@@ -181,6 +183,158 @@ def test_prediction_type(sd1, tmp_path):
     assert opened.scheduler()["prediction_type"] == "epsilon"
 
 
+# ---- what a single file says of itself
+
+
+def write_single(path: Path, family: str, metadata: dict[str, str] | None = None, **marks: np.ndarray) -> Path:
+    tensors = ldm_files.to_ldm(ldm_files.to_diffusers(ldm_files.random_params(family)), family)
+    save_file(tensors | marks, path, metadata)
+    return path
+
+
+EMPTY = np.zeros(0, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "metadata", "marks", "expected"),
+    [
+        ("sd2", {"modelspec.prediction_type": "epsilon"}, {}, "epsilon"),
+        ("sd2", {"modelspec.predict_key": "epsilon"}, {}, "epsilon"),
+        ("sd2", {"modelspec.architecture": "stable-diffusion-v2-512"}, {}, "epsilon"),
+        ("sd2", {"modelspec.prediction_type": "v"}, {}, "v_prediction"),
+        ("sd1", {"modelspec.prediction_type": "V"}, {}, "v_prediction"),
+        ("sdxl", {"modelspec.predict_key": "v", "other": "x"}, {}, "v_prediction"),
+        ("sdxl", {"ss_v_parameterization": "True"}, {}, "v_prediction"),
+        ("sdxl", {"ss_v_parameterization": "False", "modelspec.prediction_type": ""}, {}, "epsilon"),
+        ("sdxl", {}, {"v_pred": EMPTY}, "v_prediction"),
+        ("sdxl", {"modelspec.architecture": "stable-diffusion-xl-v1-base"}, {}, "epsilon"),
+    ],
+)
+def test_the_prediction_type_that_a_file_states(tmp_path, caplog, family, metadata, marks, expected):
+    opened = source.open_source(str(write_single(tmp_path / "model.safetensors", family, metadata, **marks)))
+    assert opened.scheduler()["prediction_type"] == expected
+    assert "rescale_betas_zero_snr" not in opened.scheduler()
+    if family == "sd2":
+        assert opened.config("unet")["sample_size"] == {"epsilon": 64, "v_prediction": 96}[expected]
+    assert not caplog.text
+
+
+def test_marks_of_noobai(tmp_path, caplog):
+    """v_pred and ztsnr, empty tensors: v-prediction from a last timestep without signal."""
+    path = write_single(tmp_path / "model.safetensors", "sdxl", v_pred=EMPTY, ztsnr=EMPTY)
+    opened = source.open_source(str(path))
+    assert_same(opened, ldm_files.random_params("sdxl"))
+    schedule = NoiseSchedule.from_json(opened.scheduler())
+    assert schedule.prediction_type == "v_prediction"
+    assert schedule.alphas_cumprod[-1] == 0
+    assert dict(schedule.sampling)["timestep_spacing"] == "trailing"
+    assert not caplog.text
+    overridden = source.open_source(str(path), prediction_type="epsilon").scheduler()
+    assert overridden["prediction_type"] == "epsilon"
+    assert NoiseSchedule.from_json(overridden).alphas_cumprod[-1] > 0
+    assert "its tensor ztsnr is ignored, because the model is taken as epsilon" in caplog.text
+
+
+def test_statements_that_are_refused_unless_the_config_decides(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for metadata, marks, message in (
+        (
+            {"modelspec.prediction_type": "flow"},
+            {},
+            "modelspec.prediction_type='flow' in its header: expected one of ep",
+        ),
+        ({"modelspec.predict_key": "\x1b[2J"}, {}, r"predict_key='\x1b[2J'"),
+        (
+            {"modelspec.predict_key": "epsilon"},
+            {"v_pred": EMPTY},
+            "contradicts itself by modelspec.predict_key=epsilon, ",
+        ),
+    ):
+        write_single(path, "sdxl", metadata, **marks)
+        refused(message, "set config.model.prediction_type", path=str(path))
+        opened = source.open_source(str(path), prediction_type="v_prediction")
+        assert opened.scheduler()["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_assumed_is_told_where_there_are_two_kinds(tmp_path, caplog, family):
+    path = write_single(tmp_path / "model.safetensors", family, {"modelspec.title": "x"})
+    source.open_source(str(path))
+    told = "does not say what it predicts; taken as v_prediction" in caplog.text
+    assert told == (family == "sd2")
+
+
+def test_sd_turbo(tmp_path):
+    """Stable Diffusion 2.1's networks; the text encoder's names are those that XL's refiner also has."""
+    params = ldm_files.random_params("sd2")
+    tensors = ldm_files.to_ldm(ldm_files.to_diffusers(params), "sd2")
+    renamed = {
+        name.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): value
+        for name, value in tensors.items()
+    }
+    save_file(renamed | {"denoiser.sigmas": np.ones(1000)}, tmp_path / "sd_turbo.safetensors")
+    opened = source.open_source(str(tmp_path / "sd_turbo.safetensors"))
+    assert_same(opened, params)
+    assert opened.scheduler()["prediction_type"] == "epsilon"
+    assert opened.scheduler()["timestep_spacing"] == "trailing"
+    assert opened.config("unet")["sample_size"] == 64
+    assert opened.config("text") == ldm_files.CONFIGS["sd2"]["text"]
+
+
+def test_harmless_tensors_of_text_encoders(sd1, tmp_path):
+    """Left from the whole CLIP, or named as transformers 5 does."""
+    params = ldm_files.random_params("sd1")
+    extra = {"text_projection.weight": np.ones((64, 64), np.float16), "logit_scale": np.ones((), np.float16)}
+    extra["text_model.embeddings.position_ids"] = np.arange(77)[None]
+    folder = write_folder(tmp_path / "extra", sd1 | {"text": sd1["text"] | extra})
+    assert_same(source.open_source(str(folder)), params)
+    shorter = {name.removeprefix("text_model."): value for name, value in (sd1["text"] | extra).items()}
+    folder = write_folder(tmp_path / "transformers5", sd1 | {"text": shorter})
+    assert_same(source.open_source(str(folder)), params)
+    tensors = ldm_files.to_ldm(sd1, "sd1") | {
+        "cond_stage_model.logit_scale": np.ones((), np.float16),
+        "cond_stage_model.text_projection": np.ones((64, 64), np.float16),
+        "cond_stage_model.transformer.text_projection.weight": np.ones((64, 64), np.float16),
+    }
+    for path, old, new in (("a", "", ""), ("b", "transformer.text_model.", "transformer.")):
+        renamed = {name.replace(old, new) if old else name: value for name, value in tensors.items()}
+        save_file(renamed, tmp_path / f"{path}.safetensors")
+        assert_same(source.open_source(str(tmp_path / f"{path}.safetensors")), params)
+
+
+# ---- variants
+
+
+def test_a_component_without_the_variant_has_its_plain_files(sd1, tmp_path, caplog):
+    write_folder(tmp_path, sd1)
+    save_file(sd1["unet"], weights_file(tmp_path, "unet", 0, ".fp16"))
+    assert_same(source.open_source(str(tmp_path), variant="fp16"), ldm_files.random_params("sd1"))
+    assert "no weights of config.model.variant='fp16' in text_encoder, vae; the plain ones are read" in caplog.text
+
+
+def test_a_folder_of_a_variant_alone(sd1, tmp_path):
+    write_folder(tmp_path, sd1, variant=".fp16")
+    message = "text_encoder: no weights; expected model.safetensors or diffusion_pytorch_model.safetensors; there are "
+    refused(message, "those of variant fp16: set config.model.variant", path=str(tmp_path))
+    assert_same(source.open_source(str(tmp_path), variant="fp16"), ldm_files.random_params("sd1"))
+
+
+def test_plain_files_are_downloaded_where_the_variant_lacks_some(sd1, remote):
+    write_folder(remote.remote, sd1)
+    weights_file(remote.remote, "text", 0).unlink()
+    save_file(sd1["text"], weights_file(remote.remote, "text", 0, ".fp16"))
+    save_file(sd1["unet"], weights_file(remote.remote, "unet", 0, ".fp16"))
+    assert_same(source.open_source("owner/name", variant="fp16"), ldm_files.random_params("sd1"))
+    assert "vae/diffusion_pytorch_model.safetensors" in remote.fetched
+    assert "unet/diffusion_pytorch_model.safetensors" not in remote.fetched
+
+
+def test_a_variant_that_is_nowhere_downloads_no_plain_files(sd1, remote):
+    write_folder(remote.remote, sd1)
+    refused("owner/name: no weights of config.model.variant='fp61' for", path="owner/name", variant="fp61")
+    assert not any(name.endswith(".safetensors") for name in remote.fetched)
+
+
 # ---- tokenizers and the hub
 
 
@@ -189,10 +343,11 @@ class FakeHub:
 
     def __init__(self, remote: Path, cache: Path):
         self.remote, self.cache, self.calls = remote, cache, []
+        self.endpoint = "https://huggingface.co"
 
     def __call__(self, repo_id, *, revision, allow_patterns, endpoint):
         self.calls.append((repo_id, revision))
-        assert endpoint == "https://huggingface.co"
+        assert endpoint == self.endpoint
         for path in self.remote.rglob("*"):
             name = path.relative_to(self.remote).as_posix()
             if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
@@ -209,7 +364,17 @@ class FakeHub:
 def remote(tmp_path, monkeypatch) -> FakeHub:
     fake = FakeHub(tmp_path / "remote", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     return fake
+
+
+def test_a_mirror(sd1, remote, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
+    remote.endpoint = "https://mirror.example"
+    write_folder(remote.remote, sd1)
+    source.open_source("owner/name")
+    assert remote.calls
+    refused("a model's name (owner/name) on https://mirror.example", path="nowhere")
 
 
 def test_only_what_is_needed_is_downloaded(sd1, remote):
@@ -222,7 +387,7 @@ def test_only_what_is_needed_is_downloaded(sd1, remote):
         (remote.remote / name).write_bytes(b"not this")
     opened = source.open_source("owner/name", revision="main")
     assert remote.calls == [("owner/name", "main")]
-    assert remote.fetched == needed - {"tokenizer/tokenizer.json"}
+    assert remote.fetched == needed
     assert opened.name == "owner/name"
     assert_same(opened, ldm_files.random_params("sd1"))
     refused("owner/name: no weights of config.model.variant='bf16' for text_enc", path="owner/name", variant="bf16")
@@ -282,6 +447,8 @@ def test_the_tokenizer_of_a_single_file(remote, tmp_path):
 def test_what_the_hub_answers(monkeypatch, kind, message):
     error = getattr(huggingface_hub.errors, kind)
 
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+
     def fail(*_, **__):
         raise error.__new__(error)
 
@@ -324,8 +491,25 @@ OTHER_FILES = {
     "flux": ({"double_blocks.0.img_attn.norm.key_norm.scale": np.zeros(2)}, "this is Flux"),
     "controlnet": ({"control_model.input_blocks.0.0.weight": np.zeros(2)}, "this is a ControlNet"),
     "vae": ({"encoder.conv_in.weight": np.zeros(2)}, "this is an autoencoder alone"),
+    "vae_of_a_whole": ({"first_stage_model.encoder.conv_in.weight": np.zeros(2)}, "this is an autoencoder alone"),
+    "unet": ({"model.diffusion_model.input_blocks.0.0.weight": np.zeros(2)}, "this is a UNet alone"),
+    "text": ({"text_model.embeddings.token_embedding.weight": np.zeros(2)}, "this is a text encoder alone"),
+    "textual_inversion": ({"emb_params": np.zeros((2, 768))}, "this is a Textual Inversion embedding"),
+    "textual_inversion_of_diffusers": ({"<cat>": np.zeros(768)}, "this is a Textual Inversion embedding"),
+    "textual_inversion_of_xl": ({"clip_g": np.zeros(2), "clip_l": np.zeros(2)}, "this is a Textual Inversion"),
+    "concept": ({"prefix": np.zeros(2)}, "this is a trained concept"),
+    "lycoris": ({"lora_te_text_model_encoder.hada_w1_a": np.zeros(2)}, "this is a LoRA"),
+    "controlnet_of_diffusers": ({"controlnet_cond_embedding.conv_in.bias": np.zeros(2)}, "this is a ControlNet"),
+    "ip_adapter": ({"image_proj.norm.bias": np.zeros(2)}, "this is an IP-Adapter"),
     "unet_of_diffusers": ({"down_blocks.0.resnets.0.conv1.bias": np.zeros(2)}, "in diffusers layout; give the folder"),
-    "refiner": ({"conditioner.embedders.0.model.ln_final.bias": np.zeros(2)}, "this is the refiner"),
+    "refiner": (
+        {
+            "conditioner.embedders.0.model.ln_final.bias": np.zeros(2),
+            "model.diffusion_model.label_emb.0.0.bias": np.zeros(2),
+            "first_stage_model.quant_conv.bias": np.zeros(2),
+        },
+        "this is the refiner of Stable Diffusion XL",
+    ),
     "language_model": (
         {"model.layers.0.mlp.weight": np.zeros(2)},
         "lacks text (cond_stage_model.transformer.*), unet (model.diffusion_model.*), vae (first_stage_model.*)",
@@ -362,6 +546,20 @@ def test_single_files_with_something_wrong(sd1, tmp_path):
     refused("config.model.variant='fp16'", "is a single file; unset it", path=str(path), variant="fp16")
 
 
+def test_long_lists_are_cut(sd1, tmp_path):
+    """Five names, and how many more; nothing that a terminal would obey."""
+    path = tmp_path / "model.safetensors"
+    odd = {f"extra.{i}.\x1b[31m": np.zeros(2) for i in range(1000)}
+    save_file(ldm_files.to_ldm(sd1, "sd1") | odd, path)
+    message = refused("Stable Diffusion 1.x has no extra.0.\\x1b[31m, ", "and 995 more", path=str(path))
+    assert "\x1b" not in message
+    save_file(ldm_files.to_ldm(sd1, "sd1") | {f"model.diffusion_model.{k}": v for k, v in odd.items()}, path)
+    with pytest.raises(UserError, match=r"no rule for: .* and 995 more") as error:
+        read(source.open_source(str(path)), "unet")
+    assert "\x1b" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
 def test_a_tensor_no_table_knows_is_listed(sd1, tmp_path):
     """Inside a component the table decides, when it is applied."""
     path = tmp_path / "model.safetensors"
@@ -385,10 +583,83 @@ def test_folders_that_lack_something(sd1, tmp_path):
 
 
 def test_an_index_that_is_none(tmp_path):
-    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+    absent = '{"weight_map": {"a": "3"}}'
+    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000, absent):
         (tmp_path / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(UserError, match=r"index\.json: (not an index of shards|lists shards that are not beside)"):
+        with pytest.raises(UserError, match=r"index\.json: (.*expected an index|lists shards that are not beside)"):
             weight_files.open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pytorch_lora_weights.safetensors", "", "this is a LoRA"),
+        ("adapter_config.json", "{}", "this is a LoRA"),
+        ("learned_embeds.bin", "", "this is a Textual Inversion"),
+        ("concept.safetensors", "", "this is a trained concept"),
+        (
+            "config.json",
+            '{"_class_name": "AutoencoderKL"}',
+            "its config.json says AutoencoderKL: no text_encoder/config",
+        ),
+        ("config.json", '{"architectures": ["CLIPModel"]}', "its config.json says ['CLIPModel']"),
+        ("model_index.json", '{"_class_name": "FluxPipeline"}', "its model_index.json says FluxPipeline"),
+    ],
+)
+def test_folders_of_something_else(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    refused(message, "expected a Stable Diffusion 1.x, 2.x or XL model in diffusers layout", path=str(tmp_path))
+
+
+def test_a_textual_inversion_of_torch(tmp_path):
+    """As A1111's webui saves it."""
+    vectors = {"*": np.zeros((2, 768), np.float32)}
+    value = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch_files.whole("0", vectors["*"])}}
+    path = torch_files.save(tmp_path / "cat.pt", value, {"0": vectors["*"]})
+    refused("this is a Textual Inversion embedding, not a model; expected", path=str(path))
+
+
+def test_a_scheduler_that_clips_nothing(sd1, tmp_path):
+    """diffusers writes -Infinity, which is no JSON, for DPM-Solver++."""
+    path = write_folder(tmp_path, sd1) / "scheduler" / "scheduler_config.json"
+    config = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": float("-inf"), "solver_order": 2}
+    path.write_text(json.dumps(config))
+    assert "-Infinity" in path.read_text()
+    schedule = NoiseSchedule.from_json(source.open_source(str(tmp_path)).scheduler())
+    assert len(schedulers.plan(schedule, "", 5).calls.number) == 5
+    path.write_text(json.dumps(config | {"lambda_min_clipped": -5.1}))
+    schedule = NoiseSchedule.from_json(source.open_source(str(tmp_path)).scheduler())
+    with pytest.raises(UserError, match=r"lambda_min_clipped=-5\.1"):
+        schedulers.plan(schedule, "", 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "its header is no JSON object"),
+        ((2**62).to_bytes(8, "little") + b"{}", "its header would have more than 32 MiB"),
+        ((2**20).to_bytes(8, "little") + b"{}", "it ends within its header"),
+        ((2).to_bytes(8, "little") + b"[]", "its header is no JSON object"),
+        ((100_000).to_bytes(8, "little") + b'{"a":' + b"[" * 99_995, "not a readable safetensors file"),
+        ((22).to_bytes(8, "little") + b'{"__metadata__": "x"} ', "not a readable safetensors file"),
+        ((16).to_bytes(8, "little") + b'{"\\ud800": "x"}', "not a readable safetensors file"),
+        ((12).to_bytes(8, "little") + b'{"a": "\x1b"} ', "not a readable safetensors file"),
+    ],
+)
+def test_headers_that_are_none(tmp_path, content, message):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        safetensors.open_safetensors(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="not a regular file"):
+        safetensors.open_safetensors(tmp_path / "model.safetensors")
 
 
 def test_types_that_are_not_read(tmp_path):
@@ -422,6 +693,7 @@ BAD_MSGPACK = {
     "chunked": (flax.serialization.to_bytes({"a": {"__msgpack_chunked_array__": True}}), "'a' is larger than 1 GiB"),
     "long_name": (b"\x81\xdb\xff\xff\xff\xff", "a name that is text of length 4294967295"),
     "text": (b"just some text", "integer of length 106 at ''"),
+    "long_path": ((b"\x81\xda\x04\x00" + b"a" * 1024) * 5 + b"\x80", "a name of more than 4096 characters"),
 }
 
 
