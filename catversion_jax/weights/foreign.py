@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, one_line
 from catversion_jax.utils.records import read_record
 
 FOREIGN = {
@@ -48,8 +48,8 @@ def what_folder(path: Path) -> str:
         if (path / name).is_file():
             return f"this is {what}, not a base model: "
     for name in ("model_index.json", "config.json"):
-        if (path / name).is_file():
-            config = read_record(path / name, dict[str, Any], EXPECTED)
+        with contextlib.suppress(UserError):
+            config = read_record(path / name, dict[str, Any])
             kind = config.get("_class_name") or config.get("architectures") or config.get("model_type")
-            return f"its {name} says {kind}: " if kind else ""
+            return f"its {name} says {one_line(str(kind), 100)}: " if kind else ""
     return ""
