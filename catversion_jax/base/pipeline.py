@@ -228,6 +228,12 @@ def check_tokenizer(tokenizer: Tokenizer, text: CLIPTextConfig, where: str) -> N
             f"{path.parent / 'tokenizer_config.json'}: model_max_length={tokenizer.length}, but {where}'s config.json "
             f"has max_position_embeddings={text.max_position_embeddings}; {todo}"
         )
+    # 2 stands for the largest id (models/clip.py); an id that no prompt holds would pool the wrong position.
+    if text.projection_dim is not None and text.eos_token_id not in (2, tokenizer.end):
+        raise UserError(
+            f"{path}: the end token is {tokenizer.end}, but {where}'s config.json has eos_token_id="
+            f"{text.eos_token_id}; {todo}"
+        )
 
 
 def check_conditioning(unet: UNetConfig, texts: Sequence[CLIPTextConfig], where: str) -> None:

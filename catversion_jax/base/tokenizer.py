@@ -23,7 +23,7 @@ class Tokenizer:
         self.vocabulary = read_vocabulary(folder)
         self.length = self.vocabulary.length
         self._tokenizer = byte_pair_encoder(self.vocabulary)
-        self._start, self._end, self._pad = (
+        self._start, self.end, self._pad = (
             self._tokenizer.token_to_id(self.vocabulary.special[name].content)
             for name in ("bos_token", "eos_token", "pad_token")
         )
@@ -33,7 +33,7 @@ class Tokenizer:
         token_ids = np.full((len(prompts), self.length), self._pad, np.int32)
         for row, prompt in zip(token_ids, prompts, strict=True):
             words = self.word(prompt)[: self.length - 2]
-            row[: len(words) + 2] = (self._start, *words, self._end)
+            row[: len(words) + 2] = (self._start, *words, self.end)
         return token_ids
 
     def word(self, word: str) -> tuple[int, ...]:

@@ -106,6 +106,15 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_model, tmp_path):
         tiny.load(model)
 
 
+def test_an_end_token_of_another_tokenizer_is_refused(tmp_path):
+    """SDXL pools the state at the end token, which has to be in the prompts."""
+    model = tiny.write(tmp_path / "model", changes=tiny.XL_CHANGES)
+    path = model / "text_encoder_2" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 49407}))
+    with pytest.raises(UserError, match=r"vocab\.json: the end token is 1583, but .*: text_2's config"):
+        tiny.load(model)
+
+
 def test_parts_of_different_models_are_refused(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((model / "unet" / "config.json").read_text()) | {"cross_attention_dim": 48}
