@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from catversion_jax.base.noise_schedule import TARGETS, NoiseSchedule
+from catversion_jax.base.schedulers import check_options
 from catversion_jax.base.tokenizer import Tokenizer
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.sharding import Rules, param_shardings
@@ -264,6 +265,7 @@ def load_pipeline(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, 
     tokenizers = tuple(Tokenizer(source.tokenizer(name)) for name in texts)
     with told(source.name):
         schedule = NoiseSchedule.from_json(source.scheduler())
+        check_options(schedule)
     # The VAE is always float32: it runs only a few times, and half precision is known to overflow in it (diffusers
     # marks SDXL's VAE with force_upcast).
     dtypes = {name: jnp.float32 if name == "vae" else DTYPES[model.dtype] for name in (*texts, "unet", "vae")}

@@ -314,6 +314,11 @@ def plan(schedule: NoiseSchedule, name: str, steps: int) -> Trajectory:
     return scheduler.plan(schedule, options, steps)
 
 
+def check_options(schedule: NoiseSchedule) -> None:
+    """Raises UserError if a value of scheduler_config.json has a wrong type, for any scheduler that may be chosen."""
+    from_json(Options, {"timestep_spacing": "leading"} | dict(schedule.sampling), {})
+
+
 def own(class_name: str | None) -> Scheduler:
     """The scheduler that a scheduler_config.json names. Raises UserError if it is not supported."""
     for scheduler in SCHEDULERS.values():

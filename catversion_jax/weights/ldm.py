@@ -297,15 +297,6 @@ FAMILIES = (
         scheduler=NOISE | {"_class_name": "DDIMScheduler"},
     ),
     Family(
-        name="SD Turbo",  # Stable Diffusion 2.1's networks, with names like those of XL
-        texts={"text": Text("conditioner.embedders.0.model.", is_open_clip=True, last_layer=23)},
-        heads=heads_of_channels,
-        sample_sizes={"epsilon": 64, "v_prediction": 64},
-        prediction_type="epsilon",
-        scaling_factor=0.18215,
-        scheduler=NOISE | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
-    ),
-    Family(
         name="Stable Diffusion XL",
         texts={
             "text": Text("conditioner.embedders.0.transformer.", is_open_clip=False),
@@ -317,6 +308,15 @@ FAMILIES = (
         scaling_factor=0.13025,
         scheduler=NOISE
         | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "interpolation_type": "linear"},
+    ),
+    Family(
+        name="SD Turbo",  # Stable Diffusion 2.1's networks, with names like those of XL
+        texts={"text": Text("conditioner.embedders.0.model.", is_open_clip=True, last_layer=23)},
+        heads=heads_of_channels,
+        sample_sizes={"epsilon": 64, "v_prediction": 64},
+        prediction_type="epsilon",
+        scaling_factor=0.18215,
+        scheduler=NOISE | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
     ),
 )
 

@@ -5,7 +5,7 @@ import pytest
 
 from catversion_jax.base.noise_schedule import NoiseSchedule
 from catversion_jax.base.pipeline import read_text_config
-from catversion_jax.base.schedulers import plan
+from catversion_jax.base.schedulers import check_options, plan
 from catversion_jax.models.clip import CLIPVisionConfig
 from catversion_jax.models.unet import UNetConfig
 from catversion_jax.models.vae import VAEConfig
@@ -22,6 +22,7 @@ READERS = {
     "sdxl": lambda changes: UNetConfig.from_json(CONFIGS["sdxl"]["unet"] | changes),
     "vae": lambda changes: VAEConfig.from_json(VAE | changes),
     "noise": NoiseSchedule.from_json,
+    "options": lambda changes: check_options(NoiseSchedule.from_json(changes)),
     "plan": lambda changes: plan(NoiseSchedule.from_json(changes), "ddim", 10),
 }
 
@@ -89,6 +90,8 @@ WRONG = [
     ("noise", "rescale_betas_zero_snr", "yes", "Expected `bool`, got `str`"),
     ("noise", "rescale_betas_zero_snr", True, "expected prediction_type v_prediction"),
     ("plan", "timestep_spacing", ["leading"], "Expected `str`, got `array`"),
+    ("options", "steps_offset", [1], "Expected `int`, got `array` - at `$.steps_offset`"),
+    ("options", "_class_name", "Unknown", None),
     ("plan", "steps_offset", -5, "Expected `int` >= 0"),
     ("plan", "clip_sample", {"a": []}, "not supported: clip_sample="),
 ]
