@@ -11,7 +11,7 @@ TEAPOT := catversion_jax/concepts/teapot
 DEMO := --config.run_dir=runs/demo --config.concept.class_word=teapot \
 	--config.data.dir=$(TEAPOT)/train --config.data.masks_dir=$(TEAPOT)/train_masks
 
-.PHONY: demo study test parity full-size tpu lint clean
+.PHONY: demo study test parity fuzz kills full-size tpu lint clean
 
 demo: .venv/installed
 	$(BIN)/catversion train --config=configs/mini.py $(DEMO) --resume
@@ -25,6 +25,12 @@ test: .venv/tested
 
 parity: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/parity
+
+fuzz: .venv/tested
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.attack.fuzz
+
+kills: .venv/tested
+	$(BIN)/python -m tests.attack.kills
 
 full-size: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/full_size -s

@@ -141,6 +141,12 @@ def write(folder: Path, seed: int = 0, dtype=np.float16, changes: dict = CHANGES
     return folder
 
 
+def save_run(path: Path, concept: concept_file.Concept) -> None:
+    """Saves a concept as its run does: the config beside it tells where its model is."""
+    concept_file.save(path, concept)
+    (path.parent / "config.json").write_text(json.dumps({"model.path": str(concept.model_path)}))
+
+
 CLIP = {
     "model_type": "clip",
     "projection_dim": 24,

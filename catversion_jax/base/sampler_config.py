@@ -11,7 +11,7 @@ class SamplerConfig:
     """How images are sampled: scheduler, number of steps, guidance and batch size."""
 
     steps: int = setting(50, "Number of sampling steps.", between(1, 1000))
-    guidance: float = setting(7.5, "Scale of classifier-free guidance; 1 turns it off.", at_least(0))
+    guidance: float = setting(7.5, "Scale of classifier-free guidance; 1 turns it off.", between(0, 100))
     # The last batch is padded to this size, so that one compiled program serves all.
     batch_size: int = setting(4, "Number of images sampled at once.", at_least(1))
     scheduler: str = setting(

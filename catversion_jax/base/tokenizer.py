@@ -1,8 +1,8 @@
-"""CLIP's tokenizer, and the class word's position among a prompt's tokens."""
+"""CLIP's tokenizer."""
 
 import itertools
-import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from catversion_jax.base.tokenizer_files import Vocabulary, read_vocabulary
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.types import Int
+from catversion_jax.utils.types import Bool, Int
 
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """CLIP's words (simple_tokenizer.py of OpenAI's CLIP), each of which is encoded by itself."""
@@ -22,35 +22,53 @@ class Tokenizer:
     def __init__(self, folder: Path):
         self.vocabulary = read_vocabulary(folder)
         self.length = self.vocabulary.length
-        self._tokenizer = byte_pair_encoder(self.vocabulary)
-        self._start, self.end, self._pad = (
-            self._tokenizer.token_to_id(self.vocabulary.special[name].content)
-            for name in ("bos_token", "eos_token", "pad_token")
-        )
+        self._encoder = byte_pair_encoder(self.vocabulary)
 
-    def __call__(self, prompts: list[str]) -> Int[np.ndarray, "T Q"]:
-        """Returns the token ids, with start and end token; a prompt that is too long is cut."""
-        token_ids = np.full((len(prompts), self.length), self._pad, np.int32)
-        for row, prompt in zip(token_ids, prompts, strict=True):
-            words = self.word(prompt)[: self.length - 2]
-            row[: len(words) + 2] = (self._start, *words, self.end)
-        return token_ids
+    def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "T Q"]:
+        return self.fit([self.word(prompt) for prompt in prompts])
+
+    def fit(self, prompts: Sequence[tuple[int, ...]]) -> Int[np.ndarray, "T Q"]:
+        """Puts the start token before and the end token after each prompt's tokens; cuts or pads them to `length`."""
+        start, most = self._special("bos_token"), self.length - 2
+        rows = np.full((len(prompts), self.length), self._special("pad_token"), np.int32)
+        for row, ids in zip(rows, prompts, strict=True):
+            whole = (start, *ids[:most], self.end)
+            row[: len(whole)] = whole
+        return rows
 
     def word(self, word: str) -> tuple[int, ...]:
-        """The token ids of one or more words, without start and end token."""
+        """The token ids of any text, without start and end token."""
         try:
             word.encode()
         except UnicodeEncodeError:
             raise UserError(f"{word!r}: holds half of a character; write the prompt in UTF-8") from None
-        return tuple(self._tokenizer.encode(word, add_special_tokens=False).ids)
+        return tuple(self._encoder.encode(word, add_special_tokens=False).ids)
+
+    @property
+    def end(self) -> int:
+        """The token at a prompt's end."""
+        return self._special("eos_token")
+
+    @property
+    def unknown(self) -> int:
+        """The token that stands for what the vocabulary has no tokens for."""
+        return self._special("unk_token")
+
+    def _special(self, name: str) -> int:
+        return self._encoder.token_to_id(self.vocabulary.special[name].content)
+
+    @cached_property
+    def ends_word(self) -> Bool[np.ndarray, "vocabulary"]:
+        """Which tokens end a word: those that CLIP marks with </w>, the special ones, and those that were added."""
+        ends = np.zeros(self.vocabulary.size, bool)
+        whole = {token.content for token in self.vocabulary.added}
+        tokens = self._encoder.get_vocab().items()
+        ends[[i for token, i in tokens if token.endswith("</w>") or token in whole]] = True
+        return ends
 
     def token(self, token_id: int) -> str:
         """The text of a token."""
-        return self._tokenizer.id_to_token(token_id).removesuffix("</w>")
-
-    def is_cut(self, prompt: str) -> bool:
-        """Whether the prompt is too long for the text encoder, so that its end is cut off."""
-        return len(self.word(prompt)) > self.length - 2
+        return self._encoder.id_to_token(token_id).removesuffix("</w>")
 
 
 def byte_pair_encoder(vocabulary: Vocabulary) -> Any:
@@ -79,27 +97,3 @@ def byte_pair_encoder(vocabulary: Vocabulary) -> Any:
         ]  # fmt: skip
         (encoder.add_special_tokens if is_special else encoder.add_tokens)(tokens)
     return encoder
-
-
-def find_word(token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Int[np.ndarray, "T"]:
-    """The position of the last token of the word's first occurrence in each prompt, or -1 if it does not occur.
-
-    The whole token sequence of the word has to match. Tokens are case-folded; a plural is another token.
-    """
-    windows = np.lib.stride_tricks.sliding_window_view(token_ids, len(word), axis=1)
-    hits = (windows == np.asarray(word)).all(-1)
-    return np.where(hits.any(1), hits.argmax(1) + len(word) - 1, -1)
-
-
-def without_word(tokenizer: Tokenizer, class_word: str, prompts: Sequence[str]) -> list[str]:
-    """The prompts that do not contain the class word; all of them if the class word is unknown ("")."""
-    if not class_word:
-        return list(prompts)
-    positions = find_word(tokenizer(list(prompts)), tokenizer.word(class_word))
-    return [prompt for prompt, position in zip(prompts, positions, strict=True) if position < 0]
-
-
-def put_before(prompt: str, class_word: str, identifier: str) -> str:
-    """Inserts an identifier before the first occurrence of the class word, if the prompt contains it."""
-    word = rf"(?<!\w){re.escape(class_word)}(?!\w)"
-    return re.sub(word, lambda match: f"{identifier} {match[0]}", prompt, count=1, flags=re.IGNORECASE)

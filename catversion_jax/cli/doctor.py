@@ -11,11 +11,12 @@ from absl import flags
 from catversion_jax import __version__
 from catversion_jax.base.pipeline import MINI
 from catversion_jax.utils import cache
+from catversion_jax.utils.devices import devices, devices_problem
 from catversion_jax.weights.source import FOLDERS
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "array-record", "ml-collections",
-    "transformers", "safetensors", "numpy", "pillow", "jinja2", "matplotlib", "tensorboardX",
+    "msgspec", "transformers", "safetensors", "numpy", "pillow", "jinja2", "matplotlib", "tensorboardX",
 )  # fmt: skip
 ACCELERATORS = {
     "nvidia-smi": ("gpu", "an NVIDIA driver is here, but JAX sees no GPU: pip install 'catversion-jax[cuda]'"),
@@ -29,14 +30,15 @@ def define_flags() -> None:
 
 def main(arguments: flags.FlagValues) -> int:
     """Prints the report; returns 1 if something that the commands need is missing."""
-    missing = find_missing()
+    without = devices_problem()
     sections = {
         "versions": [f"catversion-jax {__version__}, Python {platform.python_version()}", *map(version, PACKAGES)],
-        "devices": [device_line(device) for device in jax.devices()],
+        "devices": ["none"] if without else [device_line(device) for device in devices()],
         "memory": [memory_line()],
         "compilation cache": cache_lines(),
-        "missing": missing or ["nothing"],
     }
+    missing = [without] if without else find_missing()
+    sections["missing"] = missing or ["nothing"]
     for title, lines in sections.items():
         print(f"{title}:", *(f"  {line}" for line in lines), sep="\n")
     return 1 if missing else 0
@@ -64,8 +66,9 @@ def memory_line() -> str:
 def cache_lines() -> list[str]:
     folder = cache.folder()
     entries = [path.stat().st_size for path in folder.glob("*-cache")] if folder.is_dir() else []
-    counts = cache.read_counts()
-    hits = [f"{name}: {c.get('hits', 0)} hits, {c.get('misses', 0)} misses" for name, c in counts.items()]
+    counts = cache.read_counts(folder)
+    both = (("last", counts.last), ("total", counts.total))
+    hits = [f"{name}: {c.get('hits', 0)} hits, {c.get('misses', 0)} misses" for name, c in both]
     return [f"{folder}: {len(entries)} programs, {sum(entries) / 2**20:.1f} MiB", *hits]
 
 
@@ -74,6 +77,6 @@ def find_missing() -> list[str]:
     folders = [MINI / folder for component, folder in FOLDERS.items() if component != "text_2"]
     lines += [f"{folder}: reinstall catversion-jax" for folder in folders if not folder.is_dir()]
     for program, (name, advice) in ACCELERATORS.items():
-        if shutil.which(program) and not any(device.platform == name for device in jax.devices()):
+        if shutil.which(program) and not any(device.platform == name for device in devices()):
             lines.append(advice)
     return lines

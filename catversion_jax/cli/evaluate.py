@@ -11,9 +11,11 @@ from catversion_jax.cli.flags import (
     define_embedding,
     define_prompts,
     define_sampling,
+    given_embedding,
     given_prompts,
     given_sampler,
     given_seeds,
+    given_strength,
     make_folder,
 )
 from catversion_jax.config import JUDGED
@@ -82,7 +84,7 @@ def main(arguments: flags.FlagValues) -> int:
     shared = load_encoders(arguments, tasks)
     found = evaluation.evaluate(tasks, config, shared)
     given = ("embedding", "images", "references", "masks", "image_masks", "protocol")
-    described = {name: getattr(arguments, name) for name in given}
+    described = {name: getattr(arguments, name) for name in given} | {"embedding": given_embedding(arguments)}
     described |= evaluation.describe(tasks, config, shared, found.rows)
     result = found.result() | {"config": described, "versions": evaluation.versions()}
     write_report(out, result, page.render(result, found.grids))
@@ -114,7 +116,7 @@ Task = ConceptTask | ImagesTask
 def find_tasks(arguments: flags.FlagValues) -> list[Task]:
     """Returns the concepts to evaluate. Raises UserError for conflicting flags, before a model is loaded."""
     check_flags(arguments)
-    source, references = expand(arguments.embedding or arguments.images), expand(arguments.references)
+    source, references = expand(given_embedding(arguments) or arguments.images), expand(arguments.references)
     masks = arguments.masks and expand(arguments.masks)
     image_masks = arguments.image_masks and expand(arguments.image_masks)
     if arguments.protocol:
@@ -178,7 +180,7 @@ def evaluation_config(arguments: flags.FlagValues, tasks: Sequence[Task]) -> Eva
     return EvaluationConfig(
         sampler=given_sampler(arguments, task_concepts(tasks)),
         seeds=given_seeds(arguments),
-        strength=arguments.strength,
+        strength=given_strength(arguments),
         unrelated=tuple(dict.fromkeys(arguments.unrelated)),
         model=arguments.model or "",
         dtype=arguments.dtype,

@@ -8,7 +8,9 @@ from catversion_jax.cli.flags import (
     define_prompts,
     define_strength,
     given_concepts,
+    given_embedding,
     given_prompts,
+    given_strength,
     make_folder,
 )
 from catversion_jax.methods.composition import Personalization
@@ -33,6 +35,7 @@ def define_flags() -> None:
 
 def main(arguments: flags.FlagValues) -> int:
     """Writes the concept, the code that uses it and, if prompts are given, their text states."""
+    given_embedding(arguments)  # one concept alone
     concepts = given_concepts(arguments)
     if not arguments.out:
         raise UserError("--out: missing; expected the folder to write")
@@ -43,7 +46,7 @@ def main(arguments: flags.FlagValues) -> int:
     out = make_folder(expand(arguments.out))
     written = []
     if prompts:
-        personalization = Personalization((concept,), arguments.strength)
+        personalization = Personalization((concept,), given_strength(arguments))
         model = model_of(concepts, arguments.model or "")
         pipeline, unsure = load_for_concepts(concepts, model)
         for warning in unsure + warnings(pipeline, prompts, personalization):

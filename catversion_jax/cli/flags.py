@@ -14,12 +14,16 @@ from catversion_jax.config import Config, from_config_dict
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import recorded_sampler
-from catversion_jax.utils.errors import UserError, is_storage_error
-from catversion_jax.utils.files import expand
+from catversion_jax.utils.errors import UserError, listed, refused
+from catversion_jax.utils.files import expand, read_text
+from catversion_jax.utils.settings import flatten, follows, is_text
 
 flags.disclaim_key_flags()  # flags that are defined here count as the calling command's
 
 MAX_PROMPTS_BYTES = 2**20
+MAX_PROMPTS = 10_000
+MAX_PROMPT_LENGTH = 4096  # characters; a text encoder sees 77 tokens
+MAX_IMAGES = 10_000  # of a prompt
 CONFIG_HELP = "Config file, such as configs/mini.py; --config.KEY=VALUE overrides a key."
 
 
@@ -42,19 +46,27 @@ def checked_config(arguments: flags.FlagValues, unset: tuple[str, ...] = ()) -> 
 def define_embedding(several: bool = False) -> None:
     """Defines --embedding and its alias --concept; with `several`, it may be repeated."""
     what = "Run directory of catversion train, or its concept.safetensors"
-    if several:
-        flags.DEFINE_multi_string("embedding", [], f"{what}; repeat it for several concepts in one prompt.")
-    else:
-        flags.DEFINE_string("embedding", None, f"{what}.")
+    repeat = "; repeat it for several concepts in one prompt" if several else ""
+    flags.DEFINE_multi_string("embedding", [], f"{what}{repeat}.")
     flags.DEFINE_alias("concept", "embedding")
 
 
-def given_concepts(arguments: flags.FlagValues) -> dict[str, Concept]:
-    """Returns the concepts of --embedding, by their sources. Raises UserError if it is missing."""
+def given_embedding(arguments: flags.FlagValues) -> str:
+    """Returns the one value of --embedding, "" without one. Raises UserError if there are several."""
     given = arguments.embedding
+    if len(given) > 1:
+        raise UserError(f"--embedding: {listed(given)}; expected one; only catversion generate takes several")
+    return given[0] if given else ""
+
+
+def given_concepts(arguments: flags.FlagValues) -> dict[str, Concept]:
+    """Returns the concepts of --embedding, by their sources. Raises UserError if it is missing or names one twice."""
+    given = [str(expand(path)) for path in arguments.embedding]
     if not given:
         raise UserError("--embedding: missing; expected a run directory of catversion train")
-    return {str(path): concept_file.load(path) for path in map(expand, [given] if isinstance(given, str) else given)}
+    if twice := [path for path in given if given.count(path) > 1]:
+        raise UserError(f"--embedding: {twice[0]} twice; expected each concept once")
+    return {path: concept_file.load(path) for path in given}
 
 
 def define_prompts(help: str) -> None:
@@ -70,24 +82,21 @@ def given_prompts(arguments: flags.FlagValues) -> list[str]:
     prompts = list(dict.fromkeys(prompt.strip() for prompt in prompts if prompt.strip()))
     if not prompts:
         raise UserError("--prompt: missing; expected a prompt with the class word, or --prompts_file")
+    if len(prompts) > MAX_PROMPTS:
+        raise UserError(f"{len(prompts)} prompts; expected at most {MAX_PROMPTS}; give the others in another call")
+    if not all(map(is_text, prompts)):
+        raise UserError("--prompt: one holds a NUL or half of a character; expected text in UTF-8")
+    if long := [prompt for prompt in prompts if len(prompt) > MAX_PROMPT_LENGTH]:
+        raise UserError(f"prompt {long[0]:.60}...: {len(long[0])} characters; expected at most {MAX_PROMPT_LENGTH}")
     return prompts
 
 
 def read_prompts(path: Path) -> list[str]:
-    try:
-        if path.stat().st_size > MAX_PROMPTS_BYTES:
-            raise UserError(f"{path}: larger than 1 MiB; expected one prompt a line")
-        return path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --prompts_file takes a text file, one prompt a line") from error
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; expected one prompt a line") from None
+    return read_text(path, MAX_PROMPTS_BYTES, "--prompts_file takes a text file, one prompt a line").splitlines()
 
 
 def define_strength() -> None:
-    flags.DEFINE_float(
-        "strength", 1.0, "Concept strength: 1 is as learned, 0 is the base model.", lower_bound=0, upper_bound=1
-    )
+    flags.DEFINE_float("strength", 1.0, "Concept strength: 1 is as learned, 0 is the base model.")
 
 
 def define_model() -> None:
@@ -103,7 +112,7 @@ def define_sampling(images_per_prompt: int = 4) -> None:
     recorded = "if not set, as recorded in the concept"
     scale = f"Scale of classifier-free guidance, 1 for none; {recorded}, or {SamplerConfig.guidance}."
     steps = f"Number of sampling steps; {recorded}, or {SamplerConfig.steps}."
-    flags.DEFINE_float("guidance", None, scale, lower_bound=0)
+    flags.DEFINE_float("guidance", None, scale)
     flags.DEFINE_string(
         "scheduler", None, f"Sampling scheduler: one of {', '.join(SCHEDULERS)}; {recorded}, or the model's own."
     )
@@ -111,7 +120,7 @@ def define_sampling(images_per_prompt: int = 4) -> None:
     define_strength()
     define_model()
     flags.DEFINE_enum("dtype", ModelConfig.dtype, list(DTYPES), "Dtype of the text encoder and the UNet.")
-    flags.DEFINE_integer("num", images_per_prompt, "Number of images per prompt.", lower_bound=1)
+    flags.DEFINE_integer("num", images_per_prompt, "Number of images per prompt.", 1, MAX_IMAGES)
     flags.DEFINE_integer(
         "seed", 0, "Seed of each prompt's first image; the next ones count up.", lower_bound=0, upper_bound=2**32 - 1
     )
@@ -123,7 +132,18 @@ def given_sampler(arguments: flags.FlagValues, concepts: Mapping[str, Concept]) 
     given = {name: getattr(arguments, name) for name in concept_file.SAMPLER}
     changes = {name: value for name, value in given.items() if value is not None}
     recorded = SamplerConfig() if len(changes) == len(given) else recorded_sampler(concepts)
-    return dataclasses.replace(recorded, **changes, batch_size=arguments.batch_size)
+    sampler = dataclasses.replace(recorded, **changes, batch_size=arguments.batch_size)
+    for name, field, value in flatten(sampler):
+        if not follows(field.metadata["constraint"], value):
+            raise UserError(f"--{name}={value}: expected {field.metadata['constraint'].expected}")
+    return sampler
+
+
+def given_strength(arguments: flags.FlagValues) -> float:
+    """Returns the value of --strength. Raises UserError unless it is from 0 to 1, which NaN is not."""
+    if not 0 <= arguments.strength <= 1:
+        raise UserError(f"--strength={arguments.strength}: expected 0 (the base model) to 1 (as learned)")
+    return arguments.strength
 
 
 def given_seeds(arguments: flags.FlagValues) -> tuple[int, ...]:
@@ -133,10 +153,6 @@ def given_seeds(arguments: flags.FlagValues) -> tuple[int, ...]:
 
 def make_folder(path: Path) -> Path:
     """Makes a folder that a flag names. Raises UserError if that fails."""
-    try:
+    with refused(f"{path}: cannot be made", "--out takes a folder"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if is_storage_error(error):
-            raise
-        raise UserError(f"{path}: cannot be made ({error.strerror}); --out takes a folder") from error
     return path

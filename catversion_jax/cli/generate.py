@@ -16,6 +16,7 @@ from catversion_jax.cli.flags import (
     given_prompts,
     given_sampler,
     given_seeds,
+    given_strength,
     make_folder,
 )
 from catversion_jax.methods.composition import Personalization, compose
@@ -42,7 +43,7 @@ def define_flags() -> None:
 def main(arguments: flags.FlagValues) -> int:
     """Writes `<prompt-slug>_<seed>.png` for every prompt and seed, and a grid of them."""
     concepts = given_concepts(arguments)
-    personalization = Personalization(tuple(concepts.values()), arguments.strength)
+    personalization = Personalization(tuple(concepts.values()), given_strength(arguments))
     compose(personalization.concepts)  # refuses concepts that cannot share a prompt, at any strength
     sampler = SamplerConfig() if arguments.check else given_sampler(arguments, concepts)
     prompts = given_prompts(arguments)

@@ -17,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from catversion_jax import __version__
-from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, one_line, short
+from catversion_jax.utils.errors import Interrupted, StorageError, UserError, is_storage_error, listed, one_line, short
 from catversion_jax.utils.log import LOGGER
 
 # Before anything imports them: JAX's C++ log and transformers' advice are not for our users.
@@ -126,8 +126,8 @@ def parse_flags(name: str, arguments: list[str], expected: tuple[str, ...] = ())
     except flags.Error as error:
         lines = str(error).strip().splitlines()  # a config file's error has its traceback in between
         raise UserError(" ".join(dict.fromkeys([lines[0], lines[-1]]))) from error
-    except (AttributeError, KeyError) as error:
-        raise UserError(unknown_key(arguments) or str(error)) from error
+    except Exception as error:  # a config file is a program, which may raise anything
+        raise UserError(unknown_key(arguments) or not_a_config(arguments, error)) from error
     if rest and not expected:
         raise UserError(f"{rest[0]}: expected only flags; they begin with --")
     if len(rest) != len(expected):
@@ -146,6 +146,13 @@ def unknown_key(arguments: list[str]) -> str | None:
         if argument.startswith("--config.") and key not in keys:
             return f"config.{key}: no such key{suggestion(key, keys)}"
     return None
+
+
+def not_a_config(arguments: list[str], error: Exception) -> str:
+    """Returns the error message for a config file, or a value of one of its keys, that raised an error."""
+    given = [argument for argument in arguments if argument.startswith("--config")]
+    expected = "expected a file with get_config(), such as configs/mini.py, and values of its types"
+    return f"{listed(given)}: {type(error).__name__}: {short(error)}; {expected}"
 
 
 class Console(logging.Handler):
@@ -176,6 +183,11 @@ def explain(error: BaseException) -> tuple[str, int]:
         return one_line(line), STORAGE if is_storage_error(error) else MISTAKE
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"out of memory ({short(error)}); lower the batch size, the slots or the dtype's width", MISTAKE
+    if "jax" in sys.modules:
+        from catversion_jax.utils.devices import devices_problem
+
+        if reason := devices_problem():
+            return reason, MISTAKE
     return f"{type(error).__name__}: {short(error)}; this is a bug: --debug shows where, please report that", BUG
 
 
@@ -212,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         status = run_command(name, arguments)
         sys.stdout.flush()  # here, where a reader that has gone can be told from other errors
         return status
+    except Interrupted as error:
+        return 128 + error.number
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough

@@ -3,7 +3,6 @@
 A concept is a folder with `concept.json` (class_word, article), `train/` and `heldout/`, as in catversion_jax/concepts.
 """
 
-import json
 from dataclasses import replace
 
 from absl import flags
@@ -15,11 +14,11 @@ from catversion_jax.evaluation import encoders
 from catversion_jax.evaluation.samples import EvaluationConfig
 from catversion_jax.evaluation.scores import Encoders
 from catversion_jax.study.scoring import Scorer
-from catversion_jax.study.sweep import Score, override, score_setting, sweep_table
+from catversion_jax.study.sweep import known_scores, override, score_setting, sweep_table
 from catversion_jax.training.run import load_model
 from catversion_jax.utils.files import expand, write_atomically
 from catversion_jax.utils.identity import claim
-from catversion_jax.utils.records import read_lines
+from catversion_jax.utils.records import append_line, encode
 
 
 def define_flags() -> None:
@@ -51,7 +50,7 @@ def main(arguments: flags.FlagValues) -> int:
     configs = {setting: override(config, setting) for setting in arguments["try"].value or [""]}
     identity = {"config": config.identity(), "seeds": arguments.seeds, "prompts": arguments.prompts}
     claim(out / "sweep.json", identity)
-    found = [Score(**line) for line in read_lines(out / "scores.jsonl", dict)]
+    found = known_scores(out / "scores.jsonl", folders)
     known = {(score.setting, score.concept) for score in found}
     model = config.model
     evaluation = EvaluationConfig(config.sample.sampler, tuple(range(arguments.seeds)), 1.0, (), "", model.dtype)
@@ -63,10 +62,8 @@ def main(arguments: flags.FlagValues) -> int:
         for folder in folders:
             if (setting, folder.name) not in known:
                 found.append(score_setting(changed, setting, folder, out, scorer))
-                line = json.dumps(vars(found[-1]))
-                with (out / "scores.jsonl").open("a") as file:
-                    file.write(line + "\n")
-                print(line)
+                append_line(out / "scores.jsonl", found[-1])
+                print(encode(found[-1]))
     table = sweep_table([score for score in found if score.setting in configs])
     write_atomically(out / "table.md", lambda path: path.write_text(table))
     print(table)

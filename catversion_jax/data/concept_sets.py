@@ -1,13 +1,15 @@
 """Concept sets for evaluation: one folder per concept, with `concept.json`, `train/`, `heldout/` and their masks."""
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand
+from catversion_jax.utils.files import MIB, expand, open_regular
 from catversion_jax.utils.records import read_record
 
 SHIPPED = Path(__file__).parents[1] / "concepts"
@@ -49,6 +51,18 @@ class ConceptFolder:
             example = '{"class_word": "teapot", "article": "a"}'
             raise UserError(f"{path}: {concept}; expected the texts {' and '.join(KEYS)}, as {example}")
         return concept
+
+    @cached_property
+    def digest(self) -> str:
+        """Hashes the names and contents of all its files, to 16 hexadecimal digits."""
+        hashed = hashlib.sha256()
+        for path in sorted(path for path in self.path.rglob("*") if path.is_file()):
+            contents = hashlib.sha256()
+            with open_regular(path) as file:
+                for block in iter(partial(file.read, MIB), b""):
+                    contents.update(block)
+            hashed.update(os.fsencode(path.relative_to(self.path)) + b"\0" + contents.digest())
+        return hashed.hexdigest()[:16]
 
     @property
     def class_word(self) -> str:

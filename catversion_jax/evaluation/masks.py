@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from catversion_jax.base.noise_schedule import add_noise
 from catversion_jax.base.pipeline import Networks, Pipeline
-from catversion_jax.base.tokenizer import find_word
+from catversion_jax.base.words import find_word
 from catversion_jax.data.latents import posteriors
 from catversion_jax.models.unet import Context
 from catversion_jax.sampling import conditioning
@@ -102,7 +102,7 @@ def attention_masks(
     Raises UserError for a prompt that does not contain the class word.
     """
     token_ids, word = pipeline.tokenizer(list(prompts)), pipeline.tokenizer.word(class_word)
-    last = find_word(token_ids, word)[:, None]
+    last = find_word(pipeline.tokenizer, token_ids, class_word)[:, None]
     if (last < 0).any():
         prompt = prompts[int(np.argmin(last))]
         raise UserError(f"{prompt!r}: no class word {class_word!r} to see where it is; expected it in every prompt")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from catversion_jax.base.pipeline import Pipeline, load_pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
-from catversion_jax.base.tokenizer import without_word
+from catversion_jax.base.words import without_word
 from catversion_jax.data.photos import Photo, is_candidate, read_photos
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.evaluation import masks, scores
@@ -135,7 +135,7 @@ def base_model(task: ConceptTask, config: EvaluationConfig) -> Pipeline:
 def check_class_word(pipeline: Pipeline, task: ConceptTask) -> None:
     """Raises UserError if a prompt lacks the class word."""
     word = task.concept.class_word
-    without = without_word(pipeline.tokenizer, word, task.prompts)
+    without = without_word(pipeline.tokenizers, word, task.prompts)
     if word and without:
         raise UserError(
             f"prompt {without[0]!r}: no class word {word!r}, which the concept was learned with; "
@@ -194,7 +194,7 @@ def measure_drift(
     pipeline: Pipeline, concept: Concept, config: EvaluationConfig, encoders: Encoders
 ) -> dict[str, Values]:
     """Returns the drift of each unrelated prompt that does not contain the class word."""
-    prompts = tuple(without_word(pipeline.tokenizer, concept.class_word, config.unrelated))
+    prompts = tuple(without_word(pipeline.tokenizers, concept.class_word, config.unrelated))
     if not prompts:
         return {}
     personalization = config.personalization(concept)

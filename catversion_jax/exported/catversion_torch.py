@@ -137,13 +137,26 @@ class Handle:
         length = token_ids.shape[1]
         visible = torch.ones_like(token_ids, dtype=torch.bool)
         if self.concept.scope == "trigger":
-            word = token_ids.new_tensor(self._ids(self.concept.class_word))
-            hits = (token_ids.unfold(1, len(word), 1) == word).all(-1)
-            last = hits.int().argmax(1) + len(word) - 1  # of the first occurrence
-            visible = hits.any(1)[:, None] & (torch.arange(length, device=last.device) >= last[:, None])
+            last = torch.tensor([self._find(row) for row in token_ids.tolist()], device=token_ids.device)[:, None]
+            visible = (last >= 0) & (torch.arange(length, device=last.device) >= last)
         negatives = [self._ids(prompt)[: length - 2] for prompt in self.negatives]
         negative = [self._inner(row) in negatives for row in token_ids.tolist()]
         self._visible = visible & ~torch.tensor(negative, device=visible.device)[:, None]
+
+    def _find(self, row: list[int]) -> int:
+        """The last token of the class word's first occurrence as a whole word, -1 without one."""
+        word = self._ids(self.concept.class_word)
+        if word and self._tokenizer.unk_token_id not in word:
+            for start in range(len(row) - len(word) + 1):
+                if row[start : start + len(word)] == word and (start == 0 or self._ends_word(row[start - 1])):
+                    return start + len(word) - 1
+        return -1
+
+    def _ends_word(self, token_id: int) -> bool:
+        # CLIP marks the tokens at the ends of words; below 0 are vectors that a program put among the tokens.
+        if token_id < 0 or token_id in self._tokenizer.all_special_ids:
+            return True
+        return self._tokenizer.convert_ids_to_tokens(token_id).endswith("</w>")
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import jax
+import msgspec
 import numpy as np
 
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.base.text_states import PromptStates, upper_layers
-from catversion_jax.base.tokenizer import put_before
+from catversion_jax.base.tokenizer import Tokenizer
+from catversion_jax.base.words import put_before
 from catversion_jax.methods.hyperparameters import Hyperparameters
 from catversion_jax.models.prefix_attention import Prefix
 from catversion_jax.models.unet import Context
@@ -40,7 +42,7 @@ class Method(abc.ABC):
     def from_metadata(cls, metadata: dict[str, Any], learned: Params) -> "Method":
         """Builds the method from a concept's file. Raises ValueError if metadata or arrays are not this method's."""
         check_keys(metadata, {field.name for field in fields(cls)})
-        return cls(**metadata)
+        return msgspec.convert(metadata, cls)
 
     def metadata(self) -> dict[str, Any]:
         """The method's fields for a concept's file, in JSON's types."""
@@ -55,10 +57,10 @@ class Method(abc.ABC):
         """The first layer of each text encoder that the learned parameters reach."""
 
     @abc.abstractmethod
-    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
-        """The token mask: the positions where the learned parameters enter.
+    def token_mask(self, last: Int[np.ndarray, "T"], length: int) -> Bool[np.ndarray, "T {length} 1"]:
+        """The token mask: the positions where the learned parameters enter, of `length` tokens.
 
-        `word` holds the token ids of the identifier or, without one, of the class word.
+        `last` is the position of `word`'s last token in each prompt, -1 in one that lacks it.
         """
 
     @abc.abstractmethod
@@ -73,9 +75,13 @@ class Method(abc.ABC):
         found, expected = (jax.tree.map(np.shape, tree) for tree in (learned, expected))
         return None if found == expected else "arrays of other names or shapes than those of its networks"
 
-    def prompt(self, prompt: str, class_word: str) -> str:
-        """Returns the prompt that the text encoder is given."""
-        return put_before(prompt, class_word, self.identifier) if self.identifier else prompt
+    def word(self, class_word: str) -> str:
+        """The word that the learned parameters belong to: the identifier or, without one, the class word."""
+        return self.identifier or class_word
+
+    def prompt_ids(self, tokenizer: Tokenizer, ids: tuple[int, ...], class_word: str) -> tuple[int, ...]:
+        """Returns a prompt's tokens as the text encoder is given them: with the identifier, if the method has one."""
+        return put_before(tokenizer, ids, class_word, self.identifier) if self.identifier else ids
 
     def condition(
         self,
@@ -102,8 +108,8 @@ class TextUnchanged(Method):
         # After the last layer that reaches the UNet: the text states are then computed once per prompt.
         return tuple(encoder.config.depth for encoder in networks.text)
 
-    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
-        return np.zeros((*token_ids.shape, 1), bool)
+    def token_mask(self, last: Int[np.ndarray, "T"], length: int) -> Bool[np.ndarray, "T {length} 1"]:
+        return np.zeros((len(last), length, 1), bool)
 
     def apply_to_prompts(
         self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float

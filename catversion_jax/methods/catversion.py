@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.base.text_states import PromptStates
-from catversion_jax.base.tokenizer import find_word
 from catversion_jax.methods.base import Method, check_keys, of_encoders
 from catversion_jax.methods.hyperparameters import PARTS, AdapterConfig, Hyperparameters
 from catversion_jax.models.prefix_attention import SCOPES, Prefix, init_prefix, resolve_layers, strength_bias
@@ -25,6 +25,15 @@ from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
 
 DEFAULTS = AdapterConfig()
+
+
+class Recorded(msgspec.Struct):
+    """The method's fields in a concept's file."""
+
+    layers: tuple[int, ...]  # of the first text encoder
+    logit_bias: float
+    scope: str
+    layers_2: tuple[int, ...] = ()  # of SDXL's second one
 
 
 @dataclass(frozen=True)
@@ -50,19 +59,21 @@ class CatVersion(Method):
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any], learned: Params) -> "CatVersion":
         check_keys(metadata, {"layers", "logit_bias", "scope"}, {"layers_2"})
+        recorded = msgspec.convert(metadata, Recorded)
         expected = ["prefix", "prefix_2"][: 1 + ("layers_2" in metadata)]
         if sorted(learned) != expected:
             raise ValueError(f"tensors {sorted(learned)}; expected {expected}")
-        layers = tuple(tuple(metadata[name]) for name in ("layers", "layers_2") if name in metadata)
+        layers = (recorded.layers, *([recorded.layers_2] if "layers_2" in metadata else []))
         if bad := [of_encoder for of_encoder in layers if not of_encoder or sorted({*of_encoder}) != [*of_encoder]]:
             raise ValueError(f"layers {[*bad[0]]}; expected indices that ascend")
         for (name, prefix), of_encoder in zip(sorted(learned.items()), layers, strict=True):
-            if prefix.ndim != 5 or prefix.dtype != np.float32 or prefix.shape[1:3] != (len(of_encoder), 2):
+            is_array = isinstance(prefix, np.ndarray) and prefix.ndim == 5 and prefix.size > 0
+            if not is_array or prefix.dtype != np.float32 or prefix.shape[1:3] != (len(of_encoder), 2):
                 wanted = f"[P, {len(of_encoder)}, 2, heads, head_dim]"
                 raise ValueError(f"{name} {prefix.dtype} {list(prefix.shape)}; expected float32 {wanted}")
-        if metadata["scope"] not in SCOPES:
-            raise ValueError(f"scope {metadata['scope']!r}; expected one of {', '.join(SCOPES)}")
-        return cls(layers, float(metadata["logit_bias"]), metadata["scope"])
+        if recorded.scope not in SCOPES:
+            raise ValueError(f"scope {recorded.scope!r}; expected one of {', '.join(SCOPES)}")
+        return cls(layers, recorded.logit_bias, recorded.scope)
 
     def metadata(self) -> dict[str, Any]:
         return {"logit_bias": self.logit_bias, "scope": self.scope} | dict(
@@ -92,11 +103,11 @@ class CatVersion(Method):
     def first_layers(self, networks: Networks) -> tuple[int, ...]:
         return tuple(layers[0] for layers in self.layers)
 
-    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
+    def token_mask(self, last: Int[np.ndarray, "T"], length: int) -> Bool[np.ndarray, "T {length} 1"]:
         if self.scope == "all":
-            return np.ones((*token_ids.shape, 1), bool)
-        last = find_word(token_ids, word)[:, None, None]
-        return (last >= 0) & (np.arange(token_ids.shape[1])[:, None] >= last)
+            return np.ones((len(last), length, 1), bool)
+        last = last[:, None, None]
+        return (last >= 0) & (np.arange(length)[:, None] >= last)
 
     def apply_to_prompts(
         self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from catversion_jax.base.tokenizer import Tokenizer
+from catversion_jax.base.words import find_words
 from catversion_jax.methods.base import BaseModel, Method
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.methods.concept_file import Concept
@@ -23,32 +24,28 @@ class Composition:
     method: Method
     learned: Params
 
-    def prompt(self, prompt: str) -> str:
-        """Returns the prompt that the text encoder is given."""
+    def prompt_ids(self, tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
+        """Returns the tokens of a prompt, of any length, with the concepts' identifiers."""
+        ids = tokenizer.word(prompt)
         for concept in self.concepts:
-            prompt = concept.method.prompt(prompt, concept.class_word)
-        return prompt
+            ids = concept.method.prompt_ids(tokenizer, ids, concept.class_word)
+        return ids
 
-    def token_masks(
-        self, tokenizer: Tokenizer, token_ids: Sequence[Int[np.ndarray, "T Q"]]
-    ) -> tuple[Bool[np.ndarray, "T Q #P"], ...]:
-        """The token mask of each text encoder: where the learned parameters, or the P prefix positions, enter."""
-        words = [tokenizer.word(concept.method.identifier or concept.class_word) for concept in self.concepts]
-        if len(words) < 2:
-            word = words[0] if words else ()
-            return tuple(self.method.token_mask(ids, word) for ids in token_ids)
+    def token_ids(self, tokenizer: Tokenizer, prompts: Sequence[str]) -> Int[np.ndarray, "T Q"]:
+        """Returns the tokens that a text encoder is given."""
+        return tokenizer.fit([self.prompt_ids(tokenizer, prompt) for prompt in prompts])
+
+    def token_mask(self, tokenizer: Tokenizer, token_ids: Int[np.ndarray, "T Q"]) -> Bool[np.ndarray, "T Q #P"]:
+        """A text encoder's token mask: where the learned parameters, or the P prefix positions, enter."""
+        prompts, length = token_ids.shape
+        words = [concept.method.word(concept.class_word) for concept in self.concepts]
+        found = find_words(tokenizer, token_ids, words) or [np.full(prompts, -1)]
+        masks = [self.method.token_mask(last, length) for last in found]
+        if len(masks) == 1:
+            return masks[0]
         # The prefixes are joined along P, so each concept's token mask is repeated over its own positions.
         lengths = [len(concept.learned["prefix"]) for concept in self.concepts]
-        return tuple(
-            np.concatenate(
-                [
-                    np.repeat(self.method.token_mask(ids, word), length, axis=-1)
-                    for word, length in zip(words, lengths, strict=True)
-                ],
-                axis=-1,
-            )
-            for ids in token_ids
-        )
+        return np.concatenate([np.repeat(m, size, axis=-1) for m, size in zip(masks, lengths, strict=True)], axis=-1)
 
 
 def compose(concepts: Sequence[Concept]) -> Composition:

@@ -1,20 +1,24 @@
 """`concept.safetensors`: a concept and all that is needed to use it; kilobytes, unless its method changes the UNet."""
 
 import dataclasses
-import json
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.methods import foreign_files, model_names
 from catversion_jax.methods.base import Method, check_keys
 from catversion_jax.methods.registry import METHODS, name_of
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils import records, tree
+from catversion_jax.utils.errors import UserError, short
 from catversion_jax.utils.settings import flatten, follows
 from catversion_jax.utils.types import Params
 from catversion_jax.weights import safetensors
@@ -23,6 +27,7 @@ FILE_NAME = "concept.safetensors"
 FORMAT_VERSION = 1
 MAX_BYTES = 64 * 2**20  # a concept takes kilobytes; a larger file is something else
 MAX_UNET_BYTES = 16 * 2**30  # unless its method changes the UNet
+MAX_METADATA = 2**20  # characters; dozens of prompts take thousands
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Concept:
     class_word: str  # "": unknown, as in the authors' files
     templates: tuple[str, ...]  # the training prompts' templates
     fingerprint: str  # of the text encoder it was trained in; "": unknown
-    model_path: str  # "": the mini model
+    model_path: str  # "": the mini model; a file names a local model by its last part alone (model_names.py)
     steps: int
     learning_rate: float
     seed: int
@@ -47,6 +52,7 @@ class Concept:
         """Everything but the arrays, in JSON's types."""
         of_method = {} if self.method_name == DEFAULT_METHOD else {"method": self.method_name}
         values = {name: getattr(self, name) for name in FIELDS}
+        values["model_path"] = model_names.shared(self.model_path)
         sampler = self.sampler and {name: getattr(self.sampler, name) for name in SAMPLER}
         return of_method | self.method.metadata() | values | ({"sampler": sampler} if sampler else {})
 
@@ -62,17 +68,38 @@ SAMPLER = ("scheduler", "steps", "guidance")
 """The sampler's settings that are recorded; the batch size is left out, as it depends on the machine."""
 OPTIONAL = {"model_revision", "model_variant", "model_prediction_type"}
 """Fields that a file may lack."""
+RECORD = msgspec.defstruct(
+    "RECORD",
+    [
+        (f.name, f.type) if f.default is dataclasses.MISSING else (f.name, f.type, f.default)
+        for f in dataclasses.fields(Concept)
+        if f.name in FIELDS
+    ],
+)
+"""The type that checks FIELDS when they are read."""
 DEFAULT_METHOD = "catversion"
 """The method of a file that names none."""
 
 
 def save(path: Path, concept: Concept) -> None:
-    """Writes the file completely or not at all. Raises StorageError or UserError if that fails."""
-    metadata = {name: json.dumps(value) for name, value in concept.metadata().items()}
-    metadata["format_version"] = json.dumps(FORMAT_VERSION)
+    """Writes the file completely or not at all; equal concepts give equal files.
+
+    Raises StorageError or UserError if that fails.
+    """
+    metadata = {name: records.encode(value) for name, value in concept.metadata().items()}
+    metadata["format_version"] = records.encode(FORMAT_VERSION)
     arrays = flatten_dict(concept.learned, sep="/")
     tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+    metadata["digest"] = records.encode(content_digest(tensors, metadata))
     safetensors.write_file(path, tensors, metadata)
+
+
+def content_digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """Hashes all that a file holds but the digest itself, so that a damaged file is told from a whole one."""
+    hashed = hashlib.sha256(records.encode(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(name.encode() + b"\0" + tree.digest(tensor))
+    return hashed.hexdigest()
 
 
 def load(path: str | Path) -> Concept:
@@ -80,34 +107,63 @@ def load(path: str | Path) -> Concept:
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{path}: not found; expected a learned concept; run catversion train first")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            method = METHODS.get(metadata.pop("method", DEFAULT_METHOD))
-        # A concept that changes the UNet takes gigabytes, and a benchmark opens many: these are memory-mapped.
-        large = bool(method and method.changes_unet)
-        check_size(path, MAX_UNET_BYTES if large else MAX_BYTES)
-        tensors = {name: x.mapped() if large else x.read() for name, x in safetensors.open_safetensors(path).items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable concept ({error}); train it again or copy it again") from error
+        what = "not a regular file" if path.exists() else "not found"
+        raise UserError(f"{path}: {what}; expected a learned concept; run catversion train first")
+    texts, names = read_header(path)
+    if kind := foreign_files.kind_of_tensors(names):
+        raise UserError(f"{path}: {kind}; expected a concept of catversion train")
+    again = f"expected a concept of format {FORMAT_VERSION}; copy it again"
+    metadata = {name: records.decode(text, object, f"{path}: metadata {name}", again) for name, text in texts.items()}
     version = metadata.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}; this program reads version {FORMAT_VERSION}; update it")
+    method = METHODS.get(str(metadata.pop("method", DEFAULT_METHOD)))
     if method is None:
         raise UserError(f"{path}: of an unknown method; expected one of {', '.join(METHODS)}; update this program")
-    values = {name: metadata.pop(name) for name in FIELDS if name in metadata}
-    recorded = metadata.pop("sampler", None)
+    # A concept that changes the UNet takes gigabytes, and a benchmark opens many: these are memory-mapped.
+    check_size(path, MAX_UNET_BYTES if method.changes_unet else MAX_BYTES)
+    opened = safetensors.open_safetensors(path).items()
+    tensors = {name: x.mapped() if method.changes_unet else x.read() for name, x in opened}
+    recorded = metadata.pop("digest", None)  # older files have none
+    if recorded is not None and recorded != content_digest(tensors, {k: v for k, v in texts.items() if k != "digest"}):
+        raise UserError(f"{path}: damaged: its contents are not those that were written; copy it again")
     try:
-        check_keys(values, set(FIELDS), OPTIONAL)
-        values["sampler"] = None if recorded is None else read_sampler(recorded)
-        if odd := [f"{name} {x.dtype}" for name, x in tensors.items() if x.dtype != np.float32]:
-            raise ValueError(f"{odd[0]}; expected float32")
-        learned = unflatten_dict(tensors, sep="/")
-        values["templates"] = tuple(values["templates"])
-        return Concept(learned, method.from_metadata(metadata, learned), **values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}; expected a concept of format {FORMAT_VERSION}; copy it again") from error
+        return parse_concept(method, metadata, tensors, path)
+    # A file without a digest may name and shape its arrays in any way.
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, msgspec.ValidationError) as error:
+        raise UserError(f"{path}: {short(error)}; {again}") from error
+
+
+def read_header(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Returns a file's metadata and the names of its tensors. Raises UserError if it is no safetensors file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            texts, names = dict(file.metadata() or {}), list(file.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        if kind := foreign_files.kind_of_file(path):
+            raise UserError(f"{path}: {kind}; expected a concept of catversion train") from error
+        raise UserError(f"{path}: not a readable concept ({short(error)}); train it again or copy it again") from error
+    if sum(map(len, texts.values())) > MAX_METADATA:
+        raise UserError(f"{path}: metadata of more than {MAX_METADATA} characters; expected a concept")
+    return texts, names
+
+
+def parse_concept(
+    method: type[Method], metadata: dict[str, Any], tensors: Mapping[str, np.ndarray], path: Path
+) -> Concept:
+    """Builds the concept of a file's metadata and tensors. Raises an error that says what is wrong with them."""
+    values = {name: metadata.pop(name) for name in FIELDS if name in metadata}
+    sampler = metadata.pop("sampler", None)
+    check_keys(values, set(FIELDS), OPTIONAL)
+    fields = msgspec.structs.asdict(msgspec.convert(values, RECORD))
+    fields["model_path"] = model_names.local(fields["model_path"], path)
+    fields["sampler"] = None if sampler is None else read_sampler(sampler)
+    if odd := [f"{name} {x.dtype}" for name, x in tensors.items() if x.dtype != np.float32]:
+        raise ValueError(f"{odd[0]}; expected float32")
+    if broken := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
+        raise ValueError(f"{broken[0]} holds NaN or infinity; expected numbers, train it again")
+    learned = unflatten_dict(dict(tensors), sep="/")
+    return Concept(learned, method.from_metadata(metadata, learned), **fields)
 
 
 def read_sampler(values: Any) -> SamplerConfig:

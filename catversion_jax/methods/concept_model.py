@@ -4,19 +4,34 @@ from collections.abc import Callable, Mapping, Sequence
 
 from catversion_jax.base.pipeline import MINI, ModelConfig, Pipeline, load_pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
-from catversion_jax.base.tokenizer import without_word
+from catversion_jax.base.words import is_word_cut, without_word
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.composition import Personalization, compose
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.utils.errors import UserError
+from catversion_jax.methods.model_names import is_on_hub
+from catversion_jax.utils.errors import UserError, listed
+from catversion_jax.utils.files import expand
+from catversion_jax.weights import hub
 
 
 def model_of(concepts: Mapping[str, Concept], path: str = "", dtype: str = ModelConfig.dtype) -> ModelConfig:
-    """The model at `path` or, without a path, the one that the first concept was trained on."""
-    first, *_ = concepts.values()
+    """The model at `path` or, without a path, the one that the first concept was trained on.
+
+    Raises UserError if that is not here: a concept may come from a stranger, and what it names is not downloaded.
+    """
+    (source, first), *_ = concepts.items()
     if path:
         return ModelConfig(path, dtype=dtype)
-    return ModelConfig(first.model_path, first.model_revision, first.model_variant, first.model_prediction_type, dtype)
+    recorded = first.model_path
+    if recorded and not expand(recorded).exists():
+        if not is_on_hub(recorded):
+            raise UserError(f"{source}: learned on {recorded!r}, a local model; give its path as --model")
+        if not hub.is_cached(recorded, first.model_revision):
+            raise UserError(
+                f"{source}: learned on {recorded} of {hub.endpoint()}, which is not in the cache; "
+                f"to download it, say --model={recorded}"
+            )
+    return ModelConfig(recorded, first.model_revision, first.model_variant, first.model_prediction_type, dtype)
 
 
 def load_for_concepts(
@@ -43,13 +58,16 @@ def warnings(pipeline: Pipeline, prompts: Sequence[str], personalization: Person
     if personalization.strength == 0:
         lines.append("strength=0 removes the concept: what follows is the base model's")
     for word in (concept.class_word for concept in concepts):
-        if word and (without := without_word(pipeline.tokenizer, word, prompts)):
-            listed = ", ".join(repr(prompt) for prompt in without)
-            lines.append(f"without the class word {word!r}, which the concept was learned with: {listed}")
-    given = compose(concepts).prompt
-    cut = [prompt for prompt in prompts if pipeline.tokenizer.is_cut(given(prompt))]
+        if word and (without := without_word(pipeline.tokenizers, word, prompts)):
+            behind = [prompt for prompt in without if is_word_cut(pipeline.tokenizer, word, prompt)]
+            missing = [prompt for prompt in without if prompt not in behind]
+            said = f"the class word {word!r}, which the concept was learned with"
+            lines += [f"without {said}: {listed(map(repr, missing))}"] if missing else []
+            lines += [f"too long, so that {said}, is cut off: {listed(map(repr, behind))}"] if behind else []
+    those, tokenizer = compose(concepts), pipeline.tokenizer
+    cut = [prompt for prompt in prompts if len(those.prompt_ids(tokenizer, prompt)) > tokenizer.length - 2]
     if cut:
-        lines.append(f"cut to {pipeline.tokenizer.length} tokens: {', '.join(repr(prompt) for prompt in cut)}")
+        lines.append(f"cut to {tokenizer.length} tokens: {listed(map(repr, cut))}")
     return lines
 
 

@@ -44,8 +44,8 @@ class CustomDiffusion(UNetMethod):
     def first_layers(self, networks: Networks) -> tuple[int, ...]:
         return WORD.first_layers(networks)
 
-    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
-        return WORD.token_mask(token_ids, word)
+    def token_mask(self, last: Int[np.ndarray, "T"], length: int) -> Bool[np.ndarray, "T {length} 1"]:
+        return WORD.token_mask(last, length)
 
     def apply_to_prompts(
         self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float

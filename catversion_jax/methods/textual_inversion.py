@@ -8,7 +8,6 @@ import numpy as np
 
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.base.text_states import PromptStates
-from catversion_jax.base.tokenizer import find_word
 from catversion_jax.methods.base import Method, of_encoders
 from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
 
@@ -33,8 +32,8 @@ class TextualInversion(Method):
     def first_layers(self, networks: Networks) -> tuple[int, ...]:
         return (0,) * len(networks.text)
 
-    def token_mask(self, token_ids: Int[np.ndarray, "T Q"], word: tuple[int, ...]) -> Bool[np.ndarray, "T Q 1"]:
-        return (np.arange(token_ids.shape[1]) == find_word(token_ids, word)[:, None])[..., None]
+    def token_mask(self, last: Int[np.ndarray, "T"], length: int) -> Bool[np.ndarray, "T {length} 1"]:
+        return (np.arange(length) == last[:, None])[..., None]
 
     def apply_to_prompts(
         self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float

@@ -42,10 +42,22 @@ def encode_prompts(
 
 def condition(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization = BASE_MODEL) -> Context:
     """Encodes prompts into the UNet's conditioning; prompts that no concept enters get exactly the base model's."""
+    return condition_tokens(pipeline, token_ids_of(pipeline, prompts, personalization), personalization)
+
+
+def token_ids_of(
+    pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization
+) -> tuple[Int[np.ndarray, "B Q"], ...]:
+    """Returns what each text encoder is given: the prompts' tokens, with the concepts' identifiers."""
+    return tuple(personalization.composition.token_ids(tokenizer, prompts) for tokenizer in pipeline.tokenizers)
+
+
+def condition_tokens(
+    pipeline: Pipeline, token_ids: Sequence[Int[np.ndarray, "B Q"]], personalization: Personalization
+) -> Context:
+    """Encodes the tokens of each text encoder, as `condition` does."""
     those = personalization.composition
-    prompts = [those.prompt(prompt) for prompt in prompts]
-    token_ids = tuple(tokenizer(prompts) for tokenizer in pipeline.tokenizers)
-    masks = those.token_masks(pipeline.tokenizer, token_ids)
+    masks = tuple(map(those.token_mask, pipeline.tokenizers, token_ids))
     touched = np.any([mask.any((1, 2)) for mask in masks], axis=0)
     tokens = tuple(map(Tokens, token_ids, masks))
     run = partial(encode_prompts, pipeline.params["text"], tokens, networks=pipeline.networks)
@@ -84,14 +96,16 @@ def movement(pipeline: Pipeline, prompts: Sequence[str], personalization: Person
     those = personalization.composition
     unet = "; the UNet is another one" if those.method.changes_unet else ""
     for prompt in prompts:
-        given = those.prompt(prompt)
-        base = context(pipeline, [given]).states[0]
-        moved = context(pipeline, [prompt], personalization).states[0]
+        given = token_ids_of(pipeline, [prompt], personalization)
+        base, moved = (
+            np.asarray(condition_tokens(pipeline, given, concepts).states[0], np.float32)
+            for concepts in (BASE_MODEL, personalization)
+        )
         steps = np.linalg.norm(moved - base, axis=-1)
         if not steps.any():
             yield f"{prompt!r}: nothing moved{unet}"
             continue
         most = int(steps.argmax())
-        token = pipeline.tokenizer.token(int(pipeline.tokenizer([given])[0, most]))
+        token = pipeline.tokenizer.token(int(given[0][0, most]))
         change = np.linalg.norm(moved - base) / np.linalg.norm(base)
         yield f"{prompt!r}: moved by {change:.2%}, the most at token {most}, {token!r}{unet}"

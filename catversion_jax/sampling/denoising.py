@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.models.unet import Context
-from catversion_jax.utils.types import AnyArray, Array, Float, Int, Params, UInt8, UInt32
+from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Params, UInt8, UInt32
 
 
 @partial(jax.jit, static_argnums=1)
@@ -80,8 +80,11 @@ def denoise(
 
 
 @partial(jax.jit, static_argnames=("networks",))
-def decode_latents(vae: Params, latents: Float[Array, "B h w c"], *, networks: Networks) -> UInt8[Array, "B H W 3"]:
-    """Decodes latents, in the UNet's scale, to images."""
+def decode_latents(
+    vae: Params, latents: Float[Array, "B h w c"], *, networks: Networks
+) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, ""]]:
+    """Decodes latents, in the UNet's scale, to images; also returns whether all pixels were finite."""
     net = networks.vae
     images: Any = net.apply({"params": vae}, latents / net.config.scaling_factor, method="decode")
-    return jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    pixels = jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    return pixels, jnp.isfinite(images).all()

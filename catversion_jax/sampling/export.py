@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from catversion_jax.base.pipeline import MINI, Pipeline
-from catversion_jax.methods import concept_file
+from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.methods import concept_file, model_names
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.methods.composition import Personalization
 from catversion_jax.methods.concept_file import Concept
@@ -71,7 +71,7 @@ def write_embeds(
         "negative_prompt": request.negative_prompt,
         "strength": personalization.strength,
         "class_word": concept.class_word,
-        "model_path": model_path or str(MINI),
+        "model_path": model_names.shared(model_path) or "mini",
     }
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     safetensors.write_file(path, tensors, texts)

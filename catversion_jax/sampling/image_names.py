@@ -2,10 +2,13 @@
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 SLUG_LENGTH = 80
+SLUG_BYTES = 200
+"""File systems take names of 255 bytes; the seed and the ending follow the slug."""
 GRID = re.compile(r"grid(_\d+)?\.png")
 """File names of image grids, which are in the same folder as the images."""
 NAMED = re.compile(r"(?P<slug>.+)_\d+")
@@ -15,9 +18,10 @@ NAMED = re.compile(r"(?P<slug>.+)_\d+")
 def slug(prompt: str) -> str:
     """Returns a file name for a prompt; a shortened one ends in a hash, so that long prompts do not collide."""
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
-    if words and len(words) <= SLUG_LENGTH:
+    if words and len(words) <= SLUG_LENGTH and len(words.encode()) <= SLUG_BYTES:
         return words
-    return f"{words[:SLUG_LENGTH].rstrip('-')}-{short_hash(prompt)}".strip("-")
+    start = words[:SLUG_LENGTH].encode()[: SLUG_BYTES - 9].decode(errors="ignore")
+    return f"{start.rstrip('-')}-{short_hash(prompt)}".strip("-")
 
 
 def short_hash(prompt: str) -> str:
@@ -27,7 +31,8 @@ def short_hash(prompt: str) -> str:
 def unique_slugs(prompts: Sequence[str]) -> list[str]:
     """Returns a slug for each prompt; prompts that differ only in punctuation get a hash."""
     slugs = [slug(prompt) for prompt in prompts]
-    return [s if slugs.count(s) == 1 else f"{s}-{short_hash(prompt)}" for s, prompt in zip(slugs, prompts, strict=True)]
+    count = Counter(slugs)
+    return [s if count[s] == 1 else f"{s}-{short_hash(prompt)}" for s, prompt in zip(slugs, prompts, strict=True)]
 
 
 def free_grid_name(folder: Path) -> Path:

@@ -15,7 +15,8 @@ from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.composition import BASE_MODEL, Personalization
 from catversion_jax.sampling.conditioning import condition, with_unet
 from catversion_jax.sampling.denoising import Guided, decode_latents, denoise, initial_latents
-from catversion_jax.utils.types import Array, Float, UInt8
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.types import Array, Bool, Float, UInt8
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,31 @@ def sample_images(
     """Returns an iterator over the request's images, in its order, which are sampled on demand.
 
     An image depends on its prompt and seed, not on its neighbours. The negative (or unconditional) branch never sees
-    the concept. Raises UserError at once if the scheduler does not allow that many steps.
+    the concept. Raises UserError at once if the scheduler does not allow that many steps, and on demand if a network
+    gives NaN or infinity, which would become black images.
     """
 
     def images(latents: Float[Array, "B h w c"]) -> UInt8[np.ndarray, "B H W 3"]:
-        return np.asarray(decode_latents(pipeline.params["vae"], latents, networks=pipeline.networks))
+        decoded, finite = decode_latents(pipeline.params["vae"], latents, networks=pipeline.networks)
+        check_finite(finite, "VAE")
+        return np.asarray(decoded)
 
     batches = sample_latents(pipeline, request, personalization)
     return itertools.chain.from_iterable(images(latents)[:real] for latents, real in batches)
+
+
+@jax.jit
+def all_finite(arrays: Any) -> Bool[Array, ""]:
+    """Whether all numbers of a tree of arrays are finite."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]).all()
+
+
+def check_finite(finite: Bool[Array, ""], network: str) -> None:
+    """Raises UserError, naming the network, unless its output is finite."""
+    if not finite:
+        raise UserError(
+            f"the {network} gives NaN or infinity; choose another dtype, guidance or scheduler, or check the concept"
+        )
 
 
 def sample_latents(
@@ -71,6 +89,9 @@ def sample_latents(
         both = jax.tree.map(lambda n, p: jnp.stack([jnp.broadcast_to(n, p.shape), p]), negative, positive)
         noise = initial_latents(seeds, net.latent_shape)
         guided = Guided(seeds, both, jnp.float32(sampler.guidance))
-        return denoise(unet, noise, guided, trajectory, networks=net, calls_per_dispatch=calls_per_dispatch), real
+        latents = denoise(unet, noise, guided, trajectory, networks=net, calls_per_dispatch=calls_per_dispatch)
+        check_finite(all_finite(both), "text encoder")
+        check_finite(all_finite(latents), "UNet")
+        return latents, real
 
     return map(batch, range(0, count, size))

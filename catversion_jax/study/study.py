@@ -4,19 +4,26 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from catversion_jax.config import Config
 from catversion_jax.data.concept_sets import ConceptFolder
+from catversion_jax.data.photos import open_image
 from catversion_jax.methods.concept_file import Concept
+from catversion_jax.study.rows import CandidateRow, ScoredRow
 from catversion_jax.study.scoring import Scorer, size
 from catversion_jax.study.settings import BASE, TRIED_ON, Scale, Setting
 from catversion_jax.study.training import train_setting
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.identity import claim
+from catversion_jax.utils.records import read_record
 from catversion_jax.utils.types import UInt8
+
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,12 @@ class Study:
 
     def claim(self) -> None:
         """Records that the folder belongs to this study. Raises UserError if it belongs to another."""
-        concepts = [folder.name for folder in self.folders]
-        identity = {"config": self.config.identity(), "scale": asdict(self.scale), "concepts": concepts}
-        claim(self.out / "study.json", identity)
+        photos = {folder.name: folder.digest for folder in self.folders}
+        identity = {"config": self.config.identity(), "scale": asdict(self.scale), "concepts": list(photos)}
+        # Studies from before the photos were recorded may be of these.
+        claim(self.out / "study.json", identity | {"photos": photos}, {"photos": photos})
 
-    def scored(self, setting: Setting, trained_by: Setting) -> dict:
+    def scored(self, setting: Setting, trained_by: Setting) -> ScoredRow:
         """Returns a row of the table, which is computed once; its images are kept beside it."""
         folder = self.out / setting.folder
 
@@ -65,9 +73,9 @@ class Study:
             row = {"group": setting.group, "name": setting.name, "seconds": seconds, **scored.row}
             return row | {"seconds": None, "numbers": 0} if setting is BASE else row
 
-        return once(folder / "row.json", make)
+        return once(folder / "row.json", ScoredRow, make)
 
-    def candidate(self, setting: Setting) -> dict:
+    def candidate(self, setting: Setting) -> CandidateRow:
         """Returns how well a setting does on the photos it was trained on, which is computed once."""
 
         def make() -> dict:
@@ -76,20 +84,25 @@ class Study:
             row = {"group": setting.group, "name": setting.name, "fitness": fitness, "seconds": seconds}
             return row | {"numbers": size(concepts)}
 
-        return once(self.out / setting.folder / "candidate.json", make)
+        return once(self.out / setting.folder / "candidate.json", CandidateRow, make)
 
     def images(self, path: Path) -> list[UInt8[np.ndarray, "h w 3"]]:
-        """Reads the images of a `strip`."""
-        image = np.asarray(Image.open(path))
-        return np.split(image, image.shape[1] // self.scorer.pipeline.networks.resolution, axis=1)
+        """Reads the images of a `strip`. Raises UserError if the file is damaged."""
+        image, side = np.asarray(open_image(path)), self.scorer.pipeline.networks.resolution
+        if image.ndim != 3 or image.shape[0] != side or image.shape[1] % side or image.shape[2] != 3:
+            raise UserError(f"{path}: an image of {image.shape}; expected images of this study; remove its row.json")
+        return np.split(image, image.shape[1] // side, axis=1)
 
 
-def once(path: Path, make: Callable[[], dict]) -> dict:
-    """Returns the result of `make`, which is called only the first time; the file keeps it."""
+def once(path: Path, kind: type[RowT], make: Callable[[], dict]) -> RowT:
+    """Returns the result of `make`, which is called only the first time; the file keeps it.
+
+    Raises UserError if the file does not hold a record of this kind.
+    """
     if not path.is_file():
         text = json.dumps(make(), indent=1)
         write_atomically(path, lambda file: file.write_text(text))
-    return json.loads(path.read_text())
+    return read_record(path, kind, "expected a row of this study; remove it to compute it again")
 
 
 def named(folders: Sequence[ConceptFolder], names: tuple[str, ...]) -> tuple[ConceptFolder, ...]:

@@ -1,11 +1,12 @@
 """A sweep: a study whose rows are the user's own settings; each concept is scored as soon as it is trained."""
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from catversion_jax.config import OF_A_RUN, Config, from_config_dict, to_config_dict
@@ -24,7 +25,7 @@ from catversion_jax.utils import markdown
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid
-from catversion_jax.utils.records import read_record
+from catversion_jax.utils.records import decode, read_lines, read_record
 from catversion_jax.utils.types import Float
 
 PLACE = re.compile(r"a photo of \{concept\} (.+)")
@@ -38,11 +39,18 @@ class Score:
     concept: str
     clip_i: float
     clip_i_base: float
-    place_accuracy: float
-    place_accuracy_base: float
+    place_accuracy: float | None  # None, as for its twin: no prompt asks for a place
+    place_accuracy_base: float | None
     heldout_loss: float
     heldout_loss_base: float
     steps: int  # of the training, fewer if it stopped early
+    photos: str = ""  # the digest of the concept's folder; "": from before it was recorded
+
+
+class World(msgspec.Struct):
+    """What the mini model was trained on, as far as it is used here."""
+
+    phrases: tuple[str, ...]  # places, as they follow "a photo of a teapot"
 
 
 def override(config: Config, setting: str) -> Config:
@@ -54,14 +62,24 @@ def override(config: Config, setting: str) -> Config:
     for pair in filter(None, setting.split(";")):
         key, _, value = pair.partition("=")
         try:
-            parsed = json.loads(value)
-        except ValueError:
+            parsed = decode(value, object, key, "expected JSON")
+        except UserError:
             parsed = value
         try:
             values.update_from_flattened_dict({key.strip(): tuple(parsed) if isinstance(parsed, list) else parsed})
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{setting}: {key} cannot be {value} ({error})") from error
     return from_config_dict(values, unset=OF_A_RUN)
+
+
+def known_scores(path: Path, folders: Sequence[ConceptFolder]) -> list[Score]:
+    """Returns the scores in a file. Raises UserError if one is of other photos of a concept than its folder has now."""
+    found = list(read_lines(path, Score))
+    digests = {folder.name: folder.digest for folder in folders}
+    for score in found:
+        if score.photos and score.photos != digests.get(score.concept, score.photos):
+            raise UserError(f"{path}: scored on other photos of {score.concept}; choose another --out")
+    return found
 
 
 def folder_of(setting: str) -> str:
@@ -86,7 +104,8 @@ def score_setting(config: Config, setting: str, folder: ConceptFolder, out: Path
     places = place_captions(config, folder, scorer)
     base = sample_base(pipeline, prompts, scorer.config)
     personalized = sample(pipeline, prompts, scorer.config, scorer.config.personalization(concept))
-    values, rows = {}, []
+    values: dict[str, Any] = {}
+    rows = []
     for name, strength, images in (("_base", 0.0, base), ("", 1.0, personalized)):
         embeddings = clip.image(images)
         values["clip_i" + name] = float(metrics.clip_i(embeddings, references).mean())
@@ -96,7 +115,7 @@ def score_setting(config: Config, setting: str, folder: ConceptFolder, out: Path
     labels = ["held out", "base model", "personalized"]
     image = grid([heldout[: len(prompts)], *rows], labels, prompts, captions_above=1)
     write_atomically(run_folder / folder.name / "scored.png", image.save)
-    return Score(setting, folder.name, **values, steps=concept.steps)
+    return Score(setting, folder.name, **values, steps=concept.steps, photos=folder.digest)
 
 
 def loss_at(
@@ -110,22 +129,23 @@ def loss_at(
 
 def place_captions(config: Config, folder: ConceptFolder, scorer: Scorer) -> dict[str, Float[np.ndarray, "e"]]:
     """Returns place -> its caption's embedding, for the places that the base model knows."""
-    known = read_record(config.model.folder / "world.json", dict)["phrases"]
+    path = config.model.folder / "world.json"
+    known = read_record(path, World, "expected the places that the model knows, as in the mini model").phrases
     captions = folder.prompts([f"a photo of {{concept}} {place}" for place in known])
     return dict(zip(known, scorer.encoders.clip.text(captions), strict=True))
 
 
 def place_accuracy(
     embeddings: Float[np.ndarray, "G e"], scorer: Scorer, places: Mapping[str, Float[np.ndarray, "e"]]
-) -> float:
+) -> float | None:
     """Returns the share of images whose nearest caption is that of the place in their prompt.
 
-    Only images whose prompt asks for one of `places` count; NaN if there are none.
+    Only images whose prompt asks for one of `places` count; None if there are none.
     """
     found = metrics.nearest_caption(embeddings, np.stack(list(places.values())))
     asked = [match and match[1] for match in map(PLACE.fullmatch, scorer.templates) for _ in scorer.config.seeds]
     hits = [list(places)[i] == place for i, place in zip(found, asked, strict=True) if place in places]
-    return float(np.mean(hits)) if hits else float("nan")
+    return float(np.mean(hits)) if hits else None
 
 
 COLUMNS = (
@@ -153,8 +173,8 @@ def sweep_table(found: list[Score]) -> str:
 
 def line(setting: str, concept: str, found: list[Score]) -> list[str]:
     mean = {
-        name: np.mean([getattr(score, name) for score in found])
+        name: np.mean([np.nan if value is None else value for value in (getattr(score, name) for score in found)])
         for name in vars(found[0])
-        if name not in ("setting", "concept")
+        if name not in ("setting", "concept", "photos")
     }
     return [setting or "the config", concept, *(cell(mean) for _, cell in COLUMNS)]

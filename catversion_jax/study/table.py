@@ -1,20 +1,24 @@
 """The tables of a study, in Markdown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from catversion_jax.evaluation.page import format_score
 from catversion_jax.utils import markdown
 
+Row = Mapping[str, Any]
+"""One of study/rows.py."""
 
-def score_cell(name: str) -> Callable[[dict], str]:
+
+def score_cell(name: str) -> Callable[[Row], str]:
     return lambda row: format_score(row[name], row["intervals"][name])
 
 
-def seconds(row: dict) -> str:
+def seconds(row: Row) -> str:
     return "" if row["seconds"] is None else f"{row['seconds']:.0f}"
 
 
-def numbers(row: dict) -> str:
+def numbers(row: Row) -> str:
     return f"{row['numbers']:,}" if row["numbers"] else ""
 
 
@@ -32,16 +36,16 @@ COST = (("numbers learned", numbers), ("seconds a concept", seconds))
 """Columns: header, and the cell for a row."""
 
 
-def table_of(rows: Sequence[dict], columns: Sequence[tuple[str, Callable[[dict], str]]]) -> str:
+def table_of(rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]]]) -> str:
     """Returns a Markdown table with a line for each row."""
     return markdown.table([name for name, _ in columns], ([cell(row) for _, cell in columns] for row in rows)) + "\n"
 
 
-def of_scores(rows: Sequence[dict]) -> str:
+def of_scores(rows: Sequence[Row]) -> str:
     return table_of(rows, (*LABELS, *SCORED, *COST))
 
 
-def of_candidates(rows: Sequence[dict]) -> str:
+def of_candidates(rows: Sequence[Row]) -> str:
     """Returns the table of the settings tried for each method, with the ones that were chosen."""
     columns = (
         ("overall, on the photos learned from", lambda row: format_score(row["fitness"])),
@@ -50,9 +54,9 @@ def of_candidates(rows: Sequence[dict]) -> str:
     return table_of(rows, (*LABELS, *columns, *COST))
 
 
-def of_groups(groups: dict[str, dict]) -> str:
+def of_groups(groups: Mapping[str, Row]) -> str:
     """Returns the table with a line for each concept of each group; `groups` are by name."""
-    rows = [row | {"group": name, "all": group["all"]} for name, group in groups.items() for row in group["rows"]]
+    rows = [{**row, "group": name, "all": group["all"]} for name, group in groups.items() for row in group["rows"]]
     columns = (
         ("prompt", lambda row: row["group"].replace("-", " ")),
         ("concept", lambda row: row["concept"]),

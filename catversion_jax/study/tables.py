@@ -11,6 +11,7 @@ from PIL import Image
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.photos import read_photos
 from catversion_jax.study import table, together
+from catversion_jax.study.rows import CandidateRow, GroupRows
 from catversion_jax.study.settings import (
     ABLATION,
     BASE,
@@ -42,7 +43,7 @@ def of_settings(study: Study, settings: Sequence[Setting], more: str = "") -> Ta
     return Table("\n".join(filter(None, [table.of_scores(rows), more])), grids)
 
 
-def fitness(row: dict) -> float:
+def fitness(row: CandidateRow) -> float:
     return -np.inf if row["fitness"] is None else row["fitness"]
 
 
@@ -76,7 +77,7 @@ def together_table(study: Study) -> Table:
                 write_atomically(study.out / f"{name}-{variant}.png", strip(images).save)
             return {"rows": group.rows, "all": group.all_shown, "variants": list(group.images)}
 
-        found[name] = once(study.out / f"{name}.json", make)
+        found[name] = once(study.out / f"{name}.json", GroupRows, make)
         variants = found[name]["variants"]
         rows = [study.images(study.out / f"{name}-{variant}.png") for variant in variants]
         grids[name] = grid(rows, variants, together.prompts(folders, study.scorer.templates))

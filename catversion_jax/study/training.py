@@ -14,8 +14,9 @@ from catversion_jax.methods.registry import METHODS
 from catversion_jax.study.settings import TRIED_ON
 from catversion_jax.training.many_concepts import Share, train_many
 from catversion_jax.training.run import train_once
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import Interrupted, UserError
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.records import read_record
 from catversion_jax.utils.settings import check_settings
 
 SECONDS = "seconds.json"
@@ -37,7 +38,8 @@ def train_setting(
     if whole:
         seconds = (time.monotonic() - start) / len(folders)
         write_atomically(out / SECONDS, lambda path: path.write_text(json.dumps(seconds)))
-    taken = json.loads((out / SECONDS).read_text()) if (out / SECONDS).is_file() else None
+    path = out / SECONDS
+    taken = read_record(path, float, "expected a number; remove it") if path.is_file() else None
     return {folder.name: concept_file.load(out / folder.name) for folder in folders}, taken
 
 
@@ -52,7 +54,7 @@ def side_by_side(config: Config, folders: Sequence[ConceptFolder], out: Path, pi
     config = config.replaced({"run_dir": str(out), "batch.slots": SLOTS})
     outcome = train_many(Share.of(config, manifest), pipeline)
     if outcome.interrupted_by:
-        raise KeyboardInterrupt
+        raise Interrupted(outcome.interrupted_by)
     if outcome.failed:
         raise UserError(f"{out}: a concept was not learned; its report.jsonl says why")
 

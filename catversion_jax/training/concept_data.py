@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.base.text_states import lower_layers
-from catversion_jax.base.tokenizer import without_word
+from catversion_jax.base.words import find_word, without_word
 from catversion_jax.config import Config
 from catversion_jax.data.latents import bucket, pad, posteriors
 from catversion_jax.data.photos import Photo
@@ -20,7 +20,7 @@ from catversion_jax.training.state import ConceptData
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.log import warn
-from catversion_jax.utils.types import Float
+from catversion_jax.utils.types import Float, Int
 
 
 class Images(NamedTuple):
@@ -53,34 +53,45 @@ def prepare(
     if method.prior_weight:
         prior = class_images(config, method, pipeline, prompts, kept)
         weight = np.ones((*mean.shape[:-1], 1), np.float32) if weight is None else weight
-    for prompt in without_word(pipeline.tokenizer, config.concept.class_word, prompts):
+    for prompt in without_word(pipeline.tokenizers, config.concept.class_word, prompts):
         warn(f"the training prompt {prompt!r} does not hold the class word {config.concept.class_word!r}")
-    entering = [method.prompt(prompt, config.concept.class_word) for prompt in prompts]
+    word = config.concept.class_word
+    token_ids = [
+        tokenizer.fit([method.prompt_ids(tokenizer, tokenizer.word(prompt), word) for prompt in prompts])
+        for tokenizer in pipeline.tokenizers
+    ]
     size = max(size, bucket(len(photos)))
-    data = to_data(config, method, pipeline, Images(mean, std, weight), entering, size).replace(prior=prior)
+    data = to_data(config, method, pipeline, Images(mean, std, weight), token_ids, size).replace(prior=prior)
     return jax.tree.map(lambda x: np.asarray(x)[None], data)
 
 
 def to_data(
-    config: Config, method: Method, pipeline: Pipeline, images: Images, prompts: Sequence[str], size: int
+    config: Config,
+    method: Method,
+    pipeline: Pipeline,
+    images: Images,
+    token_ids: Sequence[Int[np.ndarray, "T Q"]],
+    size: int,
 ) -> ConceptData:
-    """Converts images and prompts, in the form that the text encoder takes, to data without a concept axis."""
-    networks = pipeline.networks
-    token_ids = [tokenizer(list(prompts)) for tokenizer in pipeline.tokenizers]
-    word = pipeline.tokenizer.word(method.identifier or config.concept.class_word)
-    of_encoders = zip(networks.text, pipeline.params["text"], token_ids, method.first_layers(networks), strict=True)
+    """Converts images, and prompts as the tokens of each text encoder, to data without a concept axis."""
+    networks, word, count = pipeline.networks, method.word(config.concept.class_word), len(token_ids[0])
+    masks = [
+        method.token_mask(find_word(tokenizer, ids, word), tokenizer.length)
+        for tokenizer, ids in zip(pipeline.tokenizers, token_ids, strict=True)
+    ]
+    of_encoders = (networks.text, pipeline.params["text"], token_ids, masks, method.first_layers(networks))
     # Nothing learned reaches the lower layers, so they run once per prompt here and not in every step.
     lowered = tuple(
-        lower_layers(encoder, params, ids, method.token_mask(ids, word), stop=first)
-        for encoder, params, ids, first in of_encoders
+        lower_layers(encoder, params, ids, mask, stop=first)
+        for encoder, params, ids, mask, first in zip(*of_encoders, strict=True)
     )
-    length = bucket(len(prompts))
+    length = bucket(count)
     return ConceptData(
         mean=pad(images.mean, size),
         std=pad(images.std, size),
         photos=np.asarray(len(images.mean), np.int32),
         prompts=jax.tree.map(lambda x: pad(np.asarray(x), length), lowered),
-        prompt_count=np.asarray(len(prompts), np.int32),
+        prompt_count=np.asarray(count, np.int32),
         steps=np.asarray(config.train.steps, np.int32),
         weight=None if images.weight is None else pad(images.weight, size),
     )
@@ -132,7 +143,8 @@ def class_images(
         latents = sampled
     mean = latents[:, None]
     weight = np.full((*mean.shape[:-1], 1), method.prior_weight, np.float32)
-    return to_data(config, method, pipeline, Images(mean, np.zeros_like(mean), weight), prompts, bucket(count))
+    token_ids = [tokenizer(prompts) for tokenizer in pipeline.tokenizers]
+    return to_data(config, method, pipeline, Images(mean, np.zeros_like(mean), weight), token_ids, bucket(count))
 
 
 def sample_class(pipeline: Pipeline, request: SampleRequest) -> Float[np.ndarray, "N h w c"]:

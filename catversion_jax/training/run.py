@@ -17,7 +17,7 @@ from catversion_jax.training.loop import loop
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.step import StepConfig
 from catversion_jax.training.trained_concept import to_concept
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import Interrupted, UserError
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def train(config: Config, run: RunDir, pipeline: Pipeline) -> Outcome:
 
 
 def train_once(config: Config, pipeline: Pipeline) -> Concept:
-    """Returns the concept of config.run_dir, trained unless it exists. Raises KeyboardInterrupt after a signal."""
+    """Returns the concept of config.run_dir, trained unless it exists. Raises Interrupted after a signal."""
     run = RunDir.of(config)
     run.check(config, resume=True)
     if run.artifact.is_file():
         return concept_file.load(run.artifact)
     outcome = train(config, run, pipeline)
     if outcome.interrupted_by:
-        raise KeyboardInterrupt
+        raise Interrupted(outcome.interrupted_by)
     return outcome.concept
 
 

@@ -40,6 +40,14 @@ class StorageError(ReportedError):
     """A storage failure; the command exits with status 74 and may succeed if it is run again."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a training inside a larger work, which ends too; the command exits with 128 + its number."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
 def one_line(text: str, most: int = MOST_CHARACTERS) -> str:
     """Returns a text that is safe to print: control characters as escapes, and cut in its middle after `most`."""
     if len(text) > 2 * most:  # escaping a text of megabytes first would take a while

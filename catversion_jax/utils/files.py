@@ -108,16 +108,3 @@ def open_own(path: Path, flags: int) -> int:
         os.close(handle)
         raise UserError(f"{path}: not a regular file; remove it")
     return handle
-
-
-def own_folder(path: Path) -> None:
-    """Makes a folder, unless it is there, that nobody else may use.
-
-    Raises UserError if it is another user's, or if others may write to it: what is read from it could be theirs.
-    """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.stat()
-    if status.st_uid != os.geteuid():
-        raise UserError(f"{path}: belongs to another user; remove it, or set XDG_CACHE_HOME to a folder of yours")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UserError(f"{path}: others may write to it; run chmod go-w {path}")

@@ -69,18 +69,26 @@ def optional(constraint: Constraint) -> Constraint:
 
 def text(what: str) -> Constraint:
     """A string that is not blank."""
-    return Constraint(lambda value: bool(value.strip()), what)
+    return Constraint(lambda value: is_text(value) and bool(value.strip()), what)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text that can be written to a file: without NUL, and in whole characters."""
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON and the command line can hold
+        return False
 
 
 def several_texts(what: str) -> Constraint:
     """A non-empty tuple of strings that are not blank."""
     return Constraint(
-        lambda values: not isinstance(values, str) and bool(values) and all(value.strip() for value in values),
+        lambda values: bool(values) and isinstance(values, tuple) and all(is_text(v) and v.strip() for v in values),
         f"at least one {what}",
     )
 
 
-ANY_TEXT = Constraint(lambda value: isinstance(value, str), "a text")
+ANY_TEXT = Constraint(is_text, "a text")
 YES_OR_NO = Constraint(lambda value: isinstance(value, bool), "True or False")
 
 

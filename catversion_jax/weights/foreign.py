@@ -2,29 +2,33 @@
 
 import contextlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from catversion_jax.utils.errors import UserError, one_line
 from catversion_jax.utils.records import read_record
 
-FOREIGN = {
-    r"(^|[._])(lora|lycoris|oft|hada|lokr)_|\.lora([._](A|B|up|down|mid)|_linear_layer)\b|\.dora_scale$": (
-        "a LoRA, which changes a base model; give the base model"
-    ),
-    r"^(string_to_param|emb_params|clip_[lg]|<[^<>]*>)$": "a Textual Inversion embedding; give a base model",
-    r"^control_model\.|^controlnet_|^input_hint_block\.": "a ControlNet; give a base model",
-    r"^(ip_adapter|image_proj)\.": "an IP-Adapter; give a base model",
-    r"^(model\.diffusion_model\.)?joint_blocks\.": "Stable Diffusion 3",
-    r"^(model\.diffusion_model\.)?double_blocks\.": "Flux",
-    r"^(first_stage_model\.)?(encoder|decoder)\.": "an autoencoder alone",
-    r"^(model\.diffusion_model\.)?input_blocks\.": "a UNet alone",
-    r"^(down|up)_blocks\.": "one part of a model in diffusers layout; give the folder of all parts",
-    r"^(text_model|transformer\.resblocks|cond_stage_model|conditioner)\.": "a text encoder alone",
-    r"^prefix$": "a trained concept; give the base model that it was trained with",
-}
-"""Pattern in a tensor's name -> what kind of file has it, if it is no whole base model."""
+ADAPTERS = (
+    (r"emb_params|<.*>|string_to_param(\..*)?", "a Textual Inversion embedding"),
+    (r"clip_[lgh]", "a Textual Inversion embedding of SDXL"),
+    (r".*\.(hada_|lokr_|oft_).*", "a LyCORIS adapter"),
+    (r"lora_(unet|te\d?)_.*|.*(\.|_)lora(\.|_|[AB]\b).*|.*lora_(up|down).*|.*\.dora_scale", "a LoRA"),
+    (r"(control_model|controlnet|input_hint_block).*", "a ControlNet"),
+    (r"(ip_adapter|image_proj)\..*", "an IP-Adapter"),
+)
+"""A pattern of a tensor's name -> what a file with such a tensor is. The first one that matches counts."""
+
+PARTS = (
+    (r"(model\.diffusion_model\.)?joint_blocks\..*", "Stable Diffusion 3"),
+    (r"(model\.diffusion_model\.)?double_blocks\..*", "Flux"),
+    (r"(first_stage_model\.)?(encoder|decoder)\.(?!layers\.).*", "an autoencoder alone"),
+    (r"(model\.diffusion_model\.)?input_blocks\..*", "a UNet alone"),
+    (r"(down|up)_blocks\..*", "one part of a model in diffusers layout; give the folder of all parts"),
+    (r"(text_model|embeddings|transformer\.resblocks|cond_stage_model|conditioner)\..*", "a text encoder alone"),
+    (r"prefix", "a trained concept; give the base model that it was trained with"),
+)
+"""The same of models that are not ours, and of parts of one."""
 
 FOREIGN_FILES = {
     "adapter_config.json": "a LoRA, which changes a base model",
@@ -37,9 +41,17 @@ FOREIGN_FILES = {
 """File in a folder -> what the folder is, if it is no base model."""
 
 
+def kind_of_names(names: Collection[str], patterns: Iterable[tuple[str, str]]) -> str | None:
+    """Names what holds tensors of these names: the first pattern that one of them matches; None if that is unknown."""
+    for pattern, kind in patterns:
+        if any(re.fullmatch(pattern, name) for name in names):
+            return kind
+    return None
+
+
 def what_file(names: Collection[str]) -> str:
-    """Says what kind of file has tensors of these names; "" if that cannot be told."""
-    return next((what for pattern, what in FOREIGN.items() if any(re.search(pattern, name) for name in names)), "")
+    """Says what a file is that is no whole base model; "" if that cannot be told."""
+    return kind_of_names(names, (*ADAPTERS, *PARTS)) or ""
 
 
 def what_folder(path: Path) -> str:

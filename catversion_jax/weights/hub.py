@@ -11,6 +11,16 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 
 
+def is_cached(repo: str, revision: str) -> bool:
+    """Whether the cache has a model of this name and revision, so that the person has asked for it before."""
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(repo, "model_index.json", revision=revision or None), str)
+    except errors.HFValidationError:
+        return False
+
+
 def fetch(repo: str, revision: str, patterns: list[str]) -> Path:
     """Returns the cached folder with the repo's files that match `patterns`; interrupted downloads are resumed.
 

@@ -1,5 +1,6 @@
 """Reads safetensors files (https://huggingface.co/docs/safetensors); nothing is unpickled."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class HeaderEntry:
 
 def open_safetensors(path: Path) -> dict[str, FileTensor]:
     """Returns the tensors by name, unread. Raises UserError for anything else."""
-    start, header = read_header(path)
+    start, header = read_entries(path)
     # The library validates the file, but the tensors are read by offset: threads open the file once per tensor, and the
     # library would parse its header each time (8 seconds for Stable Diffusion XL).
     try:
@@ -68,12 +69,12 @@ def open_safetensors(path: Path) -> dict[str, FileTensor]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Returns what a file says of itself, by key. Raises UserError for anything but a safetensors file."""
-    _, header = read_header(path)
+    _, header = read_entries(path)
     said = header.get("__metadata__", b"{}")
     return decode(said, dict[str, str], f"{path}: __metadata__", "copy or download it again")
 
 
-def read_header(path: Path) -> tuple[int, dict[str, Raw]]:
+def read_entries(path: Path) -> tuple[int, dict[str, Raw]]:
     """Returns the byte at which the tensors begin, and the header's entries, not yet parsed."""
     with open_regular(path, "expected a safetensors file") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -89,7 +90,22 @@ def read_header(path: Path) -> tuple[int, dict[str, Raw]]:
 
 def write_file(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Writes a file completely or not at all. Raises StorageError, or UserError if access is denied."""
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, metadata)
+        sort_header(temporary)
+
     try:
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        write_atomically(path, write)
     except SafetensorError as error:  # what the system said, in the library's own type
         raise kind_of(error)(f"{path}: could not be written ({short(error)}); make room, or grant access") from error
+
+
+def sort_header(path: Path) -> None:
+    """Sorts the keys of a file's header, which the library writes in any order: equal contents give equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))

@@ -20,7 +20,7 @@ import numpy as np
 
 from catversion_jax.utils import cache
 from catversion_jax.utils.errors import UserError, listed, short
-from catversion_jax.utils.files import own_folder, write_atomically
+from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.records import encode, read_record
 from catversion_jax.utils.types import Params
@@ -69,10 +69,8 @@ def read_or_convert(
     folder = copy_folder(source, dtypes)
     if folder is None:
         return convert()
-    try:
-        own_folder(folder.parent)
-    except (UserError, OSError) as error:
-        warn(f"no converted copy kept ({error})")
+    if reason := cache.make_private(folder.parent):
+        warn(f"{folder.parent}: no converted copy kept: {reason}")
         return convert()
     found = restore(folder, dtypes, shapes)
     if found is None:

@@ -39,7 +39,7 @@ def embedding(judging_model, tiny_pipeline, tmp_path_factory) -> Path:
     """A concept that every prompt sees."""
     path = tmp_path_factory.mktemp("embedding") / "concept.safetensors"
     prefix = 3 * np.random.default_rng(0).normal(size=(2, 3, 2, 2, 16)).astype(np.float32)
-    concept_file.save(path, tiny.concept(prefix, tiny_pipeline.fingerprint, judging_model))
+    tiny.save_run(path, tiny.concept(prefix, tiny_pipeline.fingerprint, judging_model))
     return path.parent
 
 
@@ -206,7 +206,6 @@ def flags(**changes) -> SimpleNamespace:
     """The command's flags as they are by default, but for `changes`."""
     names = (
         "grabcut",
-        "embedding",
         "images",
         "masks",
         "image_masks",
@@ -217,7 +216,12 @@ def flags(**changes) -> SimpleNamespace:
         "dino",
         "out",
     )
-    given = dict.fromkeys((*names, "model")) | {"prompt": [], "subject": [], "references": str(TEAPOT / "heldout")}
+    given = dict.fromkeys((*names, "model")) | {
+        "embedding": [],
+        "prompt": [],
+        "subject": [],
+        "references": str(TEAPOT / "heldout"),
+    }
     given |= {"unrelated": [], "num": 1, "seed": 0, "steps": 2, "guidance": 5.0, "batch_size": 2, "scheduler": ""}
     return SimpleNamespace(**given | {"strength": 1.0, "dtype": "float32"} | changes)
 
@@ -226,12 +230,13 @@ def flags(**changes) -> SimpleNamespace:
     ("changes", "message"),
     [
         ({}, "--embedding, --images: expected one of them"),
-        ({"images": "a", "embedding": "b"}, "--embedding, --images: expected one of them"),
+        ({"images": "a", "embedding": ["b"]}, "--embedding, --images: expected one of them"),
         ({"images": "a", "references": None}, "--references: missing; expected a folder of photos"),
         ({"images": "a"}, "--prompt: missing"),
-        ({"embedding": "a", "image_masks": "b"}, "--image_masks: of --images"),
+        ({"embedding": ["a"], "image_masks": "b"}, "--image_masks: of --images"),
         ({"images": "a", "grabcut": True}, "--grabcut: of the masks from attention, with --embedding"),
-        ({"embedding": "nowhere"}, "nowhere: not found; expected a learned concept"),
+        ({"embedding": ["a", "b"]}, "--embedding: a, b; expected one"),
+        ({"embedding": ["nowhere"]}, "nowhere: not found; expected a learned concept"),
         ({"images": "a", "protocol": "dreambench", "prompt": ["b"]}, "--prompt: dreambench has its own prompts"),
         ({"images": "a", "protocol": "dreambench"}, "no photos of backpack, .*choose other subjects"),
         (

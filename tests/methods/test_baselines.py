@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from catversion_jax.base.sampler_config import SamplerConfig
-from catversion_jax.base.tokenizer import find_word
+from catversion_jax.base.words import find_word
 from catversion_jax.cli import train as train_command
 from catversion_jax.config import Config, from_config_dict
 from catversion_jax.data.photos import Photo, read_photos
@@ -157,8 +157,8 @@ def test_custom_diffusions_word_is_another_row_of_the_embedding(tiny_pipeline):
     """That of the identifier's last token, where the identifier stands and nowhere else."""
     concept = concept_of("custom_diffusion", tiny_pipeline)
     prompt = "a red sks teapot, a teapot"
-    (ids,), word = tiny_pipeline.tokenizer([prompt]), tiny_pipeline.tokenizer.word("sks")
-    at = find_word(ids[None], word)[0]
+    (ids,) = tiny_pipeline.tokenizer([prompt])
+    at = find_word(tiny_pipeline.tokenizer, ids[None], "sks")[0]
     (encoder,) = tiny_pipeline.networks.text
     (params,) = tiny_pipeline.params["text"]
     table = params["text_model"]["embeddings"]["token_embedding"]["embedding"]

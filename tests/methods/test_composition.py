@@ -70,7 +70,7 @@ def test_refused(concepts):
 def test_generate(tmp_path, concepts):
     paths = [tmp_path / f"{concept.class_word}.safetensors" for concept in concepts]
     for path, concept in zip(paths, concepts, strict=True):
-        concept_file.save(path, concept)
+        tiny.save_run(path, concept)
     same = ["generate", *(f"--embedding={path}" for path in paths), f"--out={tmp_path / 'out'}"]
     done = catversion(*same, "--prompt=a teapot and a dog", "--num=1", "--steps=1")
     assert "catversion: warning" not in done.stderr

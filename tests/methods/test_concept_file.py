@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from catversion_jax.methods import concept_file
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from catversion_jax.utils.errors import UserError
+from tests.commands import ROOT
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def test_round_trip(tmp_path, concept):
     for path in (tmp_path, tmp_path / concept_file.FILE_NAME):
         again = concept_file.load(path)
         np.testing.assert_array_equal(again.learned["prefix"], concept.learned["prefix"])
-        assert dataclasses.replace(again, learned={}) == dataclasses.replace(concept, learned={})
+        assert dataclasses.replace(again, learned={}) == dataclasses.replace(concept, learned={}, model_path="sd15")
     assert list(load_file(tmp_path / concept_file.FILE_NAME)) == ["prefix"]
     assert [path.name for path in tmp_path.iterdir()] == [concept_file.FILE_NAME]
 
@@ -74,8 +77,21 @@ def rewritten(path, concept, prefix=None, **metadata):
         ({"scope": '"sometimes"'}, "scope 'sometimes'; expected one of all, trigger"),
         ({"layers": "[11, 9, 10]"}, r"layers \[11, 9, 10\]; expected indices that ascend"),
         ({"layers": "[9, 10]"}, r"prefix float32 \[4, 3, 2, 5, 32\]; expected float32 \[P, 2, 2, heads, head_dim\]"),
-        ({"layers": "[9, 10"}, "not a readable concept"),
+        ({"layers": "[9, 10"}, "metadata layers: not JSON"),
         ({"layers": "9"}, "expected a concept of format 1"),
+        ({"layers": '["9", "10", "11"]'}, "Expected `int`, got `str`"),
+        ({"layers": "[[9], [10], [11]]"}, "Expected `int`, got `array`"),
+        ({"class_word": "[" * 10_000}, "metadata class_word: nested too deeply"),
+        ({"class_word": '"\\ud800"'}, "metadata class_word: not JSON"),
+        ({"class_word": "7"}, "Expected `str`, got `int`"),
+        ({"templates": '"a {concept}"'}, "Expected `array`, got `str`"),
+        ({"learning_rate": "NaN"}, "metadata learning_rate: not JSON"),
+        ({"seed": "{}"}, "Expected `int`, got `object`"),
+        ({"method": "[1]"}, "of an unknown method"),
+        ({"method": '{"a": 1}'}, "of an unknown method"),
+        ({"templates": json.dumps(["a" * 2**20])}, "metadata of more than"),
+        ({"sampler": "[]"}, "sampler \\[\\]; expected an object"),
+        ({"digest": '"0123"'}, "damaged: its contents are not those that were written"),
         ({"templates": "9"}, "expected a concept of format 1"),
         ({"logit_bias": '"x"'}, "expected a concept of format 1"),
         ({"method": '"lora"'}, "of an unknown method; expected one of catversion, textual_inversion"),
@@ -90,6 +106,119 @@ def test_refused(tmp_path, concept, change, message):
         concept_file.load(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit(tmp_path, concept):
+    """Anywhere in the file, is noticed; a file from before there were digests is read."""
+    path = tmp_path / "c.safetensors"
+    concept_file.save(path, concept)
+    whole = path.read_bytes()
+    rng, noticed = np.random.default_rng(0), 0
+    places = [*range(0, 600, 7), *rng.integers(600, len(whole), 60)]
+    for at in places:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            again = concept_file.load(path)
+        except UserError:
+            noticed += 1
+        else:  # a bit of the padding
+            assert dataclasses.replace(again, learned={}) == dataclasses.replace(concept, learned={}, model_path="sd15")
+            np.testing.assert_array_equal(again.learned["prefix"], concept.learned["prefix"])
+    assert noticed >= len(places) - 3
+    assert concept_file.load(rewritten(path, concept)).class_word == "teapot"
+
+
+def test_equal_concepts_give_equal_files(tmp_path, concept):
+    """In another process too, where hashes have other seeds."""
+    concept_file.save(tmp_path / "a.safetensors", concept)
+    code = (
+        "import sys; from pathlib import Path; from catversion_jax.methods import concept_file as f;"
+        "f.save(Path(sys.argv[2]), f.load(sys.argv[1]))"
+    )
+    for name in ("b", "c"):
+        other = tmp_path / f"{name}.safetensors"
+        subprocess.run([sys.executable, "-c", code, tmp_path / "a.safetensors", other], cwd=ROOT, check=True)
+        assert other.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_not_finite(tmp_path, concept, value):
+    prefix = concept.learned["prefix"].copy()
+    prefix[0, 0, 0, 0, 3] = value
+    path = rewritten(tmp_path / "c.safetensors", concept, prefix)
+    with pytest.raises(UserError, match="prefix holds NaN or infinity"):
+        concept_file.load(path)
+
+
+ONE = np.zeros((4, 768), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "kind"),
+    [
+        ({"emb_params": ONE}, {}, "a Textual Inversion embedding"),
+        ({"<my-mug>": ONE}, {}, "a Textual Inversion embedding"),
+        ({"clip_l": ONE, "clip_g": ONE}, {}, "a Textual Inversion embedding of SDXL"),
+        ({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": ONE}, {"format_version": "1"}, "a LoRA"),
+        ({"unet.down_blocks.0.attn1.to_q.lora_A.weight": ONE}, {}, "a LoRA"),
+        ({"unet.up_blocks.1.attentions.0.to_q.lora.down.weight": ONE}, {}, "a LoRA"),
+        ({"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight": ONE}, {}, "a LoRA"),
+        ({"lora_unet_mid.hada_w1_a": ONE}, {}, "a LyCORIS adapter"),
+        ({"control_model.input_blocks.0.0.weight": ONE}, {}, "a ControlNet"),
+        ({"model.diffusion_model.out.2.weight": ONE}, {}, "a whole model, for --model"),
+        ({"down_blocks.0.resnets.0.conv1.weight": ONE}, {}, "a UNet of diffusers"),
+        ({"encoder.conv_in.weight": ONE}, {}, "a VAE of diffusers"),
+        ({"text_model.embeddings.token_embedding.weight": ONE}, {}, "a CLIP of transformers"),
+    ],
+)
+def test_files_of_other_programs(tmp_path, tensors, metadata, kind):
+    path = tmp_path / "other.safetensors"
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=f"other.safetensors: {kind}; expected a concept of catversion train"):
+        concept_file.load(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"PK\3\4", "a PyTorch file"),
+        (b"\x80\x02}q\0", "a pickle, which is never opened"),
+        (b"\x89PNG", "a picture"),
+    ],
+)
+def test_other_files(tmp_path, start, kind):
+    path = tmp_path / "embedding.pt"
+    path.write_bytes(start + bytes(100))
+    with pytest.raises(UserError, match=f"embedding.pt: {kind}"):
+        concept_file.load(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "recorded"),
+    [
+        ("", ""),
+        ("owner/model", "owner/model"),
+        ("/models/sd15", "sd15"),
+        ("./models/sd15", "sd15"),
+        ("~/sd15.safetensors", "sd15.safetensors"),
+    ],
+)
+def test_the_persons_paths_stay_at_home(tmp_path, concept, model, recorded):
+    """A file names a local model by its last part; in its run's folder, or a batch's, the path is found again."""
+    folder = tmp_path / "batch" / "teapot"
+    folder.mkdir(parents=True)
+    concept_file.save(folder / concept_file.FILE_NAME, dataclasses.replace(concept, model_path=model))
+    assert concept_file.load(folder).model_path == recorded
+    assert recorded == model or model.encode() not in (folder / concept_file.FILE_NAME).read_bytes()
+    for run in (tmp_path / "batch", folder):
+        (run / "config.json").write_text(json.dumps({"model.path": model}))
+        assert concept_file.load(folder).model_path == model
+        (run / "config.json").write_text(json.dumps({"model.path": "/models/another"}))
+        assert concept_file.load(folder).model_path == recorded
+        (run / "config.json").write_text("[")
+        assert concept_file.load(folder).model_path == recorded
 
 
 def test_truncated_missing_and_huge(tmp_path, concept, monkeypatch):

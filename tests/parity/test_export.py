@@ -130,6 +130,17 @@ def test_a_class_word_of_several_tokens(pipe, tiny_pipeline, make):
     assert max_error(states, ours(tiny_pipeline, prompts, concept)) < TOLERANCE
 
 
+def test_the_class_word_is_a_whole_word(pipe, tiny_pipeline, make):
+    """The last token of "hotdog" is that of "dog"."""
+    concept, path = make("trigger", word="dog")
+    assert tiny_pipeline.tokenizer.word("hotdog")[-1:] == tiny_pipeline.tokenizer.word("dog")
+    prompts = ["a hotdog", "a hotdog and a dog", "a  DOG "]
+    with attached(pipe, path):
+        states, _ = encode(pipe, prompts)
+    assert max_error(states, ours(tiny_pipeline, prompts, concept)) < TOLERANCE
+    np.testing.assert_array_equal(states[0], encode(pipe, prompts)[0][0])
+
+
 def test_the_second_text_encoder(pipe, tiny_pipeline, make, tmp_path):
     """A concept of SDXL holds a prefix for each text encoder; here the second is the first with other layers."""
     concept, _ = make("all")

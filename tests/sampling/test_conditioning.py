@@ -37,7 +37,7 @@ def test_movement(tiny_pipeline, concept):
 def test_check(concept, tmp_path):
     """One line a prompt beside one warning for each reason; nothing is drawn."""
     path = tmp_path / "concept.safetensors"
-    concept_file.save(path, concept)
+    tiny.save_run(path, concept)
     same = ["generate", "--check", "--embedding", path, f"--out={tmp_path / 'out'}", "--prompt=a teapot"]
     (line,) = catversion(*same).stdout.splitlines()
     assert line.startswith("'a teapot': moved by ")

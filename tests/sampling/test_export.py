@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def concept(tiny_model, tiny_pipeline) -> concept_file.Concept:
 def source(concept, tmp_path_factory):
     """A run's folder, as far as export looks at it."""
     folder = tmp_path_factory.mktemp("run")
-    concept_file.save(folder / concept_file.FILE_NAME, concept)
+    tiny.save_run(folder / concept_file.FILE_NAME, concept)
     return folder
 
 
@@ -63,7 +64,7 @@ def test_prompts(concept, source, tiny_pipeline, tmp_path):
             "negative_prompt": "ugly",
             "strength": 0.5,
             "class_word": "teapot",
-            "model_path": concept.model_path,
+            "model_path": Path(concept.model_path).name,
         }
 
 
@@ -79,7 +80,9 @@ def test_without_a_prompt_no_model_is_needed(concept, tmp_path):
         assert dataclasses.replace(again, learned={}) == dataclasses.replace(concept_file.load(path), learned={})
     for name, data in export.FILES.items():
         assert (out / name).read_bytes() == (export.FOLDER / data).read_bytes()
-    assert "error: nowhere: " in error_of("export", "--embedding", path, "--out", out, "--prompt=a teapot")
+    assert "learned on 'nowhere', a local model; give its path as --model" in error_of(
+        "export", "--embedding", path, "--out", out, "--prompt=a teapot"
+    )
 
 
 def test_refuses(source, tmp_path):

@@ -1,11 +1,16 @@
 """Pictures: a function of prompt and seed; the base model at strength 0."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.sampling import conditioning, sampler
+from catversion_jax.utils.errors import UserError
 from tests import tiny
 from tests.conftest import max_error
 
@@ -45,7 +50,6 @@ def test_strength(tiny_pipeline, concept):
 
 
 def test_trigger_leaves_other_prompts_alone(tiny_pipeline, concept):
-    import dataclasses
 
     trigger = dataclasses.replace(concept, method=dataclasses.replace(concept.method, scope="trigger"))
     prompts, seeds = ["a car", "a teapot"], [1, 1]
@@ -64,3 +68,14 @@ def test_the_negative_branch_never_sees_the_prefix(tiny_pipeline, concept):
     (negative,) = sample(*asked, concept, config=config, negative_prompt="a car")
     np.testing.assert_array_equal(without, with_concept)
     assert (without != negative).any()
+
+
+@pytest.mark.parametrize(("part", "network"), [("text", "text encoder"), ("unet", "UNet"), ("vae", "VAE")])
+def test_no_black_images(tiny_pipeline, part, network):
+    """What gives NaN is an error that names it; the images that would come of it are black."""
+    leaves, structure = jax.tree.flatten(tiny_pipeline.params[part])
+    broken = jax.tree.unflatten(structure, [jnp.full_like(x, jnp.nan) for x in leaves])
+    pipeline = dataclasses.replace(tiny_pipeline, params=tiny_pipeline.params | {part: broken})
+    request = sampler.SampleRequest(("a teapot",), (0,), SamplerConfig(1, 1.0, 1))
+    with pytest.raises(UserError, match=f"the {network} gives NaN or infinity"):
+        list(sampler.sample_images(pipeline, request))

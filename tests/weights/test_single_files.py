@@ -149,7 +149,7 @@ OTHER_FILES = {
     "textual_inversion_of_diffusers": ({"<cat>": np.zeros(768)}, "this is a Textual Inversion embedding"),
     "textual_inversion_of_xl": ({"clip_g": np.zeros(2), "clip_l": np.zeros(2)}, "this is a Textual Inversion"),
     "concept": ({"prefix": np.zeros(2)}, "this is a trained concept"),
-    "lycoris": ({"lora_te_text_model_encoder.hada_w1_a": np.zeros(2)}, "this is a LoRA"),
+    "lycoris": ({"lora_te_text_model_encoder.hada_w1_a": np.zeros(2)}, "this is a LyCORIS adapter"),
     "controlnet_of_diffusers": ({"controlnet_cond_embedding.conv_in.bias": np.zeros(2)}, "this is a ControlNet"),
     "ip_adapter": ({"image_proj.norm.bias": np.zeros(2)}, "this is an IP-Adapter"),
     "unet_of_diffusers": ({"down_blocks.0.resnets.0.conv1.bias": np.zeros(2)}, "in diffusers layout; give the folder"),

@@ -1,0 +1,52 @@
+"""What a study keeps of each row, in JSON: the types that check it when it is read back."""
+
+from typing import Any, TypedDict
+
+Interval = tuple[float, float] | None
+
+
+class Costs(TypedDict):
+    """A setting, and what it took."""
+
+    group: str
+    name: str
+    seconds: float | None  # per concept; None: the training was interrupted
+    numbers: int  # parameters learned for a concept
+
+
+class CandidateRow(Costs):
+    """A setting that is tried to choose a method's learning rate."""
+
+    fitness: float | None  # None: NaN
+
+
+class ScoredRow(Costs):
+    """A line of a table. A score is None where it was not measured."""
+
+    clip_t: float | None
+    clip_i: float | None
+    masked_clip_i: float | None
+    overall: float | None
+    prior_drift: float | None
+    prior_drift_text: float | None
+    copied: float | None
+    intervals: dict[str, Interval]
+    concepts: list[dict[str, Any]]
+
+
+class GroupRow(TypedDict):
+    """One of several concepts in a prompt."""
+
+    concept: str
+    base: float
+    alone: float
+    together: float
+    shown: float
+
+
+class GroupRows(TypedDict):
+    """Several concepts in one prompt."""
+
+    rows: list[GroupRow]
+    all: float
+    variants: list[str]
