@@ -57,7 +57,7 @@ class CLIPTextConfig(CLIPConfig):
     vocab_size: Annotated[int, Meta(ge=1, le=2**20)] = 49408
     max_position_embeddings: Width = 77
     projection_dim: Width | None = None  # None: the tree has no text_projection
-    eos_token_id: int = 2
+    eos_token_id: Annotated[int, Meta(ge=0, lt=2**20)] = 2
     skip: int = not_in_file(0)  # 1 in SDXL: its UNet takes the penultimate layer's output, without the final norm
 
     @property

@@ -347,8 +347,8 @@ def identify(names: Collection[str], path: str) -> Family:
     family = min(FAMILIES, key=lambda family: len(missing(family)))
     if missing(family):
         what = what_file(names) if len(missing(family)) > 1 else ""
-        said = f"this is {what}; it " if what else ""
-        raise UserError(f"{path}: {said}lacks {', '.join(missing(family))}; {expected}")
+        said = f"this is {what}" if what else f"lacks {', '.join(missing(family))}"
+        raise UserError(f"{path}: {said}; {expected}")
     if family.name == "SD Turbo" and any(name.startswith(REFINERS) for name in names):
         raise UserError(f"{path}: this is the refiner of Stable Diffusion XL; give the base model; {expected}")
     prefixes = tuple(family.prefixes.values())

@@ -93,8 +93,8 @@ def open_weights(folder: Path, variant: str = "") -> tuple[Format, dict[str, Ten
 def shards(index: Path) -> list[Path]:
     """The files that an index lists. Raises UserError if one is missing."""
     names = sorted(set(read_record(index, ShardIndex, "expected an index of shards").weight_map.values()))
-    # A name with a folder in it could lead out of the model's folder.
-    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    # Names of files beside the index alone: one with a folder in it could lead out of the model's folder.
+    missing = sorted(set(names) - {path.name for path in index.parent.iterdir()})
     if missing:
         raise UserError(f"{index}: lists shards that are not beside it: {listed(missing)}; download them again")
     return [index.parent / name for name in names]

@@ -43,6 +43,8 @@ WRONG = [
     ("text", "vocab_size", True, "Expected `int`, got `bool`"),
     ("text", "max_position_embeddings", {}, "Expected `int`, got `object`"),
     ("text", "eos_token_id", None, "Expected `int`, got `null`"),
+    ("text", "eos_token_id", 2**70, "Expected `int` <= 1048575"),
+    ("text", "eos_token_id", -1, "Expected `int` >= 0"),
     ("text", "attention_dropout", [0.1], "not supported: attention_dropout=[0.1] (only 0.0)"),
     ("image", "patch_size", 500, "patch_size=500 exceeds image_size=224"),
     ("image", "image_size", 10**6, "Expected `int` <= 2048"),

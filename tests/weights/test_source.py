@@ -318,8 +318,9 @@ def test_folders_that_lack_something(sd1, tmp_path):
 
 
 def test_an_index_that_is_none(tmp_path):
-    absent = '{"weight_map": {"a": "3"}}'
-    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000, absent):
+    absent = ['{"weight_map": {"a": "3"}}']
+    absent += [f'{{"weight_map": {{"a": "{name}"}}}}' for name in ("x" * 1000, "../a", "\\u0000", "")]
+    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000, *absent):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(UserError, match=r"index\.json: (.*expected an index|lists shards that are not beside)"):
             weight_files.open_weights(tmp_path)
