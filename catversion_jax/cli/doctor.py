@@ -16,7 +16,8 @@ from catversion_jax.weights.source import FOLDERS
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "array-record", "ml-collections",
-    "msgspec", "transformers", "safetensors", "numpy", "pillow", "jinja2", "matplotlib", "tensorboardX",
+    "msgspec", "tokenizers", "huggingface-hub", "safetensors", "numpy", "pillow", "jinja2", "matplotlib",
+    "tensorboardX",
 )  # fmt: skip
 ACCELERATORS = {
     "nvidia-smi": ("gpu", "an NVIDIA driver is here, but JAX sees no GPU: pip install 'catversion-jax[cuda]'"),

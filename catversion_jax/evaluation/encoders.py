@@ -1,7 +1,7 @@
 """The encoders that score images: CLIP (a base model's own, or a CLIPModel folder) and DINO."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from catversion_jax.base.pipeline import MINI, abstract, laid_out, load_component
+from catversion_jax.base.pipeline import MINI, abstract, check_tokenizer, laid_out, load_component
 from catversion_jax.base.tokenizer import Tokenizer
 from catversion_jax.evaluation.metrics import normalize
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.vit import FIXED as VIT_FIXED
 from catversion_jax.models.vit import ViTConfig, ViTModel
-from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.json_config import from_json
+from catversion_jax.utils.errors import UserError, told
+from catversion_jax.utils.files import expand
+from catversion_jax.utils.json_config import Width, from_json
 from catversion_jax.utils.padded_batches import in_batches, streamed
-from catversion_jax.utils.records import read_record
+from catversion_jax.utils.records import convert, read_record
 from catversion_jax.utils.types import Float, Params, UInt8
 from catversion_jax.weights import hub, rules
 from catversion_jax.weights.conversion import from_torch, shapes_of
@@ -29,14 +30,20 @@ from catversion_jax.weights.weight_files import FORMATS, file_patterns, find_wei
 
 TORCH_FORMATS = [form for form in FORMATS if not form.is_flax]
 
-NESTED_DEFAULTS = {
-    "text_config": {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "eos_token_id": 49407},
-    "vision_config": {},
-}
+TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "eos_token_id": 49407}
 """Defaults of transformers that a CLIPModel's config.json leaves out, where they differ from ours."""
 
 MAX_ASPECT = 16
 """The largest ratio of an image's edges whose whole is resized; of a longer one, only the middle."""
+
+
+@dataclass(frozen=True)
+class NestedConfig:
+    """The config.json of a CLIPModel."""
+
+    text_config: dict[str, Any] = field(default_factory=dict)
+    vision_config: dict[str, Any] = field(default_factory=dict)
+    projection_dim: Width = 512
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def of_model(path: str | Path) -> Clip:
 
     Raises UserError if it has none.
     """
-    source = open_source(str(path)) if Path(path).expanduser().is_dir() else None  # a published model has none
+    source = open_source(str(path)) if expand(path).is_dir() else None  # a published model has none
     if source is None or "image" not in source.components:
         raise UserError(
             f"{path}: no image_encoder/ to score images by; name a CLIP, such as openai/clip-vit-large-patch14, or a "
@@ -143,36 +150,43 @@ def of_model(path: str | Path) -> Clip:
         )
     image, image_params = load_component(source, "image")
     text, text_params = load_component(source, "text")
+    tokenizer = Tokenizer(source.tokenizer("text"))
+    check_tokenizer(tokenizer, text.config, f"{path}: text")
     if text.config.projection_dim != image.config.projection_dim:
         raise UserError(f"{path}: its text encoder does not share a space with image_encoder/; name a CLIP")
     name = "the mini model" if Path(path) == MINI else str(path)
     encoder = ImageEncoder(name, image, image_params, clip_preprocessing(image.config.image_size))
-    return Clip(encoder, TextEncoder(text, text_params, Tokenizer(source.tokenizer("text"))))
+    return Clip(encoder, TextEncoder(text, text_params, tokenizer))
 
 
 def load_clip(name: str) -> Clip:
     """Loads CLIP, as transformers saves a CLIPModel, from a folder or by its name on Hugging Face."""
     folder = locate(name, "clip", TOKENIZER_FILES)
     config = typed_config(folder, "clip", "clip", "a transformers CLIPModel, such as openai/clip-vit-large-patch14")
-    text_json, vision_json = (
-        defaults | config.get(key, {}) | {"projection_dim": config.get("projection_dim", 512)}
-        for key, defaults in NESTED_DEFAULTS.items()
-    )
-    text = CLIPTextModel(from_json(CLIPTextConfig, text_json, {"attention_dropout": 0.0}))
-    image = CLIPVisionModel(from_json(CLIPVisionConfig, vision_json, {"attention_dropout": 0.0}))
+    path = folder / "config.json"
+    nested = convert(config, NestedConfig, str(path), "expected that of a transformers CLIPModel")
+    shared = {"projection_dim": nested.projection_dim}
+    with told(str(path)):
+        text_json = TEXT_DEFAULTS | nested.text_config | shared
+        text = CLIPTextModel(from_json(CLIPTextConfig, text_json, {"attention_dropout": 0.0}))
+        vision_json = nested.vision_config | shared
+        image = CLIPVisionModel(from_json(CLIPVisionConfig, vision_json, {"attention_dropout": 0.0}))
     text_shapes, image_shapes = abstract("text", text), abstract("image", image)
     params = read_weights(folder, rules.CLIP, text_shapes | image_shapes)
     encoder = ImageEncoder(
         name, image, {key: params[key] for key in image_shapes}, clip_preprocessing(image.config.image_size)
     )
-    return Clip(encoder, TextEncoder(text, {key: params[key] for key in text_shapes}, Tokenizer(folder)))
+    tokenizer = Tokenizer(folder)
+    check_tokenizer(tokenizer, text.config, str(folder))
+    return Clip(encoder, TextEncoder(text, {key: params[key] for key in text_shapes}, tokenizer))
 
 
 def load_dino(name: str) -> ImageEncoder:
     """Loads DINO, as transformers saves a ViTModel, from a folder or by its name on Hugging Face."""
     folder = locate(name, "dino")
     config = typed_config(folder, "dino", "vit", "a transformers ViTModel, such as facebook/dino-vits16")
-    module = ViTModel(from_json(ViTConfig, config, VIT_FIXED))
+    with told(str(folder / "config.json")):
+        module = ViTModel(from_json(ViTConfig, config, VIT_FIXED))
     size = module.config.image_size
     params = read_weights(folder, rules.VIT, shapes_of(module.init, jnp.zeros((1, size, size, 3))))
     return ImageEncoder(name, module, params, dino_preprocessing(size))
@@ -180,7 +194,7 @@ def load_dino(name: str) -> ImageEncoder:
 
 def locate(name: str, what: str, files: Sequence[str] = ()) -> Path:
     """Returns the folder of a model's config.json, weights and `files`, which are downloaded if `name` is no folder."""
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or folder.exists():

@@ -35,7 +35,7 @@ UNRELATED = (
 )
 """Default prompts for prior_drift; those that contain the class word are left out."""
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "transformers")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "tokenizers")
 
 
 @dataclass

@@ -28,7 +28,7 @@ def model_of(concepts: Mapping[str, Concept], path: str = "", dtype: str = Model
             raise UserError(f"{source}: learned on {recorded!r}, a local model; give its path as --model")
         if not hub.is_cached(recorded, first.model_revision):
             raise UserError(
-                f"{source}: learned on {recorded} of {hub.ENDPOINT}, which is not in the cache; "
+                f"{source}: learned on {recorded} of {hub.endpoint()}, which is not in the cache; "
                 f"to download it, say --model={recorded}"
             )
     return ModelConfig(recorded, first.model_revision, first.model_variant, first.model_prediction_type, dtype)

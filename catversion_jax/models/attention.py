@@ -65,7 +65,15 @@ class Kernel(NamedTuple):
 
 def fits_cudnn(query: tuple[int, ...], key: tuple[int, ...], dtype: jnp.dtype) -> bool:
     """cuDNN's flash attention takes half precision and heads of 8, 16, ... 128 channels; it pays for long sequences."""
-    return dtype.itemsize == 2 and query[3] <= 128 and query[3] % 8 == 0 and min(query[1], key[1]) >= 256
+    suits = dtype.itemsize == 2 and query[3] <= 128 and query[3] % 8 == 0 and min(query[1], key[1]) >= 256
+    return suits and all(has_cudnn_flash(getattr(device, "compute_capability", "")) for device in jax.devices())
+
+
+def has_cudnn_flash(capability: str) -> bool:
+    """Whether a GPU is NVIDIA's, of compute capability 8.0 (Ampere) or more; AMD's also have the backend "gpu"."""
+    # NVIDIA's say "8.6", AMD's "gfx90a".
+    major = capability.split(".")[0]
+    return major.isdecimal() and int(major) >= 8
 
 
 def fits_splash(query: tuple[int, ...], key: tuple[int, ...], dtype: jnp.dtype) -> bool:

@@ -6,13 +6,15 @@ Parameter trees are those of FlaxCLIPTextModel(WithProjection) and FlaxCLIPVisio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from msgspec import Meta
 
 from catversion_jax.models.parametrized import ZEROS, Conv, Dense, Embed
 from catversion_jax.models.prefix_attention import LayerPrefix, Prefix, attend
+from catversion_jax.utils.json_config import Depth, Positive, Side, Width, not_in_file, require
 from catversion_jax.utils.types import Array, Bool, Float, Int
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -25,13 +27,22 @@ ACTIVATIONS: dict[str, Callable] = {
 class CLIPConfig:
     """The fields that CLIP's two encoders share, named as in transformers' configs."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    dtype: Any = jnp.float32  # of the computation
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Width = 12
+    hidden_act: str = "quick_gelu"  # a key of ACTIVATIONS
+    layer_norm_eps: Positive = 1e-5
+    dtype: Any = not_in_file(jnp.float32)  # of the computation
+
+    def __post_init__(self):
+        require(
+            self.hidden_act in ACTIVATIONS, f"hidden_act={self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}"
+        )
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}",
+        )
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -43,11 +54,11 @@ class CLIPConfig:
 class CLIPTextConfig(CLIPConfig):
     """The text encoder's fields. The pipeline sets `skip`, the number of last layers that the UNet does not use."""
 
-    vocab_size: int = 49408
-    max_position_embeddings: int = 77
-    projection_dim: int | None = None  # None: the tree has no text_projection
-    eos_token_id: int = 2
-    skip: int = 0  # 1 in SDXL: its UNet takes the penultimate layer's output, without the final norm
+    vocab_size: Annotated[int, Meta(ge=1, le=2**20)] = 49408
+    max_position_embeddings: Width = 77
+    projection_dim: Width | None = None  # None: the tree has no text_projection
+    eos_token_id: Annotated[int, Meta(ge=0, lt=2**20)] = 2
+    skip: int = not_in_file(0)  # 1 in SDXL: its UNet takes the penultimate layer's output, without the final norm
 
     @property
     def depth(self) -> int:
@@ -62,9 +73,14 @@ class CLIPTextConfig(CLIPConfig):
 
 @dataclass(frozen=True)
 class CLIPVisionConfig(CLIPConfig):
-    image_size: int = 224
-    patch_size: int = 32
-    projection_dim: int = 512
+    image_size: Side = 224
+    patch_size: Side = 32
+    projection_dim: Width = 512
+
+    def __post_init__(self):
+        super().__post_init__()
+        patch, image = self.patch_size, self.image_size
+        require(patch <= image, f"patch_size={patch} exceeds image_size={image}")
 
 
 class CLIPAttention(nn.Module):

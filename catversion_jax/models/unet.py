@@ -2,15 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from msgspec import Meta
 
 from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Transformer2D, Upsample2D, conv3x3
 from catversion_jax.models.parametrized import Dense
-from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.json_config import from_json
+from catversion_jax.utils.errors import UserError, listed
+from catversion_jax.utils.json_config import Depth, Positive, Side, Width, from_json, not_in_file, require
 from catversion_jax.utils.types import AnyArray, Array, Float, Int
 
 FIXED = {
@@ -38,33 +39,71 @@ FIXED = {
 ADDED_EMBEDDINGS = (None, "text_time")
 """The supported values of addition_embed_type: none, or SDXL's."""
 
+DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # whether a type has attention
+UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+BLOCKS = ", ".join([*DOWN_BLOCKS, *UP_BLOCKS])
+MOST_TRANSFORMERS = 256
+"""Stable Diffusion XL has 26."""
+
 
 @dataclass(frozen=True)
 class UNetConfig:
     """The fields of diffusers' UNet2DConditionModel config that shape the network."""
 
-    sample_size: int = 64
-    in_channels: int = 4
-    out_channels: int = 4
+    sample_size: Side = 64
+    in_channels: Width = 4
+    out_channels: Width = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
+    block_out_channels: Annotated[tuple[Width, ...], Meta(min_length=1, max_length=8)] = (320, 640, 1280, 1280)
+    layers_per_block: Depth = 2
     # The number of heads per block, in spite of its name, which diffusers keeps for old configs (its issue 2011).
-    attention_head_dim: int | tuple[int, ...] = 8
-    cross_attention_dim: int = 1280
+    attention_head_dim: Width | tuple[Width, ...] = 8
+    cross_attention_dim: Width = 1280
     use_linear_projection: bool = False
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
+    norm_num_groups: Width = 32
+    norm_eps: Positive = 1e-5
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    freq_shift: Annotated[int, Meta(ge=0, le=1)] = 0
+    transformer_layers_per_block: Depth | tuple[Depth, ...] = 1
     addition_embed_type: str | None = None  # one of ADDED_EMBEDDINGS
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-    resolution: int = 512  # pixels along each side, an input of SDXL's UNet; not in config.json
-    dtype: Any = jnp.float32  # of the computation; norms' statistics and softmax stay float32
-    remat: bool = False  # layers are recomputed in the backward pass: less memory, a third more work
+    addition_time_embed_dim: Width | None = None
+    projection_class_embeddings_input_dim: Width | None = None
+    resolution: int = not_in_file(512)  # pixels along each side, an input of SDXL's UNet
+    dtype: Any = not_in_file(jnp.float32)  # of the computation; norms' statistics and softmax stay float32
+    remat: bool = not_in_file(False)  # layers are recomputed in the backward pass: less memory, a third more work
+
+    def __post_init__(self):
+        blocks = len(self.block_out_channels)
+        unknown = [{*self.down_block_types} - DOWN_BLOCKS.keys(), {*self.up_block_types} - UP_BLOCKS.keys()]
+        require(not any(unknown), f"blocks of type {listed(sorted(set().union(*unknown)))}, expected {BLOCKS}")
+        lists = (self.down_block_types, self.up_block_types, self.heads, self.depths)
+        require({len(each) for each in lists} == {blocks}, f"a list for other than the {blocks} block_out_channels")
+        require(
+            self.in_channels == self.out_channels,
+            f"in_channels={self.in_channels} and out_channels={self.out_channels} differ",
+        )
+        require(
+            self.layers_per_block * sum(self.depths) <= MOST_TRANSFORMERS,
+            f"more than {MOST_TRANSFORMERS} transformer blocks on the way down",
+        )
+        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
+            require(
+                channels % self.norm_num_groups == 0,
+                f"norm_num_groups={self.norm_num_groups} does not divide {channels} channels",
+            )
+            require(channels % heads == 0, f"attention_head_dim={heads} does not divide {channels} channels")
+        require(
+            self.sample_size % 2 ** (blocks - 1) == 0,
+            f"sample_size={self.sample_size} cannot be halved {blocks - 1} times",
+        )
+        waves = [self.block_out_channels[0], self.addition_time_embed_dim or 4]
+        odd = [n for n in waves if n % 2 or n <= 2]
+        require(not odd, f"sinusoids of {listed(odd)} channels, expected even numbers")
+        require(
+            self.addition_embed_type is None or (self.pooled_dim or 0) > 0,
+            "addition_embed_type, but projection_class_embeddings_input_dim and addition_time_embed_dim do not fit it",
+        )
 
     def layer(self, module: type[nn.Module]) -> type[nn.Module]:
         """A residual block or a transformer, rematerialized if `remat` is set."""
@@ -197,10 +236,6 @@ class UpBlock(nn.Module):
         if self.upsample:
             x = Upsample2D(self.channels, self.config.dtype, name="upsamplers_0")(x)
         return x
-
-
-DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # whether a type has attention
-UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
 class UNet2DConditionModel(nn.Module):

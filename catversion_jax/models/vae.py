@@ -1,23 +1,26 @@
 """The image autoencoder of Stable Diffusion (diffusers' AutoencoderKL), NHWC, images in [-1, 1]."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from msgspec import Meta
 
 from catversion_jax.models.attention import dot_product_attention
 from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
 from catversion_jax.models.parametrized import Conv, Dense
-from catversion_jax.utils.json_config import from_json
+from catversion_jax.utils.json_config import Depth, Positive, Width, from_json, not_in_file, require
 from catversion_jax.utils.types import Array, Float
 
 NORM_EPS = 1e-6
 FIXED = {
     "act_fn": "silu",
+    "in_channels": 3,
     "latents_mean": None,
     "latents_std": None,
     "mid_block_add_attention": True,
+    "out_channels": 3,
     "shift_factor": None,
     "use_post_quant_conv": True,
     "use_quant_conv": True,
@@ -28,15 +31,20 @@ FIXED = {
 class VAEConfig:
     """The fields of diffusers' AutoencoderKL config that shape the network."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int = 512
-    scaling_factor: float = 0.18215  # latents = scaling_factor x a sample of the posterior
-    dtype: Any = jnp.float32
+    in_channels: Width = 3
+    out_channels: Width = 3
+    block_out_channels: Annotated[tuple[Width, ...], Meta(min_length=1, max_length=8)] = (128, 256, 512, 512)
+    layers_per_block: Depth = 2
+    latent_channels: Width = 4
+    norm_num_groups: Width = 32
+    scaling_factor: Positive = 0.18215  # latents = scaling_factor x a sample of the posterior
+    dtype: Any = not_in_file(jnp.float32)
+
+    def __post_init__(self):
+        require(
+            all(channels % self.norm_num_groups == 0 for channels in self.block_out_channels),
+            f"norm_num_groups={self.norm_num_groups} does not divide block_out_channels={self.block_out_channels}",
+        )
 
     @classmethod
     def from_json(cls, json: dict, **overrides) -> "VAEConfig":

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from catversion_jax.models.clip import CLIPConfig, CLIPEncoder, layer_norm
 from catversion_jax.models.parametrized import ZEROS, Conv
+from catversion_jax.utils.json_config import Positive, Side, Width, require
 from catversion_jax.utils.types import Array, Float
 
 FIXED = {
@@ -23,13 +24,18 @@ FIXED = {
 class ViTConfig(CLIPConfig):
     """The fields of a ViT, whose layers are CLIP's; the defaults are those of ViT-S/16."""
 
-    hidden_size: int = 384
-    intermediate_size: int = 1536
-    num_attention_heads: int = 6
+    hidden_size: Width = 384
+    intermediate_size: Width = 1536
+    num_attention_heads: Width = 6
     hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    image_size: int = 224
-    patch_size: int = 16
+    layer_norm_eps: Positive = 1e-12
+    image_size: Side = 224
+    patch_size: Side = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        patch, image = self.patch_size, self.image_size
+        require(patch <= image, f"patch_size={patch} exceeds image_size={image}")
 
 
 class ViTModel(nn.Module):

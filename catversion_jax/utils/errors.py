@@ -104,3 +104,12 @@ def refused(what: str, todo: str) -> Iterator[None]:
         if is_storage_error(error):
             raise
         raise UserError(f"{what} ({error.strerror or short(error)}); {todo}") from error
+
+
+@contextlib.contextmanager
+def told(where: str) -> Iterator[None]:
+    """Puts `where`, such as a file's name, in front of the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

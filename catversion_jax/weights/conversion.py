@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, listed
 from catversion_jax.utils.types import Params
 from catversion_jax.weights.rules import LEAVES, Rule, same
 from catversion_jax.weights.tensor import Tensor
@@ -26,6 +26,7 @@ class Target(NamedTuple):
 
     path: str
     op: Callable[[np.ndarray], np.ndarray]
+    optional: bool = False  # the model need not have the parameter
 
 
 def compile_rules(rules: Iterable[Rule]) -> list[tuple[re.Pattern, list[Target]]]:
@@ -36,14 +37,14 @@ def compile_rules(rules: Iterable[Rule]) -> list[tuple[re.Pattern, list[Target]]
             # re.escape has made \{i\} of a rule's {i}, which stands for a number and is carried over to the path.
             name = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(f"{rule.torch}.{torch_leaf}".removesuffix(".")))
             paths = [(f"{rule.flax}/{leaf}".removesuffix("/"), op) for leaf, op in leaves if rule.flax is not None]
-            compiled.append((re.compile(name), [Target(*part) for part in paths]))
+            compiled.append((re.compile(name), [Target(*part, rule.optional) for part in paths]))
     return compiled
 
 
 def matches(compiled: list[tuple[re.Pattern, list[Target]]], name: str) -> list[list[Target]]:
     """Returns the parameters that a tensor fills, for each rule that matches its name."""
     return [
-        [Target(path.format(**match.groupdict()), op) for path, op in parts]
+        [part._replace(path=part.path.format(**match.groupdict())) for part in parts]
         for pattern, parts in compiled
         if (match := pattern.fullmatch(name))
     ]
@@ -55,8 +56,8 @@ def plan_conversion(
     """Returns which parameters each tensor fills, without reading a tensor. If `rules` is None, names and layouts are
     Flax's already.
 
-    Raises UserError, naming `source`, that lists every tensor that no rule or several rules match, parameters that are
-    filled twice, that the model does not have or that nothing fills, and wrong shapes.
+    Raises UserError, naming `source`, that lists tensors that no rule or several rules match, parameters that are
+    filled twice, that the model does not have or that nothing fills, and wrong shapes; the first of each, and how many.
     """
     find = partial(matches, compile_rules(rules)) if rules is not None else lambda name: [[Target(name, same)]]
     shapes = {path: leaf.shape for path, leaf in flatten_dict(expected, sep="/").items()}
@@ -70,6 +71,8 @@ def plan_conversion(
             continue
         for part in found[0]:
             path = part.path
+            if path not in shapes and part.optional:
+                continue
             if path not in shapes:
                 problems.setdefault("not part of this model", []).append(name)
             elif path in filled:
@@ -84,8 +87,8 @@ def plan_conversion(
     if missing and "wrong shape" not in problems:
         problems["missing"] = sorted(missing)
     if problems:
-        listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items())
-        raise UserError(f"{source}: does not fit the model its config.json describes: {listed}")
+        found_wrong = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items())
+        raise UserError(f"{source}: does not fit the model its config.json describes: {found_wrong}")
     return planned
 
 
@@ -124,17 +127,35 @@ def submit(
 ) -> list[Future]:
     """Starts to read the Flax parameters `expected` (a tree of shapes) from PyTorch's `tensors`, a few at a time.
 
-    `convert` is called in several threads. Raises UserError as `plan_conversion` does, before any tensor is read.
+    `convert` is called in several threads. Raises UserError as `plan_conversion` does, before any tensor is read; the
+    futures raise it for a tensor with NaN.
     """
 
-    def fill(tensor: Tensor | np.ndarray, parts: list[Target]) -> list[tuple[str, Any]]:
+    def fill(name: str, parts: list[Target]) -> list[tuple[str, Any]]:
+        tensor = tensors[name]
         value = tensor if isinstance(tensor, np.ndarray) else tensor.read()
+        if not is_finite(value):
+            raise UserError(
+                f"{source}: {name} holds NaN, or numbers too large for float32; copy or download the weights again"
+            )
         return [(part.path, convert(part, value)) for part in parts]
 
-    return [
-        pool.submit(fill, tensors[name], parts)
-        for name, parts in plan_conversion(tensors, rules, expected, source).items()
-    ]
+    return [pool.submit(fill, name, parts) for name, parts in plan_conversion(tensors, rules, expected, source).items()]
+
+
+def is_finite(numbers: np.ndarray) -> bool:
+    """Whether all numbers are finite, also as float32."""
+    if numbers.dtype.kind in "iub" or not numbers.size:
+        return True
+    if numbers.itemsize == 2:
+        # The bits without the sign, as integers: numpy has no fast operation on half precision. All bits of the
+        # exponent are set in infinity and NaN alone.
+        exponent = 0x7C00 if numbers.dtype == np.float16 else 0x7F80
+        bits = numbers.view(np.int16)
+        return bool(bits.max() < exponent and bits.view(np.uint16).max() < 0x8000 + exponent)
+    # NaN and infinity stay in the sum, or else the sum of large numbers overflows: then each is looked at.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(numbers.sum(dtype=np.float32)) or np.isfinite(numbers.astype(np.float32)).all())
 
 
 def collect(futures: Iterable[Future]) -> Params:

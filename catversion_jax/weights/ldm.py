@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, listed
+from catversion_jax.weights.foreign import what_file
 from catversion_jax.weights.rules import CLIP_TEXT, ENDS, RESNET, TRANSFORMER, Rule, under
 from catversion_jax.weights.tensor import Tensor
 
@@ -39,6 +40,11 @@ class Family(NamedTuple):
     scheduler: dict
 
     @property
+    def is_ambiguous(self) -> bool:
+        """Whether models of both prediction types were published, for pictures of different sizes."""
+        return len(set(self.sample_sizes.values())) > 1
+
+    @property
     def prefixes(self) -> dict[str, str]:
         """component -> the prefix of its tensors' names."""
         texts = {component: text.prefix for component, text in self.texts.items()}
@@ -56,6 +62,7 @@ def count_matches(shapes: Shapes, pattern: str) -> int:
 def text_config_of(shapes: Shapes, text: Text) -> dict:
     """The config of a text encoder: OpenAI's CLIP has transformers' names, OpenCLIP has its own."""
     names = OPEN_CLIP_NAMES if text.is_open_clip else CLIP_NAMES
+    shapes = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
     vocabulary, hidden = shapes[names["tokens"]]
     layers = count_matches(shapes, names["layers"])
     return {
@@ -73,10 +80,10 @@ def text_config_of(shapes: Shapes, text: Text) -> dict:
 
 
 CLIP_NAMES = {
-    "tokens": "text_model.embeddings.token_embedding.weight",
-    "positions": "text_model.embeddings.position_embedding.weight",
-    "mlp": "text_model.encoder.layers.0.mlp.fc1.weight",
-    "layers": r"text_model\.encoder\.layers\.(\d+)\.",
+    "tokens": "embeddings.token_embedding.weight",
+    "positions": "embeddings.position_embedding.weight",
+    "mlp": "encoder.layers.0.mlp.fc1.weight",
+    "layers": r"encoder\.layers\.(\d+)\.",
     "activation": "quick_gelu",
 }
 OPEN_CLIP_NAMES = {
@@ -262,6 +269,8 @@ NOISE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+ZERO_SNR_NOISE = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+"""Added to NOISE for a model that was trained from no signal at all: sampling has to begin there (Lin et al. 2024)."""
 
 
 def heads_of_channels(channels: list[int]) -> list[int]:
@@ -300,34 +309,33 @@ FAMILIES = (
         scheduler=NOISE
         | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "interpolation_type": "linear"},
     ),
+    Family(
+        name="SD Turbo",  # Stable Diffusion 2.1's networks, with names like those of XL
+        texts={"text": Text("conditioner.embedders.0.model.", is_open_clip=True, last_layer=23)},
+        heads=heads_of_channels,
+        sample_sizes={"epsilon": 64, "v_prediction": 64},
+        prediction_type="epsilon",
+        scaling_factor=0.18215,
+        scheduler=NOISE | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
+    ),
 )
 
 LEFT_OVERS = re.compile(
     r"model_ema\..*|first_stage_model\.(loss|model_ema)\..*"  # left from training
     r"|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|lvlb_weights|logvar"
     r"|denoiser\.(log_)?sigmas|scale_factor|global_step"
-    r"|(cond_stage_model|conditioner\.embedders\.1)\.model\.(logit_scale|attn_mask)"
+    r"|(cond_stage_model|conditioner\.embedders\.[01])\.((model|transformer)\.)?(logit_scale|attn_mask)"
+    r"|cond_stage_model\.text_projection(\.weight)?|v_pred|ztsnr"
 )
 """Names of tensors that files hold beside the model, and that are ignored."""
 
-FOREIGN = {
-    r"^lora_|\.lora[._](A|B|up|down)|\.lora_linear_layer\.": "a LoRA, which changes a base model; give the base model",
-    r"^control_model\.": "a ControlNet; give a base model",
-    r"^(model\.diffusion_model\.)?joint_blocks\.": "Stable Diffusion 3",
-    r"^(model\.diffusion_model\.)?double_blocks\.": "Flux",
-    r"^conditioner\.embedders\.0\.model\.": "the refiner of Stable Diffusion XL; give the base model",
-    r"^(encoder|decoder)\.": "an autoencoder alone",
-    r"^(down|up)_blocks\.": "one part of a model in diffusers layout; give the folder of all parts",
-}
-"""Pattern in a tensor's name -> what kind of file has it."""
+REFINERS = "model.diffusion_model.label_emb."
+"""XL's refiner has the text encoder of SD Turbo, by name, and these too."""
 
 
 def identify(names: Collection[str], path: str) -> Family:
     """Returns the family of a file's tensors. Raises UserError for any other file and for names of no component."""
     expected = "expected a whole Stable Diffusion 1.x, 2.x or XL model in one file"
-    for pattern, what in FOREIGN.items():
-        if any(re.search(pattern, name) for name in names):
-            raise UserError(f"{path}: this is {what}; {expected}")
 
     def missing(family: Family) -> list[str]:
         return [
@@ -338,11 +346,17 @@ def identify(names: Collection[str], path: str) -> Family:
 
     family = min(FAMILIES, key=lambda family: len(missing(family)))
     if missing(family):
-        raise UserError(f"{path}: lacks {', '.join(missing(family))}; {expected}")
+        what = what_file(names) if len(missing(family)) > 1 else ""
+        said = f"this is {what}" if what else f"lacks {', '.join(missing(family))}"
+        raise UserError(f"{path}: {said}; {expected}")
+    if family.name == "SD Turbo" and any(name.startswith(REFINERS) for name in names):
+        raise UserError(f"{path}: this is the refiner of Stable Diffusion XL; give the base model; {expected}")
     prefixes = tuple(family.prefixes.values())
     unknown = sorted(name for name in names if not name.startswith(prefixes) and not LEFT_OVERS.fullmatch(name))
     if unknown:
-        raise UserError(f"{path}: {family.name} has no {', '.join(unknown)}; {expected}")
+        what = what_file(unknown)
+        said = f"this is {what}; " if what else ""
+        raise UserError(f"{path}: {said}{family.name} has no {listed(unknown)}; {expected}")
     return family
 
 

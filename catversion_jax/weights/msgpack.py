@@ -19,6 +19,7 @@ from catversion_jax.weights.tensor import FileTensor
 MAX_DEPTH = 32  # of nested maps, and of an array's axes
 MAX_ENTRIES = 100_000
 MAX_NAME_BYTES = 1024
+MAX_PATH = 4096  # characters of an array's whole name; each array's is a text of its own
 ARRAY, SCALAR = 1, 3  # flax's extension types; 2 is a complex number
 
 DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("float64", "float32", "float16", "int64", "int32")}
@@ -104,6 +105,8 @@ class Reader:
 
     def leaves(self, path: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, FileTensor]]:
         head = self.head()
+        if sum(map(len, above)) > MAX_PATH:
+            raise ValueError(f"a name of more than {MAX_PATH} characters")
         if head.kind == "extension":
             yield "/".join(above), self.array(path, head.length)
             return

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MAX_OPCODES = 2_000_000  # Stable Diffusion 1.5 with its averaged weights has about 60,000
+MAX_OPCODES = 500_000  # Stable Diffusion 1.5 with its averaged weights has about 60,000
+MAX_NAME = 400  # characters
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,8 @@ class Machine:
     def name_of(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("a name that is no string")
+        if len(module) + len(name) > MAX_NAME:  # a long one could be put together with many others
+            raise ValueError(f"a name of more than {MAX_NAME} characters")
         self.name(f"{module}.{name}")
 
     def call(self, function: Any, arguments: Any) -> None:

@@ -17,6 +17,7 @@ class Rule(NamedTuple):
     torch: str
     flax: str | None  # None: the tensor is known but not needed
     kind: str
+    optional: bool = False  # not needed by a model without this parameter
 
 
 def dense(w: np.ndarray) -> np.ndarray:
@@ -63,7 +64,7 @@ LEAVES: dict[str, dict[str, tuple[tuple[str, Op], ...]]] = {
 
 def under(torch: str, flax: str, rules: list[Rule]) -> list[Rule]:
     """The rules of a sub-module at its place in a larger one."""
-    return [Rule(f"{torch}.{r.torch}", f"{flax}/{r.flax}", r.kind) for r in rules]
+    return [r._replace(torch=f"{torch}.{r.torch}", flax=f"{flax}/{r.flax}") for r in rules]
 
 
 RESNET = [
@@ -158,27 +159,40 @@ CLIP_LAYER = [
     *(Rule(f"mlp.fc{n}", f"mlp/fc{n}", "dense") for n in (1, 2)),
 ]
 
-CLIP_TEXT = [
-    Rule("text_model.embeddings.token_embedding", "text_model/embeddings/token_embedding", "embedding"),
-    Rule("text_model.embeddings.position_embedding", "text_model/embeddings/position_embedding", "embedding"),
-    Rule("text_model.embeddings.position_ids", None, "array"),  # 0..76, written by transformers before 4.31
-    *under("text_model.encoder.layers.{i}", "text_model/encoder/layers/{i}", CLIP_LAYER),
-    Rule("text_model.final_layer_norm", "text_model/final_layer_norm", "norm"),
-    Rule("text_projection", "text_projection", "dense"),
-]
 
-CLIP_VISION = [
-    Rule("vision_model.embeddings.class_embedding", "vision_model/embeddings/class_embedding", "array"),
-    Rule("vision_model.embeddings.patch_embedding", "vision_model/embeddings/patch_embedding", "conv"),
-    Rule("vision_model.embeddings.position_embedding", "vision_model/embeddings/position_embedding", "embedding"),
-    Rule("vision_model.embeddings.position_ids", None, "array"),
-    Rule("vision_model.pre_layrnorm", "vision_model/pre_layrnorm", "norm"),
-    *under("vision_model.encoder.layers.{i}", "vision_model/encoder/layers/{i}", CLIP_LAYER),
-    Rule("vision_model.post_layernorm", "vision_model/post_layernorm", "norm"),
-    Rule("visual_projection", "visual_projection", "dense"),
-]
+def clip_text(prefix: str) -> list[Rule]:
+    """The rules for a text encoder whose names begin with `prefix`."""
+    return [
+        Rule(f"{prefix}embeddings.token_embedding", "text_model/embeddings/token_embedding", "embedding"),
+        Rule(f"{prefix}embeddings.position_embedding", "text_model/embeddings/position_embedding", "embedding"),
+        Rule(f"{prefix}embeddings.position_ids", None, "array"),  # 0..76, written by transformers before 4.31
+        *under(f"{prefix}encoder.layers.{{i}}", "text_model/encoder/layers/{i}", CLIP_LAYER),
+        Rule(f"{prefix}final_layer_norm", "text_model/final_layer_norm", "norm"),
+    ]
 
-CLIP = [*CLIP_TEXT, *CLIP_VISION, Rule("logit_scale", None, "array")]
+
+def clip_vision(prefix: str) -> list[Rule]:
+    """The rules for an image encoder whose names begin with `prefix`."""
+    return [
+        Rule(f"{prefix}embeddings.class_embedding", "vision_model/embeddings/class_embedding", "array"),
+        Rule(f"{prefix}embeddings.patch_embedding", "vision_model/embeddings/patch_embedding", "conv"),
+        Rule(f"{prefix}embeddings.position_embedding", "vision_model/embeddings/position_embedding", "embedding"),
+        Rule(f"{prefix}embeddings.position_ids", None, "array"),
+        Rule(f"{prefix}pre_layrnorm", "vision_model/pre_layrnorm", "norm"),
+        *under(f"{prefix}encoder.layers.{{i}}", "vision_model/encoder/layers/{i}", CLIP_LAYER),
+        Rule(f"{prefix}post_layernorm", "vision_model/post_layernorm", "norm"),
+    ]
+
+
+# Some files of a text encoder without a projection have one all the same, left from the whole CLIP.
+TEXT_PROJECTION = Rule("text_projection", "text_projection", "dense", optional=True)
+VISUAL_PROJECTION = Rule("visual_projection", "visual_projection", "dense")
+LOGIT_SCALE = Rule("logit_scale", None, "array")
+
+# transformers 5 saves an encoder by itself without the prefix.
+CLIP_TEXT = [*clip_text(""), *clip_text("text_model."), TEXT_PROJECTION, LOGIT_SCALE]
+CLIP_VISION = [*clip_vision(""), *clip_vision("vision_model."), VISUAL_PROJECTION, LOGIT_SCALE]
+CLIP = [*clip_text("text_model."), *clip_vision("vision_model."), TEXT_PROJECTION, VISUAL_PROJECTION, LOGIT_SCALE]
 """transformers' CLIPModel: both encoders in one file. Cosine similarities do not need logit_scale."""
 
 VIT_LAYER = [

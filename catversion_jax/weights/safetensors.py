@@ -1,15 +1,18 @@
 """Reads safetensors files (https://huggingface.co/docs/safetensors); nothing is unpickled."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Raw
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from catversion_jax.utils.errors import UserError, kind_of, short
-from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.errors import UserError, kind_of, listed, short
+from catversion_jax.utils.files import MIB, open_regular, write_atomically
+from catversion_jax.utils.records import decode
 from catversion_jax.weights.tensor import FileTensor
 
 DTYPES = {
@@ -26,24 +29,63 @@ DTYPES = {
 }
 
 
+MAX_HEADER_BYTES = 32 * MIB
+"""Stable Diffusion XL's header has 0.3 MiB; what a training tool says in it can be a few."""
+UNREADABLE = "not a readable safetensors file ({}); copy or download it again"
+
+
+@dataclass(frozen=True)
+class HeaderEntry:
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
 def open_safetensors(path: Path) -> dict[str, FileTensor]:
     """Returns the tensors by name, unread. Raises UserError for anything else."""
+    start, header = read_entries(path)
     # The library validates the file, but the tensors are read by offset: threads open the file once per tensor, and the
     # library would parse its header each time (8 seconds for Stable Diffusion XL).
     try:
-        with safe_open(path, framework="numpy"), path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+        with safe_open(path, framework="numpy"):
+            pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    other = sorted({entry["dtype"] for entry in tensors.values()} - DTYPES.keys())
-    if other:
-        raise UserError(f"{path}: numbers of type {', '.join(other)}; expected a file of float16, bfloat16 or float32")
-    return {
-        name: FileTensor(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        for name, entry in tensors.items()
+        raise UserError(f"{path}: {UNREADABLE.format(short(error))}") from error
+    tensors = {
+        name: decode(entry, HeaderEntry, f"{path}: tensor {name}", "copy or download it again")
+        for name, entry in header.items()
+        if name != "__metadata__"
     }
+    other = sorted({tensor.dtype for tensor in tensors.values()} - DTYPES.keys())
+    if other:
+        raise UserError(f"{path}: numbers of type {listed(other)}; expected a file of float16, bfloat16 or float32")
+    return {
+        name: FileTensor(path, start + tensor.data_offsets[0], tensor.shape, DTYPES[tensor.dtype])
+        for name, tensor in tensors.items()
+    }
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns what a file says of itself, by key. Raises UserError for anything but a safetensors file."""
+    _, header = read_entries(path)
+    said = header.get("__metadata__", b"{}")
+    return decode(said, dict[str, str], f"{path}: __metadata__", "copy or download it again")
+
+
+def read_entries(path: Path) -> tuple[int, dict[str, Raw]]:
+    """Returns the byte at which the tensors begin, and the header's entries, not yet parsed."""
+    with open_regular(path, "expected a safetensors file") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            what = f"its header would have more than {MAX_HEADER_BYTES // MIB} MiB"
+            raise UserError(f"{path}: {UNREADABLE.format(what)}")
+        data = file.read(length)
+    if len(data) < length:
+        raise UserError(f"{path}: {UNREADABLE.format('it ends within its header')}")
+    what = UNREADABLE.format("its header is no JSON object")
+    return 8 + length, decode(data, dict[str, Raw], str(path), what)
 
 
 def write_file(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

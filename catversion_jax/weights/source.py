@@ -3,15 +3,19 @@
 `open_source` inspects the files without reading weights; tensors are read one by one, on demand.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.records import read_record
-from catversion_jax.weights import hub, ldm, rules, safetensors, torch_zip
+from catversion_jax.utils.files import expand, read_text
+from catversion_jax.utils.log import warn
+from catversion_jax.utils.records import MOST_BYTES, decode, read_record
+from catversion_jax.weights import hub, ldm, rules, safetensors, stated, torch_zip
+from catversion_jax.weights.foreign import what_folder
 from catversion_jax.weights.rules import Rule
 from catversion_jax.weights.tensor import Tensor
 from catversion_jax.weights.weight_files import FORMATS, file_patterns, find_weights, open_weights
@@ -38,15 +42,20 @@ RULES = {
 """component -> the rules for diffusers' and transformers' names."""
 
 TOKENIZERS = {"text": "tokenizer", "text_2": "tokenizer_2"}
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    *("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json"),
+)
 
 CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", "")
 OPEN_CLIP_TOKENIZER = ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer_2")  # the same words, padded with "!"
 
 CHECKPOINTS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {
     ".safetensors": safetensors.open_safetensors,
-    ".ckpt": torch_zip.open_checkpoint,
 }
+
+TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")
+CHECKPOINTS |= dict.fromkeys(TORCH_FILES, torch_zip.open_checkpoint)
 
 EXPECTED = "expected a Stable Diffusion 1.x, 2.x or XL model in diffusers layout"
 
@@ -101,7 +110,7 @@ def open_source(path: str, revision: str = "", variant: str = "", prediction_typ
     `variant` chooses a folder's weights ("fp16": model.fp16.safetensors); `prediction_type` overrides the scheduler's
     config. Raises UserError if `path` is none of these or lacks a component.
     """
-    local = Path(path).expanduser()
+    local = expand(path)
     if revision and local.exists():
         raise UserError(f"config.model.revision={revision!r}: {local} is local; unset it")
     if variant and local.is_file():
@@ -114,7 +123,7 @@ def open_source(path: str, revision: str = "", variant: str = "", prediction_typ
         source = open_folder(path, download(path, revision, variant), variant, prediction_type)
     else:
         raise UserError(
-            f"{path}: not found; expected a folder, a file or a model's name (owner/name) on {hub.ENDPOINT}"
+            f"{path}: not found; expected a folder, a file or a model's name (owner/name) on {hub.endpoint()}"
         )
     channels = source.config("unet").get("in_channels", 4)
     latents = source.config("vae").get("latent_channels", 4)
@@ -131,38 +140,57 @@ def open_folder(name: str, path: Path, variant: str, prediction_type: str) -> So
     present = [component for component, folder in FOLDERS.items() if (path / folder / "config.json").is_file()]
     missing = [f"{FOLDERS[component]}/config.json" for component in REQUIRED if component not in present]
     if missing:
-        raise UserError(f"{name}: no {', no '.join(missing)}; {EXPECTED}")
+        raise UserError(f"{name}: {what_folder(path)}no {', no '.join(missing)}; {EXPECTED}")
+    plain = [c for c in present if variant and not find_weights(path / FOLDERS[c], variant)]
+    if len(plain) == len(present):  # rather a typing error
+        plain = []
+    if plain:
+        folders = ", ".join(FOLDERS[component] for component in plain)
+        warn(f"{name}: no weights of config.model.variant={variant!r} in {folders}; the plain ones are read there")
 
     def part(component: str) -> ModelComponent:
         folder = path / FOLDERS[component]
-        form, tensors = open_weights(folder, variant)
+        form, tensors = open_weights(folder, "" if component in plain else variant)
         config = read_record(folder / "config.json", dict[str, Any], EXPECTED)
         return ModelComponent(config, tensors, None if form.is_flax else RULES[component])
 
-    scheduler = read_record(path / "scheduler" / "scheduler_config.json", dict[str, Any], EXPECTED)
     return Source(
         name=name,
         parts={component: part(component) for component in present},
-        noise=scheduler | ({"prediction_type": prediction_type} if prediction_type else {}),
+        noise=read_scheduler(path) | ({"prediction_type": prediction_type} if prediction_type else {}),
         find_tokenizer=lambda component: path / TOKENIZERS[component],
     )
+
+
+def read_scheduler(path: Path) -> dict[str, Any]:
+    """Reads a model's scheduler_config.json."""
+    file = path / "scheduler" / "scheduler_config.json"
+    # diffusers writes this key, and alone this one, with a value that is no JSON; it means that nothing is clipped.
+    text = re.sub(r'("lambda_min_clipped":\s*)-Infinity', r"\1null", read_text(file, MOST_BYTES, EXPECTED))
+    config = decode(text, dict[str, Any], str(file), EXPECTED)
+    return {key: value for key, value in config.items() if (key, value) != ("lambda_min_clipped", None)}
 
 
 def download(repo: str, revision: str, variant: str) -> Path:
     """Returns the cached folder of a Hugging Face model: configs, tokenizers and weights.
 
-    PyTorch's pickles, then Flax's files, are downloaded only for components without safetensors.
+    PyTorch's pickles, then Flax's files, are downloaded only for components without safetensors; the plain files only
+    for components without the variant, of a model that has it.
     """
     files = ["model_index.json", "scheduler/scheduler_config.json"]
     files += [f"{FOLDERS[component]}/config.json" for component in DOWNLOADED]
     files += [f"{folder}/{file}" for folder in TOKENIZERS.values() for file in TOKENIZER_FILES]
-    folders = [FOLDERS[component] for component in DOWNLOADED]
-    for form in FORMATS:
-        files += [f"{folder}/{pattern}" for folder in folders for pattern in file_patterns(form, variant)]
-        path = hub.fetch(repo, revision, files)
-        folders = [f for f in folders if (path / f / "config.json").is_file() and not find_weights(path / f, variant)]
-        if not folders:
-            return path
+    every = folders = [FOLDERS[component] for component in DOWNLOADED]
+    for wanted in dict.fromkeys((variant, "")):
+        for form in FORMATS:
+            files += [f"{folder}/{pattern}" for folder in folders for pattern in file_patterns(form, wanted)]
+            path = hub.fetch(repo, revision, files)
+            every = [folder for folder in every if (path / folder / "config.json").is_file()]
+            folders = [folder for folder in every if folder in folders and not find_weights(path / folder, wanted)]
+            if not folders:
+                return path
+        if folders == every:
+            break
     what = f" of config.model.variant={variant!r}" if variant else ""
     raise UserError(
         f"{repo}: no weights{what} for {', '.join(folders)}; choose another variant, or go online for the rest"
@@ -172,10 +200,13 @@ def download(repo: str, revision: str, variant: str) -> Path:
 def open_single_file(path: Path, prediction_type: str) -> Source:
     """Opens a single file in the original layout, which has neither configs nor tokenizers."""
     if path.suffix not in CHECKPOINTS:
-        raise UserError(f"{path}: expected a {' or '.join(CHECKPOINTS)} file, or a folder in diffusers layout")
+        raise UserError(f"{path}: expected a .safetensors or .ckpt file, or a folder in diffusers layout")
     tensors = CHECKPOINTS[path.suffix](path)
     family = ldm.identify(tensors, str(path))
-    prediction_type = prediction_type or family.prediction_type
+    prediction_type = prediction_type or said_by(path, tensors) or assumed(family, path)
+    zero_snr = stated.ZERO_SNR in tensors and prediction_type == "v_prediction"
+    if stated.ZERO_SNR in tensors and not zero_snr:
+        warn(f"{path}: its tensor {stated.ZERO_SNR} is ignored, because the model is taken as {prediction_type}")
     components = ldm.split(family, tensors)
     try:
         configs = ldm.configs(family, components, prediction_type)
@@ -184,9 +215,25 @@ def open_single_file(path: Path, prediction_type: str) -> Source:
     return Source(
         name=str(path),
         parts={c: ModelComponent(configs[c], components[c], ldm.rules(family, c, configs[c])) for c in components},
-        noise=family.scheduler | {"prediction_type": prediction_type},
+        noise=family.scheduler | {"prediction_type": prediction_type} | (ldm.ZERO_SNR_NOISE if zero_snr else {}),
         find_tokenizer=partial(beside, path.parent, family),
     )
+
+
+def said_by(path: Path, names: Collection[str]) -> str:
+    """The prediction type that a single file states, or ""."""
+    metadata = safetensors.read_metadata(path) if path.suffix == ".safetensors" else {}
+    return stated.stated_prediction(metadata, names, str(path))
+
+
+def assumed(family: ldm.Family, path: Path) -> str:
+    """The prediction type of a family, where the file does not say; a warning where there are two kinds."""
+    if family.is_ambiguous:
+        warn(
+            f"{path}: does not say what it predicts; taken as {family.prediction_type}, as the larger {family.name} "
+            f"models are; if it is a base model for 512 pixels, set config.model.prediction_type=epsilon"
+        )
+    return family.prediction_type
 
 
 def beside(folder: Path, family: ldm.Family, component: str) -> Path:

@@ -117,6 +117,8 @@ def check_entries(archive: zipfile.ZipFile, size: int) -> str:
         inside = 0 <= entry.header_offset <= size - entry.file_size
         if not plain or not inside or entry.compress_size != entry.file_size:
             raise ValueError(f"zip entry {entry.filename!r:.80} is compressed, encrypted or reaches beyond the file")
+        if len(entry.filename) > pickle.MAX_NAME:
+            raise ValueError(f"zip entry {entry.filename!r:.80} has a name of more than {pickle.MAX_NAME} characters")
     if sum(entry.file_size for entry in entries) > size:
         raise ValueError("zip entries that overlap")
     pickles = [name for name in archive.NameToInfo if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -141,6 +143,8 @@ def read_archive(archive: zipfile.ZipFile, folder: str) -> Contents:
                 raise ValueError("a persistent id that names no storage")
         if name not in DTYPES:
             return Foreign(name)
+        if len(key) > pickle.MAX_NAME:
+            raise ValueError(f"storage {key[:80]!r} has a name of more than {pickle.MAX_NAME} characters")
         entry = f"{folder}/data/{key}"
         held = sizes.get(entry, "no")
         if held != size * DTYPES[name].itemsize:
@@ -182,10 +186,14 @@ def open_checkpoint(path: Path) -> dict[str, ZipTensor]:
     Whatever else a `.ckpt` holds is ignored. Raises UserError if a name holds something other than a tensor.
     """
     value = read_zip(path).value
+    if isinstance(value, dict) and "string_to_param" in value:
+        raise UserError(f"{path}: this is a Textual Inversion embedding, not a model; expected a model's state_dict")
     tensors = value.get("state_dict", value) if isinstance(value, dict) else value
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path}: expected tensors by name, or a state_dict of them; take the model's state_dict")
     for name, tensor in tensors.items():
+        if len(name) > pickle.MAX_NAME:
+            raise UserError(f"{path}: a tensor has a name of more than {pickle.MAX_NAME} characters; expected a model")
         if not isinstance(tensor, ZipTensor):
             kind = tensor.name if isinstance(tensor, Foreign) else type(tensor).__name__
             raise UserError(f"{path}: {name!r:.80} is no tensor but {kind!r:.80}; save the model's tensors alone")

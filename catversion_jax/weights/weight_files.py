@@ -1,11 +1,13 @@
 """The weights in one component's folder, whichever library wrote them: one file, or shards with an index."""
 
-import json
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, listed
+from catversion_jax.utils.records import read_record
 from catversion_jax.weights import msgpack, safetensors, torch_zip
 from catversion_jax.weights.tensor import Tensor
 
@@ -25,6 +27,13 @@ FORMATS = (
     Format(("flax_model", "diffusion_flax_model"), "msgpack", msgpack.open_msgpack, is_flax=True),
 )
 """In order of preference: the first one found in a folder is read."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The file that says which shard holds which tensor."""
+
+    weight_map: dict[str, str]
 
 
 def file_patterns(form: Format, variant: str) -> list[str]:
@@ -52,13 +61,23 @@ def find_weights(folder: Path, variant: str = "") -> tuple[Format, Path] | None:
     return None
 
 
+def variants(folder: Path) -> list[str]:
+    """The variants whose files are in a folder, such as "fp16"."""
+    stems = "|".join(stem for form in FORMATS for stem in form.stems)
+    ends = "|".join(form.extension for form in FORMATS)
+    name = re.compile(rf"({stems})\.(?P<variant>\w+)(-\d{{5}}-of-\d{{5}})?\.({ends})")
+    return sorted({match["variant"] for path in folder.iterdir() if (match := name.fullmatch(path.name))})
+
+
 def open_weights(folder: Path, variant: str = "") -> tuple[Format, dict[str, Tensor]]:
     """Returns a folder's format and its tensors by name, unread. Raises UserError if they or a shard are missing."""
     found = find_weights(folder, variant)
     if found is None:
         expected = " or ".join(f"{stem}{dotted(variant)}.safetensors" for stem in FORMATS[0].stems)
         what = f" of config.model.variant={variant!r}" if variant else ""
-        raise UserError(f"{folder}: no weights{what}; expected {expected}")
+        others = [other for other in variants(folder) if other != variant]
+        hint = f"; there are those of variant {listed(others)}: set config.model.variant" if others else ""
+        raise UserError(f"{folder}: no weights{what}; expected {expected}{hint}")
     form, path = found
     files = shards(path) if path.suffix == ".json" else [path]
     tensors: dict[str, Tensor] = {}
@@ -73,12 +92,9 @@ def open_weights(folder: Path, variant: str = "") -> tuple[Format, dict[str, Ten
 
 def shards(index: Path) -> list[Path]:
     """The files that an index lists. Raises UserError if one is missing."""
-    try:
-        names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index}: not an index of shards; copy or download it again") from None
-    # A name with a folder in it could lead out of the model's folder.
-    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    names = sorted(set(read_record(index, ShardIndex, "expected an index of shards").weight_map.values()))
+    # Names of files beside the index alone: one with a folder in it could lead out of the model's folder.
+    missing = sorted(set(names) - {path.name for path in index.parent.iterdir()})
     if missing:
-        raise UserError(f"{index}: lists shards that are not beside it: {', '.join(missing)}; download them again")
+        raise UserError(f"{index}: lists shards that are not beside it: {listed(missing)}; download them again")
     return [index.parent / name for name in names]

@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import flax.serialization
 import jax
 import numpy as np
 from PIL import Image
+from safetensors.numpy import save_file
 
 from catversion_jax.base.pipeline import MINI, ModelConfig, load_pipeline
 from catversion_jax.base.tokenizer import Tokenizer
@@ -22,15 +24,17 @@ from catversion_jax.data import dataset, manifest
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.photos import Photo, read_photos
 from catversion_jax.evaluation import benchmarks
+from catversion_jax.evaluation.encoders import load_clip, load_dino
 from catversion_jax.methods import concept_file, official
 from catversion_jax.study.rows import CandidateRow
 from catversion_jax.study.study import once
 from catversion_jax.study.sweep import Score, known_scores
 from catversion_jax.training.concept_data import read_latents
 from catversion_jax.utils import cache, cache_entries, identity, records
-from catversion_jax.weights import safetensors, torch_zip
+from catversion_jax.weights import msgpack, safetensors, torch_zip
 from catversion_jax.weights.source import open_source
-from tests import tiny
+from catversion_jax.weights.weight_files import open_weights
+from tests import ldm_files, tiny
 from tests.attack.mutations import Mutation, change_line
 
 TEAPOT = MINI.parent / "concepts" / "teapot"
@@ -62,6 +66,33 @@ def hash_tree(arrays: Any) -> str:
 
 def read_model(folder: Path) -> str:
     return load_pipeline(ModelConfig(str(folder))).fingerprint
+
+
+def read_source(path: Path) -> str:
+    """The tensors of a base model whose networks would be large to make."""
+    opened = open_source(str(path))
+    return hash_tree([[t.read() for _, t in sorted(opened.tensors(name).items())] for name in opened.components])
+
+
+def write_original(folder: Path) -> None:
+    tensors = ldm_files.to_ldm(ldm_files.to_diffusers(ldm_files.random_params("sd2")), "sd2")
+    save_file(tensors, folder / "a.safetensors", {"modelspec.prediction_type": "epsilon"})
+
+
+def write_shards(folder: Path) -> None:
+    save_file({"a": np.zeros(4, np.float32)}, folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
+
+
+def write_msgpack(folder: Path) -> None:
+    tree = {"a": {"kernel": np.ones((4, 4), np.float32)}, "b": np.zeros(3, np.float16)}
+    (folder / "a.msgpack").write_bytes(flax.serialization.to_bytes(tree))
+
+
+def copy_new_tokenizer(folder: Path) -> None:
+    """As transformers 5 saves it."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MINI / "tokenizer" / name, folder / name)
 
 
 def copy_tokenizer(folder: Path) -> None:
@@ -179,6 +210,16 @@ LINE = {"id": "a", "dir": "photos", "class_word": "mug", "masks": "m", "article"
 
 READERS = {
     "tokenizer": Reader(copy_tokenizer, lambda folder: Tokenizer(folder)(["a photo of a teapot"]).tobytes()),
+    "tokenizer.json": Reader(copy_new_tokenizer, lambda folder: Tokenizer(folder)(["a photo of a teapot"]).tobytes()),
+    "single file": Reader(write_original, lambda folder: read_source(folder / "a.safetensors")),
+    "shards": Reader(write_shards, lambda folder: read_tensors(open_weights(folder)[1]), "*.json"),
+    "msgpack": Reader(write_msgpack, lambda folder: read_tensors(msgpack.open_msgpack(folder / "a.msgpack"))),
+    "clip": Reader(
+        lambda folder: tiny.write_clip(folder / "m"), lambda folder: load_clip(str(folder / "m")), "m/config.json"
+    ),
+    "dino": Reader(
+        lambda folder: tiny.write_dino(folder / "m"), lambda folder: load_dino(str(folder / "m")), "m/config.json"
+    ),
     "model configs": Reader(tiny.write, read_model, "**/*.json"),
     "model weights": Reader(tiny.write, read_model, "**/*.safetensors"),
     "safetensors": Reader(
@@ -188,10 +229,6 @@ READERS = {
     "torch zip": Reader(write_torch_zip, lambda folder: read_tensors(torch_zip.open_checkpoint(folder / "a.bin"))),
     "authors' adapter": Reader(
         write_torch_zip, lambda folder: hash_tree(official.read_adapter(folder / "a.bin", "mug").learned)
-    ),
-    "single file": Reader(
-        lambda folder: concept_file.save(folder / "a.safetensors", small_concept()),
-        lambda folder: open_source(str(folder / "a.safetensors")),
     ),
     "concept": Reader(
         lambda folder: concept_file.save(folder / "concept.safetensors", small_concept()), read_concept, sealed=True

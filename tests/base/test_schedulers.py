@@ -47,13 +47,18 @@ def test_latents_are_those_of_diffusers(name):
     assert errors[worst] < TOLERANCE
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("prediction_type", "rescaled"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
 @pytest.mark.parametrize("name", ["ddim", "euler", "euler_ancestral", "dpmpp_2m"])
-def test_a_perfect_prediction_arrives(name, prediction_type):
+def test_a_perfect_prediction_arrives(name, prediction_type, rescaled):
     """A predictor that knows the clean latents brings every scheduler to them."""
     rng = np.random.default_rng(0)
     clean, noise = (jnp.asarray(rng.normal(size=(2, 4, 4, 4)), jnp.float32) for _ in range(2))
-    schedule = NoiseSchedule(prediction_type=prediction_type)
+    spacing = {"timestep_spacing": "trailing"} if rescaled else {}
+    schedule = NoiseSchedule.from_json(
+        {"prediction_type": prediction_type, "rescale_betas_zero_snr": rescaled} | spacing
+    )
     trajectory = schedulers.plan(schedule, name, 10)
     timesteps, trained = np.arange(schedule.num_train_timesteps), schedulers.trained_sigmas(schedule)
     first = np.float32(np.interp(trajectory.calls.timestep[0], timesteps, trained))
@@ -64,6 +69,50 @@ def test_a_perfect_prediction_arrives(name, prediction_type):
         target = noise_schedule.TARGETS[prediction_type](clean, (state[0] - signal * clean) / ratio, alpha)
         state = STEP(state, target, jnp.asarray(rng.normal(size=noise.shape), jnp.float32), update)
     assert max_error(state[0], clean) < 1e-3
+
+
+ZERO_SNR = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+
+
+def rescaled_alphas() -> np.ndarray:
+    """As diffusers' rescale_zero_terminal_snr gives them, by way of betas, in float64."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    roots = np.sqrt(np.cumprod(1 - betas))
+    first, last = roots[0], roots[-1]
+    bars = ((roots - last) * first / (first - last)) ** 2
+    return np.cumprod(np.concatenate([bars[:1], bars[1:] / bars[:-1]]))
+
+
+def test_zero_terminal_snr():
+    """The last timestep has no signal, exactly; the first keeps its own."""
+    alphas = NoiseSchedule.from_json(ZERO_SNR).alphas_cumprod
+    assert alphas[-1] == 0
+    assert alphas[0] == pytest.approx(NoiseSchedule().alphas_cumprod[0], abs=1e-6)
+    assert max_error(alphas, rescaled_alphas()) < 1e-6
+    assert alphas.dtype == np.float32
+
+
+def test_ddim_from_a_timestep_without_signal():
+    """Against DDIM's own formulas, in float64, where the first alpha is 0."""
+    alphas, steps = rescaled_alphas(), 10
+    trajectory = schedulers.plan(NoiseSchedule.from_json(ZERO_SNR), "ddim", steps)
+    timesteps = np.arange(1000, 0, -1000 / steps).round().astype(int) - 1
+    np.testing.assert_array_equal(trajectory.calls.timestep, timesteps)
+    assert alphas[timesteps[0]] == 0
+    state, expected = trajectory.start(jnp.asarray(GOLDEN["first_noise"])), GOLDEN["first_noise"].astype(np.float64)
+    for t, update in zip(timesteps, trajectory.calls.update, strict=True):
+        prediction = np.tanh(0.8 * expected + t / 1000)
+        alpha, to = alphas[t], alphas[t - 100] if t >= 100 else 1.0
+        clean = np.sqrt(alpha) * expected - np.sqrt(1 - alpha) * prediction
+        noise = np.sqrt(alpha) * prediction + np.sqrt(1 - alpha) * expected
+        expected = np.sqrt(to) * clean + np.sqrt(1 - to) * noise
+        state = STEP(state, np.tanh(np.float32(0.8) * state[0] + t / 1000), np.zeros_like(state[0]), update)
+    assert max_error(state[0], expected) < 1e-3
 
 
 @pytest.mark.parametrize("name", schedulers.SCHEDULERS)

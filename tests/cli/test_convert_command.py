@@ -118,7 +118,7 @@ def test_a_concept_that_does_not_tell_its_model(tiny_pipeline):
     (warning,) = check(SD15, "sd15")
     assert warning == "OUT does not tell its base model; the shapes fit sd15, and nothing else was compared"
     misfit = r"OUT: .* \[12, 64\] in layers \[9, 10, 11\], but the text encoder has .* \(other\)"
-    for wrong in ({"hidden_size": 1024}, {"num_attention_heads": 8}, {"num_hidden_layers": 11}):
+    for wrong in ({"hidden_size": 1536}, {"num_attention_heads": 8}, {"num_hidden_layers": 11}):
         with pytest.raises(UserError, match=misfit):
             check(dataclasses.replace(SD15, **wrong), "other")
 

@@ -119,3 +119,36 @@ def test_what_is_refused(clip_folder, dino_folder, tiny_model, tmp_path):
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="wrong shape: vision_model"):
         encoders.load_clip(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": None}, "Expected `object`, got `null` - at `$.text_config`"),
+        ({"vision_config": [1]}, "Expected `object`, got `array` - at `$.vision_config`"),
+        ({"projection_dim": "24"}, "Expected `int`, got `str` - at `$.projection_dim`"),
+        ({"vision_config": {"hidden_size": None}}, "config.json: CLIPVisionConfig: Expected `int`, got `null`"),
+        ({"text_config": {"num_attention_heads": 7}}, "config.json: CLIPTextConfig: num_attention_heads=7 does not"),
+    ],
+)
+def test_wrong_values_of_a_clips_config(clip_folder, tmp_path, changes, message):
+    broken = shutil.copytree(clip_folder, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError) as error:
+        encoders.load_clip(str(broken))
+    assert message in str(error.value)
+
+
+def test_an_image_encoder_as_transformers_5_saves_it(tmp_path):
+    """Without the prefix in the tensors' names."""
+    images = list(np.random.default_rng(0).integers(0, 256, (1, 50, 40, 3), np.uint8))
+    model = shutil.copytree(MINI, tmp_path / "model")
+    for part, prefix in (("image_encoder", "vision_model."), ("text_encoder", "text_model.")):
+        tensors = load_file(model / part / "model.safetensors")
+        renamed = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        assert renamed.keys() != tensors.keys()
+        save_file(renamed, model / part / "model.safetensors")
+    clip, expected = encoders.of_model(model), encoders.of_model(MINI)
+    np.testing.assert_array_equal(clip.image(images), expected.image(images))
+    np.testing.assert_array_equal(clip.text(["a teapot"]), expected.text(["a teapot"]))

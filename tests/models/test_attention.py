@@ -1,6 +1,7 @@
 """The UNet's attention: every kernel gives what a plain softmax does, and each shape takes the one meant for it."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +64,15 @@ def test_the_tpu_kernel_is_split_by_hand(axis):
 @pytest.mark.parametrize(
     ("backend", "shape", "keys", "dtype", "index"),
     [
-        ("gpu", (2, 4096, 8, 40), 4096, "bfloat16", 0),
-        ("gpu", (2, 4096, 8, 40), 4096, "float32", 1),
-        ("gpu", (2, 4096, 8, 40), 77, "bfloat16", 1),
-        ("gpu", (2, 256, 8, 160), 256, "bfloat16", 1),
+        ("gpu 9.0", (2, 4096, 8, 40), 4096, "bfloat16", 0),
+        ("gpu 8.0", (2, 4096, 8, 40), 4096, "bfloat16", 0),
+        ("gpu 12.0", (2, 4096, 8, 40), 4096, "bfloat16", 0),
+        ("gpu 7.5", (2, 4096, 8, 40), 4096, "bfloat16", 1),  # Turing
+        ("gpu gfx90a", (2, 4096, 8, 40), 4096, "bfloat16", 1),  # AMD
+        ("gpu", (2, 4096, 8, 40), 4096, "bfloat16", 1),
+        ("gpu 9.0", (2, 4096, 8, 40), 4096, "float32", 1),
+        ("gpu 9.0", (2, 4096, 8, 40), 77, "bfloat16", 1),
+        ("gpu 9.0", (2, 256, 8, 160), 256, "bfloat16", 1),
         ("tpu", (2, 4096, 8, 40), 4096, "bfloat16", 0),
         ("tpu", (2, 4096, 8, 40), 77, "bfloat16", 1),
         ("tpu", (2, 2304, 8, 80), 2304, "bfloat16", 1),
@@ -76,6 +82,9 @@ def test_the_tpu_kernel_is_split_by_hand(axis):
 )
 def test_which_kernel(monkeypatch, backend, shape, keys, dtype, index):
     taken = []
+    backend, _, capability = backend.partition(" ")
+    device = SimpleNamespace(compute_capability=capability) if capability else SimpleNamespace()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     kernels = tuple(
         attention.Kernel(lambda query, *_, n=n: taken.append(n) or query, kernel.suits)
         for n, kernel in enumerate(attention.KERNELS[backend])

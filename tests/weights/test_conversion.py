@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -59,6 +60,67 @@ def test_unknown_and_missing_and_misshapen_tensors_are_listed(text):
     refused(tensors | {key: np.zeros(7, np.float16)}, shapes, f"wrong shape: {key} (7,), expected (32,)")
     one_more = {"text_model.encoder.layers.4.layer_norm1.bias": np.zeros(32)}
     refused(tensors | one_more, shapes, "not part of this model: text_model.encoder.layers.4.layer_norm1.bias")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_refused(text, dtype, value):
+    """In each position and with either sign; the largest numbers that a type has are taken."""
+    tensors, shapes = text
+    name = "text_model.encoder.layers.1.mlp.fc1.bias"
+    largest = np.full(64, min(float(jnp.finfo(dtype).max), 3e38), dtype)
+    from_torch(tensors | {name: largest}, rules.CLIP_TEXT, shapes, "x")
+    for position in (0, 33, 63):
+        bad = -largest
+        bad[position] = value
+        refused(tensors | {name: bad}, shapes, f"folder/text_encoder: {name} holds NaN, or numbers too large")
+
+
+def test_numbers_too_large_for_float32_are_refused(text):
+    tensors, shapes = text
+    name = "text_model.encoder.layers.1.mlp.fc1.bias"
+    refused(tensors | {name: np.full(64, 1e39)}, shapes, f"{name} holds NaN, or numbers too large for float32")
+
+
+@pytest.mark.parametrize("component", ["text", "unet", "vae"])
+def test_a_model_with_a_nan_is_refused_by_component_and_tensor(tiny_model, tmp_path, component):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tensors = load_file(model / MODEL_FILES[component])
+    name = max(tensors, key=lambda name: tensors[name].size)
+    tensors[name].reshape(-1)[7] = np.nan
+    save_file(tensors, model / MODEL_FILES[component])
+    with pytest.raises(UserError) as error:
+        tiny.load(model)
+    assert f"{model}: {component}: {name} holds NaN" in str(error.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_model, tmp_path):
+    """Ids without an embedding, and positions without one: both files are named."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "tokenizer" / "added_tokens.json").write_text('{"<cat>": 1584}')
+    with pytest.raises(UserError, match=r"tokenizer/vocab\.json: 1585 token ids, but .*model: text's config"):
+        tiny.load(model)
+    (model / "tokenizer" / "added_tokens.json").unlink()
+    (model / "tokenizer" / "tokenizer_config.json").write_text('{"model_max_length": 78}')
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: model_max_length=78, but .* max_position_emb"):
+        tiny.load(model)
+
+
+def test_an_end_token_of_another_tokenizer_is_refused(tmp_path):
+    """SDXL pools the state at the end token, which has to be in the prompts."""
+    model = tiny.write(tmp_path / "model", changes=tiny.XL_CHANGES)
+    path = model / "text_encoder_2" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 49407}))
+    with pytest.raises(UserError, match=r"vocab\.json: the end token is 1583, but .*: text_2's config"):
+        tiny.load(model)
+
+
+def test_parts_of_different_models_are_refused(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "unet" / "config.json").read_text()) | {"cross_attention_dim": 48}
+    (model / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the UNet takes text states of 48 channels, but the text encoder gives 32"):
+        tiny.load(model)
 
 
 def test_old_and_new_spelling_at_once_is_refused(tiny_model):

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 
-from catversion_jax.base import pipeline
+from catversion_jax.base import pipeline, schedulers
+from catversion_jax.base.noise_schedule import NoiseSchedule
 from catversion_jax.utils.errors import UserError
 from catversion_jax.weights import msgpack, safetensors, source, weight_files
-from catversion_jax.weights.conversion import from_torch
 from catversion_jax.weights.tensor import FileTensor
 from tests import ldm_files, torch_files
 from tests.commands import ENVIRONMENT, ROOT, error_of
+from tests.weights.models import assert_same, refused, weights_file, write_configs, write_folder
 
 FAMILIES = tuple(ldm_files.CONFIGS)
 SCHEDULERS = {"sd1": "PNDMScheduler", "sd2": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}
@@ -34,62 +35,6 @@ def family(request) -> str:
 @pytest.fixture(scope="module")
 def params(family) -> dict:
     return ldm_files.random_params(family)
-
-
-@pytest.fixture(scope="module")
-def sd1() -> dict[str, dict[str, np.ndarray]]:
-    """Stable Diffusion 1.x, narrowed, as diffusers names its tensors."""
-    return ldm_files.to_diffusers(ldm_files.random_params("sd1"))
-
-
-def write_configs(folder: Path, family: str) -> Path:
-    for component, config in ldm_files.CONFIGS[family].items():
-        part = folder / source.FOLDERS[component]
-        part.mkdir(parents=True)
-        (part / "config.json").write_text(json.dumps(config))
-    shutil.copytree(pipeline.MINI / "scheduler", folder / "scheduler")
-    shutil.copytree(pipeline.MINI / "tokenizer", folder / "tokenizer")
-    (folder / "model_index.json").write_text("{}")
-    return folder
-
-
-def weights_file(folder: Path, component: str, kind: int, variant: str = "") -> Path:
-    """Where a library saves a component's weights; `kind` counts weight_files.FORMATS."""
-    form = weight_files.FORMATS[kind]
-    stem = form.stems[component in ("unet", "vae")]
-    return folder / source.FOLDERS[component] / f"{stem}{variant}.{form.extension}"
-
-
-def write_folder(folder: Path, tensors: dict, family: str = "sd1", variant: str = "") -> Path:
-    write_configs(folder, family)
-    for component, values in tensors.items():
-        save_file(values, weights_file(folder, component, 0, variant))
-    return folder
-
-
-def read(opened: source.Source, component: str) -> dict:
-    rules, tensors = opened.rules(component), opened.tensors(component)
-    if rules is None:
-        return unflatten_dict({name: tensor.read() for name, tensor in tensors.items()}, sep="/")
-    return from_torch(tensors, rules, ldm_files.shapes(component, opened.config(component)), opened.name)
-
-
-def assert_same(opened: source.Source, params: dict):
-    assert set(opened.components) == params.keys()
-    for component, expected in params.items():
-        actual = read(opened, component)
-        assert jax.tree.structure(actual) == jax.tree.structure(expected)
-        jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
-def refused(*expected: str, **arguments: str) -> str:
-    with pytest.raises(UserError) as error:
-        source.open_source(**arguments)
-    message = str(error.value)
-    assert "\n" not in message
-    for part in expected:
-        assert part in message
-    return message
 
 
 # ---- formats
@@ -181,6 +126,39 @@ def test_prediction_type(sd1, tmp_path):
     assert opened.scheduler()["prediction_type"] == "epsilon"
 
 
+# ---- variants
+
+
+def test_a_component_without_the_variant_has_its_plain_files(sd1, tmp_path, caplog):
+    write_folder(tmp_path, sd1)
+    save_file(sd1["unet"], weights_file(tmp_path, "unet", 0, ".fp16"))
+    assert_same(source.open_source(str(tmp_path), variant="fp16"), ldm_files.random_params("sd1"))
+    assert "no weights of config.model.variant='fp16' in text_encoder, vae; the plain ones are read" in caplog.text
+
+
+def test_a_folder_of_a_variant_alone(sd1, tmp_path):
+    write_folder(tmp_path, sd1, variant=".fp16")
+    message = "text_encoder: no weights; expected model.safetensors or diffusion_pytorch_model.safetensors; there are "
+    refused(message, "those of variant fp16: set config.model.variant", path=str(tmp_path))
+    assert_same(source.open_source(str(tmp_path), variant="fp16"), ldm_files.random_params("sd1"))
+
+
+def test_plain_files_are_downloaded_where_the_variant_lacks_some(sd1, remote):
+    write_folder(remote.remote, sd1)
+    weights_file(remote.remote, "text", 0).unlink()
+    save_file(sd1["text"], weights_file(remote.remote, "text", 0, ".fp16"))
+    save_file(sd1["unet"], weights_file(remote.remote, "unet", 0, ".fp16"))
+    assert_same(source.open_source("owner/name", variant="fp16"), ldm_files.random_params("sd1"))
+    assert "vae/diffusion_pytorch_model.safetensors" in remote.fetched
+    assert "unet/diffusion_pytorch_model.safetensors" not in remote.fetched
+
+
+def test_a_variant_that_is_nowhere_downloads_no_plain_files(sd1, remote):
+    write_folder(remote.remote, sd1)
+    refused("owner/name: no weights of config.model.variant='fp61' for", path="owner/name", variant="fp61")
+    assert not any(name.endswith(".safetensors") for name in remote.fetched)
+
+
 # ---- tokenizers and the hub
 
 
@@ -189,10 +167,11 @@ class FakeHub:
 
     def __init__(self, remote: Path, cache: Path):
         self.remote, self.cache, self.calls = remote, cache, []
+        self.endpoint = "https://huggingface.co"
 
     def __call__(self, repo_id, *, revision, allow_patterns, endpoint):
         self.calls.append((repo_id, revision))
-        assert endpoint == "https://huggingface.co"
+        assert endpoint == self.endpoint
         for path in self.remote.rglob("*"):
             name = path.relative_to(self.remote).as_posix()
             if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
@@ -209,7 +188,17 @@ class FakeHub:
 def remote(tmp_path, monkeypatch) -> FakeHub:
     fake = FakeHub(tmp_path / "remote", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
     return fake
+
+
+def test_a_mirror(sd1, remote, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
+    remote.endpoint = "https://mirror.example"
+    write_folder(remote.remote, sd1)
+    source.open_source("owner/name")
+    assert remote.calls
+    refused("a model's name (owner/name) on https://mirror.example", path="nowhere")
 
 
 def test_only_what_is_needed_is_downloaded(sd1, remote):
@@ -222,7 +211,7 @@ def test_only_what_is_needed_is_downloaded(sd1, remote):
         (remote.remote / name).write_bytes(b"not this")
     opened = source.open_source("owner/name", revision="main")
     assert remote.calls == [("owner/name", "main")]
-    assert remote.fetched == needed - {"tokenizer/tokenizer.json"}
+    assert remote.fetched == needed
     assert opened.name == "owner/name"
     assert_same(opened, ldm_files.random_params("sd1"))
     refused("owner/name: no weights of config.model.variant='bf16' for text_enc", path="owner/name", variant="bf16")
@@ -282,6 +271,8 @@ def test_the_tokenizer_of_a_single_file(remote, tmp_path):
 def test_what_the_hub_answers(monkeypatch, kind, message):
     error = getattr(huggingface_hub.errors, kind)
 
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+
     def fail(*_, **__):
         raise error.__new__(error)
 
@@ -312,64 +303,6 @@ def test_the_command_without_a_network(tmp_path, monkeypatch):
 # ---- what is refused
 
 
-def without(tensors: dict, *prefixes: str) -> dict:
-    return {name: value for name, value in tensors.items() if not name.startswith(prefixes)}
-
-
-OTHER_FILES = {
-    "lora": ({"lora_unet_down_blocks_0.lora_down.weight": np.zeros(2)}, "this is a LoRA"),
-    "lora_of_diffusers": ({"unet.down_blocks.0.to_q.lora.down.weight": np.zeros(2)}, "this is a LoRA"),
-    "peft": ({"base_model.model.to_q.lora_A.weight": np.zeros(2)}, "this is a LoRA"),
-    "sd3": ({"model.diffusion_model.joint_blocks.0.x.weight": np.zeros(2)}, "this is Stable Diffusion 3"),
-    "flux": ({"double_blocks.0.img_attn.norm.key_norm.scale": np.zeros(2)}, "this is Flux"),
-    "controlnet": ({"control_model.input_blocks.0.0.weight": np.zeros(2)}, "this is a ControlNet"),
-    "vae": ({"encoder.conv_in.weight": np.zeros(2)}, "this is an autoencoder alone"),
-    "unet_of_diffusers": ({"down_blocks.0.resnets.0.conv1.bias": np.zeros(2)}, "in diffusers layout; give the folder"),
-    "refiner": ({"conditioner.embedders.0.model.ln_final.bias": np.zeros(2)}, "this is the refiner"),
-    "language_model": (
-        {"model.layers.0.mlp.weight": np.zeros(2)},
-        "lacks text (cond_stage_model.transformer.*), unet (model.diffusion_model.*), vae (first_stage_model.*)",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", OTHER_FILES)
-def test_other_single_files(tmp_path, kind):
-    tensors, message = OTHER_FILES[kind]
-    path = tmp_path / "model.safetensors"
-    save_file(tensors, path)
-    refused(f"{path}: ", message, "expected a whole Stable Diffusion 1.x, 2.x or XL model in one file", path=str(path))
-
-
-def test_single_files_with_something_wrong(sd1, tmp_path):
-    tensors, path = ldm_files.to_ldm(sd1, "sd1"), tmp_path / "model.safetensors"
-
-    def attempt(changed, *expected):
-        save_file(changed, path)
-        refused(str(path), *expected, path=str(path))
-
-    attempt(without(tensors, "first_stage_model."), "lacks vae (first_stage_model.*)")
-    attempt(without(tensors, "cond_stage_model.", "first_stage_model."), "lacks text (cond_stage_model.transformer.*)")
-    attempt(tensors | {"extra.weight": np.zeros(2)}, "Stable Diffusion 1.x has no extra.weight")
-    key = "model.diffusion_model.input_blocks.0.0.weight"
-    attempt(tensors | {key: np.zeros((32, 9, 3, 3), np.float16)}, "takes 9 channels", "inpainting")
-    attempt(without(tensors, key), "not a whole Stable Diffusion 1.x model", "input_blocks.0.0.weight")
-    path.write_bytes(path.read_bytes()[:-100])
-    refused("not a readable safetensors file", path=str(path))
-    other = tmp_path / "model.gguf"
-    other.write_bytes(b"GGUF")
-    refused("expected a .safetensors or .ckpt file", path=str(other))
-    refused("config.model.variant='fp16'", "is a single file; unset it", path=str(path), variant="fp16")
-
-
-def test_a_tensor_no_table_knows_is_listed(sd1, tmp_path):
-    """Inside a component the table decides, when it is applied."""
-    path = tmp_path / "model.safetensors"
-    save_file(ldm_files.to_ldm(sd1, "sd1") | {"model.diffusion_model.extra.weight": np.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"no rule for: model\.diffusion_model\.extra\.weight"):
-        read(source.open_source(str(path)), "unet")
-
-
 def test_folders_that_lack_something(sd1, tmp_path):
     write_folder(tmp_path, sd1)
     refused("config.model.revision='x'", "is local; unset it", path=str(tmp_path), revision="x")
@@ -385,10 +318,84 @@ def test_folders_that_lack_something(sd1, tmp_path):
 
 
 def test_an_index_that_is_none(tmp_path):
-    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+    absent = ['{"weight_map": {"a": "3"}}']
+    absent += [f'{{"weight_map": {{"a": "{name}"}}}}' for name in ("x" * 1000, "../a", "\\u0000", "")]
+    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000, *absent):
         (tmp_path / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(UserError, match=r"index\.json: (not an index of shards|lists shards that are not beside)"):
+        with pytest.raises(UserError, match=r"index\.json: (.*expected an index|lists shards that are not beside)"):
             weight_files.open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pytorch_lora_weights.safetensors", "", "this is a LoRA"),
+        ("adapter_config.json", "{}", "this is a LoRA"),
+        ("learned_embeds.bin", "", "this is a Textual Inversion"),
+        ("concept.safetensors", "", "this is a trained concept"),
+        (
+            "config.json",
+            '{"_class_name": "AutoencoderKL"}',
+            "its config.json says AutoencoderKL: no text_encoder/config",
+        ),
+        ("config.json", '{"architectures": ["CLIPModel"]}', "its config.json says ['CLIPModel']"),
+        ("model_index.json", '{"_class_name": "FluxPipeline"}', "its model_index.json says FluxPipeline"),
+    ],
+)
+def test_folders_of_something_else(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    refused(message, "expected a Stable Diffusion 1.x, 2.x or XL model in diffusers layout", path=str(tmp_path))
+
+
+def test_a_textual_inversion_of_torch(tmp_path):
+    """As A1111's webui saves it."""
+    vectors = {"*": np.zeros((2, 768), np.float32)}
+    value = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch_files.whole("0", vectors["*"])}}
+    path = torch_files.save(tmp_path / "cat.pt", value, {"0": vectors["*"]})
+    refused("this is a Textual Inversion embedding, not a model; expected", path=str(path))
+
+
+def test_a_scheduler_that_clips_nothing(sd1, tmp_path):
+    """diffusers writes -Infinity, which is no JSON, for DPM-Solver++."""
+    path = write_folder(tmp_path, sd1) / "scheduler" / "scheduler_config.json"
+    config = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": float("-inf"), "solver_order": 2}
+    path.write_text(json.dumps(config))
+    assert "-Infinity" in path.read_text()
+    schedule = NoiseSchedule.from_json(source.open_source(str(tmp_path)).scheduler())
+    assert len(schedulers.plan(schedule, "", 5).calls.number) == 5
+    path.write_text(json.dumps(config | {"lambda_min_clipped": -5.1}))
+    schedule = NoiseSchedule.from_json(source.open_source(str(tmp_path)).scheduler())
+    with pytest.raises(UserError, match=r"lambda_min_clipped=-5\.1"):
+        schedulers.plan(schedule, "", 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "its header is no JSON object"),
+        ((2**62).to_bytes(8, "little") + b"{}", "its header would have more than 32 MiB"),
+        ((2**20).to_bytes(8, "little") + b"{}", "it ends within its header"),
+        ((2).to_bytes(8, "little") + b"[]", "its header is no JSON object"),
+        ((100_000).to_bytes(8, "little") + b'{"a":' + b"[" * 99_995, "not a readable safetensors file"),
+        ((22).to_bytes(8, "little") + b'{"__metadata__": "x"} ', "not a readable safetensors file"),
+        ((16).to_bytes(8, "little") + b'{"\\ud800": "x"}', "not a readable safetensors file"),
+        ((12).to_bytes(8, "little") + b'{"a": "\x1b"} ', "not a readable safetensors file"),
+    ],
+)
+def test_headers_that_are_none(tmp_path, content, message):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        safetensors.open_safetensors(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="not a regular file"):
+        safetensors.open_safetensors(tmp_path / "model.safetensors")
 
 
 def test_types_that_are_not_read(tmp_path):
@@ -422,6 +429,7 @@ BAD_MSGPACK = {
     "chunked": (flax.serialization.to_bytes({"a": {"__msgpack_chunked_array__": True}}), "'a' is larger than 1 GiB"),
     "long_name": (b"\x81\xdb\xff\xff\xff\xff", "a name that is text of length 4294967295"),
     "text": (b"just some text", "integer of length 106 at ''"),
+    "long_path": ((b"\x81\xda\x04\x00" + b"a" * 1024) * 5 + b"\x80", "a name of more than 4096 characters"),
 }
 
 

@@ -1,6 +1,7 @@
 """torch.save's files are read without PyTorch and without unpickling; what is not such a file is refused."""
 
 import contextlib
+import tracemalloc
 import zipfile
 
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def view(**changes) -> View:
         (Raw(b"R" * 9), "malformed pickle: IndexError"),
         (Raw(b"."), "a pickle of no value or several"),
         (Raw(b"X\xff\xff\xff\x7f"), "expected 2147483647 bytes"),
-        (Raw(encode("a\n") + encode("b" * 10**6) + b"\x93"), r"no tensor but 'a\n.bbb"),
+        (Raw(encode("a\n") + encode("b" * 300) + b"\x93"), r"no tensor but 'a\n.bbb"),
         (3, "'weight' is no tensor but 'int'"),
     ],
 )
@@ -177,6 +178,42 @@ def test_limits(tmp_path, monkeypatch, tensors):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, 5)
             refused(path, message)
+
+
+LONG = "x" * 100_000
+BOMBS = {
+    # A long text, remembered once, as the module of thousands of names.
+    "names": (
+        Raw(b"]" + encode(LONG) + b"q\x00" + b"".join(b"h\x00" + encode(str(i)) + b"\x93a" for i in range(20_000))),
+        "a name of more than 400 characters",
+    ),
+    "keys": (
+        Raw(
+            b"](" + encode("storage") + encode(Global("torch", "FloatStorage")) + encode(LONG)
+            + encode("cpu") + encode(600) + b"tQa"
+        ),
+        "has a name of more than 400 characters",
+    ),
+    "opcodes": (Raw(b"](" + b"}" * 600_000 + b"e"), "more than 500,000 opcodes"),
+    "tensor": ({LONG: whole("0", np.zeros(600, np.float32))}, "a tensor has a name of more than 400 characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_small_files_that_ask_for_much_memory(tmp_path, bomb):
+    value, message = BOMBS[bomb]
+    path = save(tmp_path / "bad.bin", value, {"0": np.zeros(600, np.float32)})
+    tracemalloc.start()
+    try:
+        refused(path, message)
+        assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_names_of_entries(tmp_path):
+    path = save(tmp_path / "bad.bin", {}, {}, **{"x" * 500: b""})
+    refused(path, "has a name of more than 400 characters")
 
 
 def test_overlapping_entries(tmp_path):
