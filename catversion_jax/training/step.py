@@ -25,6 +25,7 @@ from catversion_jax.models.sharding import sharding
 from catversion_jax.models.unet import Context, UNet2DConditionModel
 from catversion_jax.training.state import ConceptData, Frozen, TrainState, init_state
 from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.log import warn
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Key, Params, Shaped
 
 
@@ -61,6 +62,21 @@ class StepConfig:
     def init_state(self, seeds: Sequence[int]) -> TrainState:
         """Returns the state before the first step, with one concept for each seed."""
         return init_state(seeds, self.method, self.networks, self.optimizer.transformation())
+
+
+def warn_of_idle_devices(config: Config, mesh: Mesh, slots: int | None = None) -> None:
+    """Warns if a step of `slots` concepts (None: of a run) divides over a part of this process's devices alone."""
+    count = jax.local_device_count()
+    if mesh.size == count:
+        return
+    copies = count // (config.mesh.fsdp * config.mesh.tensor)
+    todo = f"make batch.slots a multiple of {copies}"
+    if slots is None:
+        todo = f"make it a multiple of {copies}, or train several concepts at once with catversion batch"
+    what = f"train.batch_size={config.train.batch_size}"
+    if slots is not None:
+        what = f"batch.slots={slots} with {what}"
+    warn(f"{what} divides over {mesh.size} of the {count} devices, and {count - mesh.size} are idle; {todo}")
 
 
 ACCELERATOR_STEPS_PER_DISPATCH = 10  # enough to hide the host's work behind the device's
