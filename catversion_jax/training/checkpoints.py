@@ -173,11 +173,15 @@ def read_checkpoint(path: Path, like: Callable[[dict[str, Any]], TrainState]) ->
     # Item by item, as CheckpointManager lays them out: it would also read all other checkpoints' metadata.
     note = read_record(path / "config" / "metadata", dict[str, Any], "expected a checkpoint's note")
     digest = note.pop(DIGEST, None)
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like(note))
+    wanted = like(note)
+    # Checkpoints of the versions without a digest did not keep the best that was learned either.
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted if digest else wanted.replace(kept=None))
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         state = reader.restore(path / "state", args=ocp.args.StandardRestore(shapes))
     if digest is not None and digest != digest_of(state, note):
         raise ValueError("its digest is not that of its contents")
+    if digest is None and wanted.kept is not None:
+        state = state.replace(kept=state.learned)
     return Saved(int(path.name), state, note)
 
 
