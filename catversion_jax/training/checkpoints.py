@@ -201,9 +201,9 @@ def is_denied(error: BaseException) -> bool:
 def advice(error: BaseException) -> str:
     """Returns what to do about an error of a storage library."""
     if is_storage_error(error):
-        return "make room, or mend the disk, and run the command again (train: with --resume)"
+        return "make room, or mend the disk, and resume"
     if is_denied(error):
-        return "grant access, and run the command again (train: with --resume)"
+        return "grant access, and resume"
     return "--debug shows where; what was saved before is still there"
 
 

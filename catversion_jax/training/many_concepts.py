@@ -37,7 +37,7 @@ from catversion_jax.training.slots import Slots
 from catversion_jax.training.state import ConceptData, Frozen, TrainState
 from catversion_jax.training.step import StepConfig, steps_per_dispatch, warn_of_idle_devices
 from catversion_jax.training.trained_concept import to_concept
-from catversion_jax.utils.errors import UserError, listed, short
+from catversion_jax.utils.errors import UserError, is_out_of_memory, listed, short
 from catversion_jax.utils.log import warn
 
 
@@ -251,6 +251,8 @@ class ManyConcepts:
                 self.fail(line, str(error), bar)
             # Not UserError alone: whatever is wrong with one concept must not end the others.
             except Exception as error:
+                if is_out_of_memory(error):  # the others take the memory that this one lacks
+                    raise
                 self.fail(line, f"{type(error).__name__}: {short(error)}", bar)
         return None
 

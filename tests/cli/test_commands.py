@@ -200,7 +200,7 @@ def test_a_full_disk_for_checkpoints(finished, tiny_model, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line and not any(word in line for word in others)]
     assert len(lines) == 1, lines
     assert lines[0].startswith(f"catversion: error: {run_dir}/checkpoints")
-    assert "; make room, or mend the disk, and run the command again (train: with --resume)" in lines[0]
+    assert "; make room, or mend the disk, and resume" in lines[0]
 
 
 def test_a_damaged_checkpoint(finished, tiny_model, tmp_path):

@@ -201,10 +201,10 @@ def test_a_failing_disk_is_no_damage(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "kind", "todo"),
     [
-        (OSError(28, os.strerror(28)), StorageError, "; make room, or mend the disk, and run the command again"),
-        (ValueError("NOT_FOUND: x [File too large]"), StorageError, "; make room, or mend the disk, and run"),
-        (PermissionError(13, os.strerror(13)), UserError, "; grant access, and run the command again"),
-        (ValueError("PERMISSION_DENIED: Permission denied"), UserError, "; grant access, and run the command again"),
+        (OSError(28, os.strerror(28)), StorageError, "; make room, or mend the disk, and resume"),
+        (ValueError("NOT_FOUND: x [File too large]"), StorageError, "; make room, or mend the disk, and resume"),
+        (PermissionError(13, os.strerror(13)), UserError, "; grant access, and resume"),
+        (ValueError("PERMISSION_DENIED: Permission denied"), UserError, "; grant access, and resume"),
         (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no"), UserError, "; --debug shows where; what was saved before"),
     ],
 )

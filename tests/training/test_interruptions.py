@@ -3,12 +3,14 @@
 import os
 import signal
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from catversion_jax.cli import main
 from catversion_jax.config import Config
 from catversion_jax.data.manifest import Line
 from catversion_jax.models.sharding import make_mesh
@@ -135,3 +137,18 @@ def test_an_interrupted_line_that_changed(caplog, digest, seed, continues):
     assert (found is saved) == continues
     assert ("a: its line has other values than when it was interrupted; begun anew" in caplog.messages) != continues
     assert ManyConcepts.state_of(batch, line(), Config()) == "new"  # it is taken once
+
+
+def test_memory_that_is_full_is_no_concepts_fault():
+    """While others train, the next one is encoded: it is not reported as failed, but the batch says what to lower."""
+    future: Future = Future()
+    future.set_exception(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    with pytest.raises(UserError, match=r"out of memory .*; lower batch\.slots"), enough_memory("lower batch.slots"):
+        ManyConcepts.next_good(SimpleNamespace(), iter([(line(), future)]), None)
+
+
+@pytest.mark.parametrize(("command", "advice"), [("train", " again with --resume"), ("batch", " again")])
+def test_the_advice_is_that_of_the_command(command, advice):
+    """batch has no --resume: the same command goes on."""
+    words, status = main.explain(OSError(28, os.strerror(28), "out"), command)
+    assert (words, status) == (f"out: No space left on device; fix that and run the command{advice}", 74)
