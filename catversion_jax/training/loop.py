@@ -45,7 +45,7 @@ def loop(
     frozen = Frozen.of(pipeline, step_config.mesh, config.mesh.rules)
     data = jax.device_put(data, on_concepts)
 
-    stop, step = step_config.stop, int(state.step[0])
+    stop, step, moved = step_config.stop, int(state.step[0]), False
     writer = MetricWriter(run.metrics, run.events, step)
 
     def done() -> bool:
@@ -59,9 +59,10 @@ def loop(
             while not done() and not received:
                 length = next_length(config, step)
                 state, metrics = compile_chunk(step_config, length)(state, frozen, data)
-                start, step = step, int(state.step[0])
+                start, step, metrics = step, int(state.step[0]), jax.device_get(metrics)
                 started(bar)
-                record(writer, bar, start, jax.device_get(metrics), step - start)
+                record(writer, bar, start, metrics, step - start)
+                moved = moved or bool(metrics["grad_norm"].any())
                 # A step whose loss or gradient is not finite does not count: `update` keeps the last good state.
                 if step < start + length:
                     save()
@@ -77,6 +78,8 @@ def loop(
                     images = sample_prompts(config, pipeline, concept, count=VALIDATION_PROMPTS)
                     writer.image(step, "validation", np.concatenate(images, axis=1))
             save()
+            if bar.n > bar.initial and not moved:
+                warn(f"{run.path}: the gradient was zero in every step, so nothing was learned; check adapter.logit_bias")
     finally:
         writer.close()
     return state, received[0] if received and not done() else None
