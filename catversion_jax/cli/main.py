@@ -170,15 +170,15 @@ def set_up_logging() -> None:
     LOGGER.setLevel(logging.WARNING)
 
 
-def explain(error: BaseException) -> tuple[str, int]:
-    """Returns the line that reports an error, and the exit status."""
+def explain(error: BaseException, command: str) -> tuple[str, int]:
+    """Returns the line that reports an error of a command, and the exit status."""
     if isinstance(error, UserError):
         return str(error), MISTAKE
     if isinstance(error, StorageError):
         return str(error), STORAGE
     if isinstance(error, OSError):  # a full disk, a folder without write access; files are written as a whole or not
         where = f"{error.filename}: " if error.filename else ""
-        again = "fix that and run the command again (train: with --resume)"
+        again = f"fix that and run the command again{' with --resume' if command == 'train' else ''}"
         line = f"{where}{error.strerror or short(error)}; {again}"
         return one_line(line), STORAGE if is_storage_error(error) else MISTAKE
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        line, status = explain(error)
+        line, status = explain(error, name)
         print(f"catversion: error: {line}", file=sys.stderr)
         return status
 

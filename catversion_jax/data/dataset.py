@@ -1,10 +1,15 @@
 """A run's photos as a TFDS dataset in ArrayRecord format, which a resumed run reads even if the originals are gone.
 
-Images are PNG bytes in scalar features, because TFDS's Image feature needs TensorFlow.
+Images are PNG bytes in scalar features, because TFDS's Image feature needs TensorFlow. A digest of all examples lies
+beside the dataset: what is read is what was written.
 """
 
 import contextlib
+import hashlib
 import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,24 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from catversion_jax.data.photos import Photo
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils import records
+from catversion_jax.utils.errors import UserError, short
+from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.log import silence
+
+# It warns of a dataset that is not there yet; what fails is reported by `read_dataset`.
+silence("tensorflow_datasets")
+
+DIGEST_FILE = "digest.json"
+Example = dict[str, bytes]
+"""A photo as it is stored: name, image and mask."""
+
+
+@dataclass(frozen=True)
+class DatasetDigest:
+    """What DIGEST_FILE holds. Datasets that were stored before there was one lack it."""
+
+    sha256: str
 
 
 def encode_png(array: np.ndarray | None) -> bytes:
@@ -28,13 +50,29 @@ def decode_png(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
 
 
+def to_example(photo: Photo) -> Example:
+    # As the system has it: a file's name need not be UTF-8.
+    return {"name": os.fsencode(photo.name), "image": encode_png(photo.image), "mask": encode_png(photo.mask)}
+
+
+def to_photo(example: Example) -> Photo:
+    mask = decode_png(example["mask"]) if example["mask"] else None
+    return Photo(os.fsdecode(example["name"]), decode_png(example["image"]), mask)
+
+
+def digest_of_examples(examples: Iterable[Example]) -> DatasetDigest:
+    """Hashes the examples, whose order does not matter."""
+    parts = sorted(b"".join(hashlib.sha256(example[key]).digest() for key in sorted(example)) for example in examples)
+    return DatasetDigest(hashlib.sha256(b"".join(parts)).hexdigest())
+
+
 class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # tfds is untyped
     """One split, `train`, with the features name, image and mask (bytes; empty if there is no mask)."""
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, photos: list[Photo] | None = None, **kwargs):
-        self._photos = photos or []
+    def __init__(self, examples: list[Example] | None = None, **kwargs):
+        self._examples = examples or []
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -46,31 +84,48 @@ class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: 
         return {"train": self._generate_examples()}
 
     def _generate_examples(self):
-        for photo in self._photos:
-            yield (
-                photo.name,
-                {"name": photo.name.encode(), "image": encode_png(photo.image), "mask": encode_png(photo.mask)},
-            )
+        for example in self._examples:
+            yield example["name"], example
 
 
 def write_dataset(folder: Path, photos: list[Photo]) -> None:
     """Writes the dataset, unless a complete one exists."""
     tfds.disable_progress_bar()
+    examples = list(map(to_example, photos))
+    builder = Photos(examples, data_dir=folder)
+    if builder.is_prepared():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # First, so that a dataset that is complete has it.
+    text = records.encode(digest_of_examples(examples)) + "\n"
+    write_atomically(folder / DIGEST_FILE, lambda path: path.write_text(text))
     config = tfds.download.DownloadConfig(compute_stats="skip", try_download_gcs=False)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads
-        Photos(photos, data_dir=folder).download_and_prepare(download_config=config)
+        builder.download_and_prepare(download_config=config)
 
 
 def read_dataset(folder: Path) -> list[Photo]:
-    """Returns the photos, sorted by name. Raises UserError if there is no complete dataset."""
+    """Returns the photos, sorted by name. Raises UserError if there is no complete and undamaged dataset."""
     try:
-        source = Photos(data_dir=folder).as_data_source("train")
-        records = sorted((record["name"].decode(), record) for record in source)
+        with contextlib.redirect_stdout(io.StringIO()):
+            examples = list(Photos(data_dir=folder).as_data_source("train"))
+        check_digest(folder / DIGEST_FILE, examples)
+        return sorted(map(to_photo, examples), key=lambda photo: photo.name)
     except Exception as error:  # TFDS and ArrayRecord raise types of their own
         raise UserError(
-            f"{folder}: not a readable photo dataset ({error}); start the run anew in another run_dir"
+            f"{folder}: not a readable photo dataset ({short(error)}); restore the folder from a copy, or start the "
+            "run anew in another run_dir"
         ) from error
-    return [
-        Photo(name, decode_png(record["image"]), decode_png(record["mask"]) if record["mask"] else None)
-        for name, record in records
-    ]
+
+
+def are_equal(ours: Iterable[Photo], theirs: Iterable[Photo]) -> bool:
+    """Returns whether two lists hold the same photos with the same masks, in any order."""
+    return digest_of_examples(map(to_example, ours)) == digest_of_examples(map(to_example, theirs))
+
+
+def check_digest(path: Path, examples: list[Example]) -> None:
+    """Raises UserError if the digest at `path`, if there is one, is not that of the examples."""
+    if path.exists():
+        expected = records.read_record(path, DatasetDigest, "expected a digest")
+        if digest_of_examples(examples) != expected:
+            raise UserError("its digest is not that of its photos; a file was changed or damaged")

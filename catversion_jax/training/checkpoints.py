@@ -1,79 +1,214 @@
-"""Orbax checkpoints of the training state, in folders named by step; kilobytes, unless the method trains the UNet."""
+"""Orbax checkpoints of the training state, in folders named by step; kilobytes, unless the method trains the UNet.
+
+`Checkpoints` writes to its own folder and cleans it up. `read_newest` only reads, so that the folder may belong to
+another process, which may be saving at this moment.
+"""
 
 import contextlib
-import logging
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from catversion_jax.training.state import TrainState
-from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, kind_of, short
+from catversion_jax.utils import tree
+from catversion_jax.utils.errors import (
+    StorageError,
+    UserError,
+    is_out_of_memory,
+    is_storage_error,
+    kind_of,
+    listed,
+    refused,
+    short,
+)
+from catversion_jax.utils.log import silence, warn
+from catversion_jax.utils.records import read_record
 
-# Orbax logs several lines for every save, through both loggers.
-for name in ("absl", "orbax"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+MOST_DIGITS = 18
+"""Digits of a step; a folder with a longer name is none of ours."""
+DIGEST = "digest"
+"""The key of the note under which the digest is saved. Checkpoints that were saved before there was one lack it."""
+
+
+# It logs several lines for every save, and a traceback for every error, which we report ourselves.
+silence("orbax")
+
+
+def pass_on(unraisable: Any, hook: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """Reports an error that nobody can catch, unless it is TensorStore's about a file that was given up already."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
+
+
+# When a write fails, Orbax ends its event loop, and TensorStore then shows a traceback for each file that is left.
+sys.unraisablehook = pass_on
+
+
+class Saved(NamedTuple):
+    """A checkpoint as it was read."""
+
+    step: int
+    state: TrainState
+    note: dict[str, Any]  # what `Checkpoints.save` was given
 
 
 class Checkpoints:
-    """The checkpoints in `folder`. Saves run in the background; `close` waits for them."""
+    """The checkpoints in `folder`, which no other process writes to. Saves run in the background; `close` waits."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder.absolute()
         # A process that is killed during a save leaves a temporary folder behind, which the next run removes.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # lightweight_initialize: without it, one damaged checkpoint would keep all others from being opened.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, lightweight_initialize=True
+        )
+        with explained(f"{self.folder}: could not open the folder of checkpoints"):
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     @property
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, config: dict) -> None:
-        """Saves the state under `step`, unless it is there. Earlier checkpoints are kept if the save fails.
+    def save(self, step: int, state: TrainState, note: Mapping[str, Any]) -> None:
+        """Saves the state and a note under `step`, unless it is there. Earlier checkpoints are kept if the save fails.
 
         Raises UserError if access is denied, StorageError for other failures.
         """
         if step == self.latest:
             return
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
+        with_digest = {**note, DIGEST: digest_of(state, note)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(with_digest))
         with explained(f"{self.folder / str(step)}: could not save the checkpoint"):
             self._manager.save(step, args=items, force=True)
 
-    def restore(self, like: TrainState) -> TrainState:
-        """Returns the latest state, with the sharding of `like` (arrays, or shapes with shardings).
+    def restore(self, like: TrainState) -> TrainState | None:
+        """Returns the newest readable state, with the sharding of `like`; None if nothing was saved yet.
 
-        Raises UserError if the checkpoint is not readable.
+        Newer ones, which are damaged, are renamed: the run will save those steps again. Raises as `read_newest`.
         """
-        try:
-            items = ocp.args.Composite(
-                state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-            )
-            return self._manager.restore(self.latest, args=items).state
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable(error) from error
-
-    def note(self) -> dict:
-        """Returns the config saved with the latest state. Raises UserError if the checkpoint is not readable."""
-        try:
-            return self._manager.restore(self.latest, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> UserError | StorageError:
-        path = self.folder / str(self.latest)
-        if is_storage_error(error):
-            return StorageError(f"{path}: could not be read ({short(error)}); try again once the disk is well")
-        return UserError(f"{path}: not a readable checkpoint ({short(error)}); remove it to resume from the one before")
+        saved = read_newest(self.folder, lambda _: like)
+        if saved is None:
+            return None
+        for step in saved_steps(self.folder):
+            if step > saved.step:
+                set_aside(self.folder / str(step))
+        self._manager.reload()
+        return saved.state
 
     def close(self) -> None:
         """Waits for pending saves. Raises UserError or StorageError, as `save` does, if one of them failed."""
-        with explained(f"{self.folder}: could not save the last checkpoint"):
-            self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            with explained(f"{self.folder}: could not save the last checkpoint"):
+                self._manager.wait_until_finished()
+        finally:
+            # It raises the same error again, which is being reported.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder, newest first; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    with refused(f"{folder}: cannot be read", "grant access to the checkpoints"):
+        names = [path.name for path in folder.iterdir() if path.is_dir()]
+    return sorted((int(name) for name in names if name.isdecimal() and len(name) <= MOST_DIGITS), reverse=True)
+
+
+def read_newest(folder: Path, like: Callable[[dict[str, Any]], TrainState]) -> Saved | None:
+    """Returns the newest readable checkpoint in a folder, None if there is none; nothing is written or removed.
+
+    `like` gives the state's arrays, or shapes with shardings, for a checkpoint's note. Damaged checkpoints are passed
+    over with a warning. Raises UserError if none is readable, and StorageError if the disk fails.
+    """
+    damaged: dict[str, str] = {}  # by path
+    for step in saved_steps(folder):
+        path = folder.absolute() / str(step)
+        try:
+            saved = read_checkpoint(path, like)
+        # Not OSError alone: a damaged file raises whatever its reader stumbles over.
+        except Exception as error:
+            if not path.exists():  # its owner has replaced it by a newer one meanwhile
+                continue
+            if is_storage_error(error) or is_denied(error):
+                raise kind_of(error)(f"{path}: could not be read ({short(error)}); {advice(error)}") from error
+            if is_out_of_memory(error):
+                raise
+            damaged[str(path)] = short(error)
+            continue
+        if damaged:
+            warn(f"{told(damaged)}; going on from step {step}, the newest that is readable")
+        return saved
+    if damaged:
+        todo = "restore the folder from a copy, or remove it to begin at step 0"
+        raise UserError(f"{told(damaged)}; no older one is readable; {todo}")
+    return None
+
+
+def set_aside(path: Path) -> None:
+    """Renames a damaged checkpoint, so that nothing takes it for one; it is kept, as it may be of use."""
+    target = path.with_name(f"{path.name}.damaged")
+    with explained(f"{path}: could not rename the damaged checkpoint"):
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+
+
+def told(damaged: Mapping[str, str]) -> str:
+    """Names damaged checkpoints, and says what is wrong with the newest."""
+    return f"{listed(damaged)}: not a readable checkpoint ({next(iter(damaged.values()))})"
+
+
+def read_checkpoint(path: Path, like: Callable[[dict[str, Any]], TrainState]) -> Saved:
+    """Reads one checkpoint. Raises ValueError if its digest is another, and anything else if a file is damaged."""
+    # Item by item, as CheckpointManager lays them out: it would also read all other checkpoints' metadata.
+    note = read_record(path / "config" / "metadata", dict[str, Any], "expected a checkpoint's note")
+    digest = note.pop(DIGEST, None)
+    wanted = like(note)
+    # Checkpoints of the versions without a digest did not keep the best that was learned either.
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted if digest else wanted.replace(kept=None))
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        state = reader.restore(path / "state", args=ocp.args.StandardRestore(shapes))
+    if digest is not None and digest != digest_of(state, note):
+        raise ValueError("its digest is not that of its contents")
+    if digest is None and wanted.kept is not None:
+        state = state.replace(kept=state.learned)
+    return Saved(int(path.name), state, note)
+
+
+def digest_of(state: TrainState, note: Mapping[str, Any]) -> str:
+    """Hashes all numbers of a state, and its note."""
+    whole = hashlib.sha256(json.dumps(note, sort_keys=True).encode())
+    for leaf in jax.tree.leaves(state):
+        whole.update(tree.digest(np.asarray(leaf)))
+    return whole.hexdigest()
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether the system refused access, in its own words or in those of a library that quotes it."""
+    return any(os.strerror(number) in str(error) for number in (errno.EACCES, errno.EPERM))
+
+
+def advice(error: BaseException) -> str:
+    """Returns what to do about an error of a storage library."""
+    if is_storage_error(error):
+        return "make room, or mend the disk, and resume"
+    if is_denied(error):
+        return "grant access, and resume"
+    return "--debug shows where; what was saved before is still there"
 
 
 @contextlib.contextmanager
-def explained(what: str):
+def explained(what: str) -> Iterator[None]:
     """Turns what a storage library raises into a UserError or StorageError of one line."""
     try:
         yield
@@ -81,4 +216,4 @@ def explained(what: str):
         raise
     # Not OSError alone: Orbax and TensorStore wrap the system's error in types of their own.
     except Exception as error:
-        raise kind_of(error)(f"{what} ({short(error)}); make room, or grant access, and resume") from error
+        raise kind_of(error)(f"{what} ({short(error)}); {advice(error)}") from error

@@ -1,5 +1,8 @@
 """Prepares a concept's photos and prompts for the training step, which needs neither the VAE nor the tokenizer."""
 
+import hashlib
+import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +13,7 @@ from tqdm import tqdm
 
 from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.base.text_states import lower_layers
+from catversion_jax.base.tokenizer import Tokenizer
 from catversion_jax.base.words import find_word, without_word
 from catversion_jax.config import Config
 from catversion_jax.data.latents import bucket, pad, posteriors
@@ -17,10 +21,13 @@ from catversion_jax.data.photos import Photo
 from catversion_jax.methods.base import Method
 from catversion_jax.sampling.sampler import SampleRequest, sample_latents
 from catversion_jax.training.state import ConceptData
-from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.errors import UserError, listed, short
+from catversion_jax.utils.files import read_bytes, write_atomically
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.types import Float, Int
+
+MOST_HEADER = 4096
+"""More than the header of a .npy file and a digest take."""
 
 
 class Images(NamedTuple):
@@ -53,16 +60,48 @@ def prepare(
     if method.prior_weight:
         prior = class_images(config, method, pipeline, prompts, kept)
         weight = np.ones((*mean.shape[:-1], 1), np.float32) if weight is None else weight
-    for prompt in without_word(pipeline.tokenizers, config.concept.class_word, prompts):
-        warn(f"the training prompt {prompt!r} does not hold the class word {config.concept.class_word!r}")
-    word = config.concept.class_word
-    token_ids = [
-        tokenizer.fit([method.prompt_ids(tokenizer, tokenizer.word(prompt), word) for prompt in prompts])
-        for tokenizer in pipeline.tokenizers
-    ]
+    tokenizers, word = pipeline.tokenizers, config.concept.class_word
+    token_ids = [prompt_tokens(method, tokenizer, prompts, word) for tokenizer in tokenizers]
     size = max(size, bucket(len(photos)))
     data = to_data(config, method, pipeline, Images(mean, std, weight), token_ids, size).replace(prior=prior)
     return jax.tree.map(lambda x: np.asarray(x)[None], data)
+
+
+def check_prompts(config: Config, method: Method, pipeline: Pipeline) -> None:
+    """Raises UserError if nothing could be learned, as no training prompt has a place where the concept enters.
+
+    Warns of the prompts that have none, or that lack the class word.
+    """
+    word = config.concept.class_word
+    prompts = config.concept.prompts(config.concept.templates)
+    where = method.word(word)
+    for tokenizer in pipeline.tokenizers:
+        last = find_word(tokenizer, prompt_tokens(method, tokenizer, prompts, word), where)
+        # The methods with an identifier change the UNet for all prompts, but what they learn is called by it.
+        entered = last >= 0 if method.identifier else np.any(method.token_mask(last, tokenizer.length), (1, 2))
+        idle = [prompt for prompt, enters in zip(prompts, entered, strict=True) if not enters]
+        if len(idle) == len(prompts):
+            raise UserError(
+                f"config.concept.templates: nothing would be learned, as the prompts ({told_prompts(tokenizer, idle)}) "
+                f"have no place for the concept: they do not hold {where!r}; write {{concept}} near their beginning"
+            )
+        if idle := idle or without_word([tokenizer], word, prompts):
+            warn(f"training prompts without {where!r}: {told_prompts(tokenizer, idle)}")
+            break
+
+
+def prompt_tokens(
+    method: Method, tokenizer: Tokenizer, prompts: Sequence[str], class_word: str
+) -> Int[np.ndarray, "T Q"]:
+    """Returns the tokens of prompts as a text encoder is given them, with the method's identifier if it has one."""
+    return tokenizer.fit([method.prompt_ids(tokenizer, tokenizer.word(prompt), class_word) for prompt in prompts])
+
+
+def told_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> str:
+    """Names prompts, and says which of them are cut off at the text encoder's length."""
+    cut = f", cut off after {tokenizer.length} tokens"
+    most = tokenizer.length - 2
+    return listed(f"{p!r:.100}{cut if len(tokenizer.word(p)) > most else ''}" for p in dict.fromkeys(prompts))
 
 
 def to_data(
@@ -139,7 +178,7 @@ def class_images(
         asked = tuple(prompts[i % len(prompts)] for i in range(count))
         sampled = sample_class(pipeline, SampleRequest(asked, tuple(range(count)), config.sample.sampler))
         if kept:
-            write_atomically(kept, lambda path: np.save(path, sampled, allow_pickle=False))
+            write_atomically(kept, lambda path: path.write_bytes(latents_to_npy(sampled)))
         latents = sampled
     mean = latents[:, None]
     weight = np.full((*mean.shape[:-1], 1), method.prior_weight, np.float32)
@@ -157,10 +196,34 @@ def sample_class(pipeline: Pipeline, request: SampleRequest) -> Float[np.ndarray
     return np.concatenate(parts)
 
 
+def latents_to_npy(latents: Float[np.ndarray, "..."]) -> bytes:
+    """Returns the latents as a .npy file with a digest behind it."""
+    file = io.BytesIO()
+    np.save(file, latents, allow_pickle=False)
+    return file.getvalue() + hashlib.sha256(file.getvalue()).digest()
+
+
+def latents_from_npy(data: bytes, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+    """Returns what `latents_to_npy` was given. Raises an error for anything else; older files have no digest."""
+    file = io.BytesIO(data)
+    np.lib.format.read_magic(file)
+    if np.lib.format.read_array_header_1_0(file) != (shape, False, np.dtype(np.float32)):
+        raise ValueError("other latents than this run needs")
+    start, end = file.tell(), file.tell() + 4 * math.prod(shape)
+    if len(data) < end or data[end:] not in (b"", hashlib.sha256(data[:end]).digest()):
+        raise ValueError("damaged")
+    return np.frombuffer(data[start:end], np.float32).reshape(shape)
+
+
 def read_latents(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."] | None:
-    """Returns the file's latents; None if it has none of this shape."""
-    try:
-        latents = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):
+    """Returns the file's latents; None if there is no file or, with a warning, if it is damaged or has others."""
+    if not path.exists():
         return None
-    return latents if latents.shape == shape and latents.dtype == np.float32 else None
+    try:
+        data = read_bytes(path, 4 * math.prod(shape) + MOST_HEADER, "expected latents of this run's class images")
+        return latents_from_npy(data, shape)
+    except OSError:
+        raise
+    except Exception as error:  # numpy's parser of headers raises whatever it stumbles over
+        warn(f"{path}: {short(error)}; the images of the class are sampled again")
+        return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,13 +14,14 @@ from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.config import Config
 from catversion_jax.models.sharding import sharding
 from catversion_jax.training.checkpoints import Checkpoints
-from catversion_jax.training.metric_writer import MetricWriter
+from catversion_jax.training.metric_writer import MetricRow, MetricWriter
 from catversion_jax.training.previews import sample_prompts
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.state import ConceptData, Frozen, TrainState
 from catversion_jax.training.step import StepConfig, compile_chunk, compile_evaluate, finished, steps_per_dispatch
 from catversion_jax.training.trained_concept import to_concept
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, is_out_of_memory, short
+from catversion_jax.utils.log import warn
 
 VALIDATION_PROMPTS = 4  # of config.sample.prompts, sampled every config.sample.every steps
 
@@ -39,12 +41,11 @@ def loop(
     """
     on_concepts = sharding(step_config.mesh, "concept")
     state = jax.device_put(step_config.init_state([config.seed]), on_concepts)
-    if checkpoints.latest is not None:
-        state = checkpoints.restore(state)
+    state = checkpoints.restore(state) or state
     frozen = Frozen.of(pipeline, step_config.mesh, config.mesh.rules)
     data = jax.device_put(data, on_concepts)
 
-    stop, step = step_config.stop, int(state.step[0])
+    stop, step, moved = step_config.stop, int(state.step[0]), False
     writer = MetricWriter(run.metrics, run.events, step)
 
     def done() -> bool:
@@ -58,16 +59,18 @@ def loop(
             while not done() and not received:
                 length = next_length(config, step)
                 state, metrics = compile_chunk(step_config, length)(state, frozen, data)
-                start, step = step, int(state.step[0])
+                start, step, metrics = step, int(state.step[0]), jax.device_get(metrics)
                 started(bar)
-                record(writer, bar, start, jax.device_get(metrics), step - start)
+                record(writer, bar, start, metrics, step - start)
+                moved = moved or bool(metrics["grad_norm"].any())
                 # A step whose loss or gradient is not finite does not count: `update` keeps the last good state.
                 if step < start + length:
                     save()
-                    raise UserError(not_finite(run, step, config))
+                    where = f"{run.path}: {not_finite(step, config)}"
+                    raise UserError(f"{where}; the last good state is in {run.checkpoints / str(step)}")
                 if is_due(step, stop.every):
                     state, loss = compile_evaluate(step_config)(state, frozen, data)
-                    writer.scalars(step, {"evaluation_loss": float(loss[0])})
+                    writer.row(MetricRow(step, evaluation_loss=float(loss[0])))
                 if is_due(step, config.checkpoint.every):
                     save()
                 if is_due(step, config.sample.every):
@@ -75,6 +78,8 @@ def loop(
                     images = sample_prompts(config, pipeline, concept, count=VALIDATION_PROMPTS)
                     writer.image(step, "validation", np.concatenate(images, axis=1))
             save()
+            if bar.n > bar.initial and not moved:
+                warn(f"{run.path}: every gradient was zero, so nothing was learned; check adapter.logit_bias")
     finally:
         writer.close()
     return state, received[0] if received and not done() else None
@@ -107,29 +112,44 @@ def record(writer: MetricWriter, bar: tqdm, start: int, metrics: dict[str, np.nd
     """Writes the metrics of the `good` steps after `start`."""
     for i in range(good):
         names = ("loss", "learning_rate", "grad_norm")
-        writer.scalars(start + 1 + i, {name: float(metrics[name][i, 0]) for name in names})
+        writer.row(MetricRow(start + 1 + i, **{name: float(metrics[name][i, 0]) for name in names}))
     if good:
         bar.set_postfix(loss=f"{metrics['loss'][:good, 0].mean():.4f}", refresh=False)
     bar.update(good)
 
 
-def not_finite(run: RunDir, step: int, config: Config) -> str:
-    return (
-        f"{run.path}: loss or gradient not finite after step {step}; "
-        f"the last good state is in {run.checkpoints / str(step)}; "
-        f"lower train.learning_rate ({config.train.learning_rate}) or set train.clip_norm, in a new run_dir"
-    )
+def not_finite(step: int, config: Config) -> str:
+    """Says that a loss or gradient was not finite, and what to do about it."""
+    what = f"loss or gradient not finite after step {step}"
+    if step == 0:  # nothing was learned yet, so the learning rate had no part in it
+        return f"{what}; check the photos, the base model's weights and model.dtype ({config.model.dtype})"
+    rate = config.train.learning_rate
+    return f"{what}; lower train.learning_rate ({rate}) or set train.clip_norm, in a new run_dir"
+
+
+@contextlib.contextmanager
+def enough_memory(todo: str) -> Iterator[None]:
+    """Raises UserError, which says what to do, if the memory of the machine or of a device is too small."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory ({short(error)}); {todo}") from error
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[signal.Signals]]:
     """Collects SIGTERM and SIGINT, so that the current step is finished and saved; a second Ctrl-C acts at once."""
     received: list[signal.Signals] = []
+    stopping = "stopping after this step, whose state is then saved; a second Ctrl-C stops at once, without saving"
     previous: dict[signal.Signals, Any] = {}
 
     # The handler only takes a note: an exception raised from it could interrupt a dispatch or a save.
     def receive(number, frame):
         received.append(signal.Signals(number))
+        # In a thread: the signal may have come while this one was writing to the same stream.
+        threading.Thread(target=warn, args=(stopping,)).start()
         # Not for SIGTERM: at a machine's shutdown it comes twice, from the parent process and from the system.
         if number == signal.SIGINT:
             signal.signal(number, previous[number])

@@ -13,10 +13,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -28,17 +26,19 @@ from catversion_jax.data.manifest import Line
 from catversion_jax.data.photos import Photo, count_photos, read_photos
 from catversion_jax.methods import concept_file
 from catversion_jax.training.checkpoints import Checkpoints, explained
-from catversion_jax.training.concept_data import check_masks, prepare
+from catversion_jax.training.concept_data import check_masks, check_prompts, prepare
 from catversion_jax.training.distributed import Process
-from catversion_jax.training.loop import signals, started
-from catversion_jax.training.report import Report
+from catversion_jax.training.interrupted import note_of, read_interrupted
+from catversion_jax.training.loop import enough_memory, not_finite, signals, started
+from catversion_jax.training.report import DONE, FAILED, Report, ReportEntry
 from catversion_jax.training.run import load_model
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.slots import Slots
 from catversion_jax.training.state import ConceptData, Frozen, TrainState
-from catversion_jax.training.step import StepConfig, steps_per_dispatch
+from catversion_jax.training.step import StepConfig, steps_per_dispatch, warn_of_idle_devices
 from catversion_jax.training.trained_concept import to_concept
-from catversion_jax.utils.errors import UserError, short
+from catversion_jax.utils.errors import UserError, is_out_of_memory, listed, short
+from catversion_jax.utils.log import warn
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,40 @@ def train_many(share: Share, pipeline: Pipeline | None = None) -> BatchOutcome:
     run = RunDir.of(config)
     run.check(config, resume=True)
     size = bucket(share.most_photos)
-    run.claim(config)
+    with run.shared(config, share.process):
+        return train_share(share, run, size, pipeline)
+
+
+def train_share(share: Share, run: RunDir, size: int, pipeline: Pipeline | None) -> BatchOutcome:
+    """Trains a share in a folder that is held for it; a slot has room for `size` photos."""
+    config, report = share.config, Report(run.path)
     done = {line.id: artifact_path(run, line).is_file() for line in share.lines()}
-    report = Report(run.path)
+    refuse_changed_lines(share, run, report)
     report.reconcile(done)
     left = len(done) - sum(done.values())
     if not left:
         return BatchOutcome(len(done), 0, 0, report.path, None)
-    batch = ManyConcepts(share, pipeline or load_model(config, config.batch.slots), report, size)
-    with tqdm(total=len(done), initial=len(done) - left, unit=" concepts", desc="compiling") as bar:
-        interrupted_by = batch.train((line for line in share.lines() if not done[line.id]), bar)
+    todo = f"lower batch.slots ({config.batch.slots}) or train.batch_size ({config.train.batch_size})"
+    with enough_memory(todo):
+        batch = ManyConcepts(share, pipeline or load_model(config, config.batch.slots), report, size)
+        with tqdm(total=len(done), initial=len(done) - left, unit=" concepts", desc="compiling") as bar:
+            interrupted_by = batch.train((line for line in share.lines() if not done[line.id]), bar)
     return BatchOutcome(len(done), left, batch.failed, report.path, interrupted_by)
+
+
+def refuse_changed_lines(share: Share, run: RunDir, report: Report) -> None:
+    """Raises UserError if a concept is done that was learned with other values than its line has now."""
+    learned_with = {entry.id: entry.digest for entry in report.entries() if entry.status == DONE and entry.digest}
+    changed = [
+        line.id
+        for line in share.lines()
+        if learned_with.get(line.id, line.digest) != line.digest and artifact_path(run, line).is_file()
+    ]
+    if changed:
+        raise UserError(
+            f"{share.manifest}: concepts that are done already have other values here ({listed(changed)}); give the "
+            f"old values or another id, or remove {run.path}/ID to learn it anew"
+        )
 
 
 def artifact_path(run: RunDir, line: Line) -> Path:
@@ -147,6 +170,7 @@ class ManyConcepts:
         self.config, self.stop, self.run = config, config.stop, RunDir.of(config)
         count, resolution = config.batch.slots, networks.resolution
         self.step_config = StepConfig.of(config, networks, count)
+        warn_of_idle_devices(config, self.step_config.mesh, count)
         # A divisor of both, so that no dispatch runs past a step after which an evaluation is due.
         self.length = math.gcd(steps_per_dispatch(config.train), self.stop.every)
         # Only the shapes of this concept are used: all slots start empty.
@@ -158,9 +182,8 @@ class ManyConcepts:
             prepare(config, self.step_config.method, pipeline, [blank], size),
             self.length,
         )
-        self.saved = self.read_saved()
-        folder = self.run.checkpoints / f"{share.process.index}-of-{share.process.count}"
-        self.checkpoints = Checkpoints(folder, config.checkpoint.keep)
+        self.saved = read_interrupted(self.run.of_processes, self.step_config)
+        self.checkpoints = Checkpoints(self.run.of_process(share.process), config.checkpoint.keep)
         self.clock = self.kept = self.checkpoints.latest or 0  # steps of the slots, whoever was in them
         self.entered: dict[int, Entered] = {}  # by slot
         self.failed = 0
@@ -188,6 +211,7 @@ class ManyConcepts:
         config = self.share.config_of(line)
         photos = read_photos(config.data.dir, self.pipeline.networks.resolution, config.data.masks_dir)
         check_masks(photos, config.train.background_weight)
+        check_prompts(config, self.step_config.method, self.pipeline)
         return prepare(config, self.step_config.method, self.pipeline, photos, self.size)
 
     def fill(self, queue: Iterator[Prepared], bar: tqdm) -> bool:
@@ -202,13 +226,18 @@ class ManyConcepts:
                 break
             line, data = found
             config = self.share.config_of(line)
-            state = self.saved.pop(line.id, None)
-            # A state that was saved under another seed belongs to another run of the concept.
-            if state is None or state.seed[0] != config.seed:
-                state = self.step_config.init_state([config.seed])
-            self.slots.put(index, state, data)
+            self.slots.put(index, self.state_of(line, config), data)
             self.entered[index] = Entered(line, config, time.monotonic())
         return bool(self.entered)
+
+    def state_of(self, line: Line, config: Config) -> TrainState:
+        """Returns the state that a line goes on from: the one that was saved, if that was of the same values."""
+        saved = self.saved.pop(line.id, None)
+        if saved is not None and saved.digest in (None, line.digest) and saved.state.seed[0] == config.seed:
+            return saved.state
+        if saved is not None:
+            warn(f"{line.id}: its line has other values than when it was interrupted; begun anew")
+        return self.step_config.init_state([config.seed])
 
     def next_good(self, queue: Iterator[Prepared], bar: tqdm) -> tuple[Line, ConceptData] | None:
         """Returns the next line that could be prepared, or None; lines that could not are reported as failed."""
@@ -219,6 +248,8 @@ class ManyConcepts:
                 self.fail(line, str(error), bar)
             # Not UserError alone: whatever is wrong with one concept must not end the others.
             except Exception as error:
+                if is_out_of_memory(error):  # the others take the memory that this one lacks
+                    raise
                 self.fail(line, f"{type(error).__name__}: {short(error)}", bar)
         return None
 
@@ -227,7 +258,7 @@ class ManyConcepts:
         slots = self.slots
         for index, entered in list(self.entered.items()):
             if slots.broken[index]:
-                self.fail(entered.line, f"loss or gradient not finite after step {slots.host.step[index]}", bar)
+                self.fail(entered.line, not_finite(int(slots.host.step[index]), entered.config), bar)
                 slots.clear(index)
             elif slots.finished[index]:
                 self.finish(entered, slots.one(index), float(slots.losses[index]), bar)
@@ -239,7 +270,7 @@ class ManyConcepts:
 
     def fail(self, line: Line, error: str, bar: tqdm) -> None:
         self.failed += 1
-        self.report.add({"id": line.id, "status": "failed", "error": error})
+        self.report.add(ReportEntry(line.id, FAILED, error))
         bar.update()
 
     def finish(self, entered: Entered, state: TrainState, loss: float, bar: tqdm) -> None:
@@ -250,29 +281,13 @@ class ManyConcepts:
             path.parent.mkdir(exist_ok=True)
             concept_file.save(path, concept)
         seconds = round(time.monotonic() - entered.since, 1)
-        line = {"id": entered.line.id, "status": "done", "steps": concept.steps, "loss": loss, "seconds": seconds}
-        self.report.add(line)
+        line = entered.line
+        done = ReportEntry(line.id, DONE, steps=concept.steps, loss=loss, seconds=seconds, digest=line.digest)
+        self.report.add(done)
         bar.update()
 
     def save(self) -> None:
         """Saves the states of the concepts in the slots, and which concepts they are."""
-        ids = [self.entered[i].line.id if i in self.entered else None for i in range(self.config.batch.slots)]
-        self.checkpoints.save(self.clock, self.slots.host, {"ids": ids})
+        lines = [self.entered[i].line if i in self.entered else None for i in range(self.config.batch.slots)]
+        self.checkpoints.save(self.clock, self.slots.host, note_of(lines))
         self.kept = self.clock
-
-    def read_saved(self) -> dict[str, TrainState]:
-        """Returns the states of interrupted concepts by id, [1, ...] each, whichever process saved them."""
-        states: dict[str, TrainState] = {}
-        for folder in sorted(self.run.checkpoints.glob("*-of-*")):
-            checkpoints = Checkpoints(folder, self.config.checkpoint.keep)
-            if checkpoints.latest is not None:
-                ids = checkpoints.note()["ids"]
-                shapes = jax.eval_shape(partial(self.step_config.init_state, [0] * len(ids)))
-                stacked = checkpoints.restore(jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes))
-                for index, id in enumerate(ids):
-                    state = jax.tree.map(lambda x, i=index: x[i : i + 1], stacked)
-                    # After a restart with another number of processes, a concept may be in several folders.
-                    if id is not None and (id not in states or state.step > states[id].step):
-                        states[id] = state
-            checkpoints.close()
-        return states

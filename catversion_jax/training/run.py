@@ -1,6 +1,7 @@
 """A run: trains one concept on a folder of photos, in a run folder from which an interrupted run resumes."""
 
 import contextlib
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +10,17 @@ from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import Pipeline, load_pipeline
 from catversion_jax.config import Config
 from catversion_jax.data import dataset
-from catversion_jax.data.photos import Photo, read_photos
+from catversion_jax.data.photos import Photo, count_photos, read_photos
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.checkpoints import Checkpoints, explained
-from catversion_jax.training.concept_data import check_masks, prepare
-from catversion_jax.training.loop import loop
+from catversion_jax.training.concept_data import check_masks, check_prompts, prepare
+from catversion_jax.training.loop import enough_memory, loop
 from catversion_jax.training.run_dir import RunDir
-from catversion_jax.training.step import StepConfig
+from catversion_jax.training.step import StepConfig, warn_of_idle_devices
 from catversion_jax.training.trained_concept import to_concept
 from catversion_jax.utils.errors import Interrupted, UserError
+from catversion_jax.utils.log import warn
 
 
 @dataclass(frozen=True)
@@ -43,26 +45,28 @@ def train(
     `show` is called with the photos as soon as they are read.
     Raises UserError for a user's mistake, before anything is compiled.
     """
-    photos = stored_or_read(run, config, pipeline.networks.resolution)
+    photos = photos_of(run, config, pipeline.networks.resolution)
     show(photos)
     step_config = StepConfig.of(config, pipeline.networks)
     sampler = config.sample.sampler
     # Called only for its UserError, which would otherwise come after the training.
     schedulers.plan(pipeline.networks.schedule, sampler.scheduler, sampler.steps)
     check_masks(photos, config.train.background_weight)
-    run.claim(config)
-    with explained(f"{run.data}: could not store the photos"):
-        dataset.write_dataset(run.data, photos)
-    data = prepare(config, step_config.method, pipeline, photos, kept=run.class_latents)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
-    try:
-        state, interrupted_by = loop(config, step_config, pipeline, data, run, checkpoints)
-    finally:
-        checkpoints.close()
-    concept = to_concept(config, step_config.method, pipeline.fingerprint, state)
-    if interrupted_by is None:
-        with explained(f"{run.artifact}: could not write the concept"):
-            concept_file.save(run.artifact, concept)
+    check_prompts(config, step_config.method, pipeline)
+    warn_of_idle_devices(config, step_config.mesh)
+    todo = f"lower train.batch_size ({config.train.batch_size}), or set train.remat=True or a narrower model.dtype"
+    with run.held(config), enough_memory(todo):
+        store(run, photos)
+        data = prepare(config, step_config.method, pipeline, photos, kept=run.class_latents)
+        checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+        try:
+            state, interrupted_by = loop(config, step_config, pipeline, data, run, checkpoints)
+        finally:
+            checkpoints.close()
+        concept = to_concept(config, step_config.method, pipeline.fingerprint, state)
+        if interrupted_by is None:
+            with explained(f"{run.artifact}: could not write the concept"):
+                concept_file.save(run.artifact, concept)
     return Outcome(concept, photos, interrupted_by)
 
 
@@ -78,9 +82,33 @@ def train_once(config: Config, pipeline: Pipeline) -> Concept:
     return outcome.concept
 
 
-def stored_or_read(run: RunDir, config: Config, resolution: int) -> list[Photo]:
-    """Returns the photos. A resumed run reads those it stored, since the folder may have changed or gone."""
-    if run.config.is_file() and run.data.is_dir():
-        with contextlib.suppress(UserError):
-            return dataset.read_dataset(run.data)
+def photos_of(run: RunDir, config: Config, resolution: int) -> list[Photo]:
+    """Returns the photos. A run that took a step goes on with those that it stored: the originals may have changed.
+
+    Raises UserError if these are damaged or missing, as others would make another concept.
+    """
+    if run.has_saved_steps:
+        return dataset.read_dataset(run.data)
+    if not count_photos(config.data.dir) and run.config.is_file() and run.belongs_to(config):
+        with contextlib.suppress(UserError):  # which would say less than the one that follows
+            stored = dataset.read_dataset(run.data)
+            warn(f"{config.data.dir}: no photos any more; those that were stored in {run.data} are used")
+            return stored
     return read_photos(config.data.dir, resolution, config.data.masks_dir)
+
+
+def store(run: RunDir, photos: list[Photo]) -> None:
+    """Stores the photos, unless the run has them; what is left of others, with which no step was taken, is replaced."""
+    if not run.has_saved_steps and run.data.is_dir() and not is_stored(run, photos):
+        warn(f"{run.data}: damaged, or not the photos of now; as no step was taken, they are stored anew")
+        shutil.rmtree(run.data)
+    with explained(f"{run.data}: could not store the photos"):
+        dataset.write_dataset(run.data, photos)
+
+
+def is_stored(run: RunDir, photos: list[Photo]) -> bool:
+    """Returns whether the run's folder holds these photos, undamaged."""
+    try:
+        return dataset.are_equal(dataset.read_dataset(run.data), photos)
+    except UserError:
+        return False

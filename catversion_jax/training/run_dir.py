@@ -1,13 +1,30 @@
-"""A run's folder: its files, the config that it belongs to, and whether the run is finished."""
+"""A run's folder: its files, the config that it belongs to, who works in it, and whether it is finished."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from catversion_jax.config import Config
 from catversion_jax.methods import concept_file
-from catversion_jax.utils.errors import UserError, is_storage_error
+from catversion_jax.training.checkpoints import saved_steps
+from catversion_jax.training.distributed import Process
+from catversion_jax.training.report import FILE_NAME as REPORT
+from catversion_jax.utils.errors import UserError, refused
 from catversion_jax.utils.files import expand
-from catversion_jax.utils.identity import claim, refuse_another
+from catversion_jax.utils.identity import claim, differences, refuse_another
+from catversion_jax.utils.locks import SHARED, FileLock, lock_file
+from catversion_jax.utils.log import warn
+from catversion_jax.utils.records import read_record
+
+LOCK = ".lock"
+PATIENCE = 10.0
+"""Seconds that a process of a batch waits for a sibling that is claiming the folder, which takes milliseconds."""
+OTHER = "choose another run_dir"
+OF_EVERY_RUN = {"model.path", "train.steps"}
+"""Keys that config.json has held from the first."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +72,107 @@ class RunDir:
     def finished(self) -> bool:
         return self.artifact.is_file() and self.samples.is_file()
 
+    def of_process(self, process: Process) -> Path:
+        """Returns the folder of checkpoints of one process of a batch."""
+        return self.checkpoints / f"{process.index}-of-{process.count}"
+
+    @property
+    def of_processes(self) -> list[Path]:
+        """The folders of checkpoints of a batch, whichever process made them."""
+        return sorted(self.checkpoints.glob("*-of-*"))
+
+    @property
+    def has_saved_steps(self) -> bool:
+        """Whether there is something to go on from: the state after a step, or a concept, of a run or of a batch."""
+        concepts = (self.artifact, *self.path.glob(f"*/{concept_file.FILE_NAME}"))
+        # A checkpoint of step 0 is what a loss that was not finite leaves.
+        return any(path.is_file() for path in concepts) or any(
+            step > 0 for folder in (self.checkpoints, *self.of_processes) for step in saved_steps(folder)
+        )
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether a step was taken here; the folder then belongs to its config for good."""
+        return self.has_saved_steps or (self.metrics.is_file() and self.metrics.stat().st_size > 0)
+
+    def belongs_to(self, config: Config) -> bool:
+        """Returns whether the folder was claimed for this config."""
+        return self.config.is_file() and not self.differences(config)
+
+    def differences(self, config: Config) -> list[str]:
+        # A run from before a key existed was trained with what is now the key's default.
+        return differences(self.config, config.identity(), Config().identity())
+
     def check(self, config: Config, resume: bool) -> None:
-        """Raises UserError if the folder holds another run, or this run and `resume` is false."""
+        """Raises UserError if the folder holds another run, or this run and `resume` is false.
+
+        A run that took no step holds nothing: another config may replace it.
+        """
         if not self.config.is_file():
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.path}: a file; config.run_dir takes a folder")
             return
+        if self.is_replaceable(config):
+            return
         if not resume:
             raise UserError(f"{self.path}: holds a run already; resume it, or choose another run_dir")
-        # A run from before a key existed was trained with what is now the key's default.
         refuse_another(self.config, config.identity(), Config().identity())
 
-    def claim(self, config: Config) -> None:
-        """Records that the folder belongs to this config. Raises UserError if it cannot be written."""
-        try:
+    def is_replaceable(self, config: Config) -> bool:
+        """Returns whether the folder is that of another config of ours whose run never took a step."""
+        # The config.json of another program lacks these, and is never touched.
+        ours = read_record(self.config, dict[str, Any], "expected a run's config").keys() >= OF_EVERY_RUN
+        return ours and bool(self.differences(config)) and not self.has_progress
+
+    @contextlib.contextmanager
+    def held(self, config: Config) -> Iterator[None]:
+        """Claims the folder for a run, and keeps it until the end of the context.
+
+        Raises UserError if another process is at work there, or if it cannot be written.
+        """
+        with self.lock(LOCK) as lock:
+            if not lock.take():
+                raise UserError(f"{self.path}: another process trains here; wait for it, or {OTHER}")
+            self.claim(config, alone=True)
+            yield
+
+    @contextlib.contextmanager
+    def shared(self, config: Config, process: Process) -> Iterator[None]:
+        """Claims the folder for one of the processes of a batch, as `held` does; other processes may join in."""
+        with self.lock(LOCK) as folder, self.lock(f"{LOCK}-{process.index}-of-{process.count}") as own:
+            alone = folder.take()
+            if not alone and not folder.take(SHARED, PATIENCE):
+                raise UserError(f"{self.path}: another process trains here; wait for it, or {OTHER}")
+            if not own.take():
+                which = f"process {process.index} of {process.count} is at work here already"
+                raise UserError(f"{self.path}: {which}; wait for it, or give this one another --process_id")
+            self.claim(config, alone)
+            folder.take(SHARED, PATIENCE)
+            yield
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[FileLock]:
+        with contextlib.ExitStack() as stack:
+            with refused(f"{self.path}: cannot be written", OTHER):
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(lock_file(self.path / name))
+            yield lock
+
+    def claim(self, config: Config, alone: bool) -> None:
+        """Records that the folder belongs to this config. Raises UserError if it belongs to another.
+
+        `alone`: nobody else is at work there, so that what another config left without a step may be replaced.
+        """
+        with refused(f"{self.path}: cannot be written", OTHER):
+            if alone and self.config.is_file() and self.is_replaceable(config):
+                warn(f"{self.path}: held another config, whose run took no step; replaced")
+                self.clear()
             claim(self.config, config.identity(), Config().identity())
-        except OSError as error:
-            if is_storage_error(error):
-                raise
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run_dir") from error
+
+    def clear(self) -> None:
+        """Removes what a run leaves before its first step."""
+        for path in (self.data, self.checkpoints, self.events):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+        for path in (self.class_latents, self.metrics, self.samples, self.path / REPORT, self.config):
+            path.unlink(missing_ok=True)

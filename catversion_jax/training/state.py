@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from catversion_jax.base.pipeline import Networks, Pipeline
 from catversion_jax.base.text_states import PromptStates
+from catversion_jax.config.sections import StopConfig
 from catversion_jax.methods.base import Method
 from catversion_jax.models.sharding import Rules, param_shardings, sharding
 from catversion_jax.utils.types import AnyArray, Array, Float, Int, Params, UInt32
@@ -25,6 +26,12 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
     best: Float[AnyArray, "*C"]  # the lowest evaluation loss so far
     stale: Int[AnyArray, "*C"]  # evaluations since then
+    kept: Params | None = None  # what was learned by then; None without early stopping
+
+    def result(self, stop: StopConfig) -> Params:
+        """Returns what the concepts [1, ...] of a state learned: at its best evaluation, if it stopped early."""
+        stopped_early = stop.every > 0 and self.stale[0] >= stop.patience
+        return self.kept if stopped_early and self.kept is not None and jnp.isfinite(self.best[0]) else self.learned
 
 
 class ConceptData(flax.struct.PyTreeNode):
@@ -59,14 +66,20 @@ class Frozen(flax.struct.PyTreeNode):
 
 
 def init_state(
-    seeds: Sequence[int], method: Method, networks: Networks, optimizer: optax.GradientTransformation
+    seeds: Sequence[int],
+    method: Method,
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    keeps_best: bool = False,
 ) -> TrainState:
-    """Returns a fresh state for each seed."""
+    """Returns a fresh state for each seed, with room for the best that is learned if `keeps_best`."""
 
     def one(seed: UInt32[Array, ""]) -> TrainState:
         # Step t draws from fold_in(key(seed), t), so no step draws from this one.
         key = jax.random.fold_in(jax.random.key(seed), jnp.uint32(2**32 - 1))
         learned = method.init(key, networks)
-        return TrainState(jnp.int32(0), seed, learned, optimizer.init(learned), jnp.float32(jnp.inf), jnp.int32(0))
+        best, stale = jnp.float32(jnp.inf), jnp.int32(0)
+        kept = jax.tree.map(jnp.zeros_like, learned) if keeps_best else None
+        return TrainState(jnp.int32(0), seed, learned, optimizer.init(learned), best, stale, kept)
 
     return jax.jit(jax.vmap(one))(jnp.asarray(seeds, jnp.uint32))

@@ -25,6 +25,7 @@ from catversion_jax.models.sharding import sharding
 from catversion_jax.models.unet import Context, UNet2DConditionModel
 from catversion_jax.training.state import ConceptData, Frozen, TrainState, init_state
 from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.log import warn
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Key, Params, Shaped
 
 
@@ -60,7 +61,23 @@ class StepConfig:
 
     def init_state(self, seeds: Sequence[int]) -> TrainState:
         """Returns the state before the first step, with one concept for each seed."""
-        return init_state(seeds, self.method, self.networks, self.optimizer.transformation())
+        keeps_best = self.stop.every > 0
+        return init_state(seeds, self.method, self.networks, self.optimizer.transformation(), keeps_best)
+
+
+def warn_of_idle_devices(config: Config, mesh: Mesh, slots: int | None = None) -> None:
+    """Warns if a step of `slots` concepts (None: of a run) divides over a part of this process's devices alone."""
+    count = jax.local_device_count()
+    if mesh.size == count:
+        return
+    copies = count // (config.mesh.fsdp * config.mesh.tensor)
+    todo = f"make batch.slots a multiple of {copies}"
+    if slots is None:
+        todo = f"make it a multiple of {copies}, or train several concepts at once with catversion batch"
+    what = f"train.batch_size={config.train.batch_size}"
+    if slots is not None:
+        what = f"batch.slots={slots} with {what}"
+    warn(f"{what} divides over {mesh.size} of the {count} devices, and {count - mesh.size} are idle; {todo}")
 
 
 ACCELERATOR_STEPS_PER_DISPATCH = 10  # enough to hide the host's work behind the device's
@@ -249,12 +266,22 @@ def evaluate_loss(
     losses = denoising_loss(state.learned, frozen, batch, config)
     stop = config.stop
     due = (state.step > 0) & (state.step % stop.every == 0) & ~finished(state, data.steps, stop)
-    better = losses < state.best * (1 - stop.margin)
-    stale = jnp.where(better, 0, state.stale + 1)
-    noted = state.replace(
-        best=jnp.where(due, jnp.minimum(state.best, losses), state.best), stale=jnp.where(due, stale, state.stale)
+    return noted(state, losses, due, stop.margin), losses
+
+
+def noted(state: TrainState, losses: Float[AnyArray, "C"], due: Bool[AnyArray, "C"], margin: float) -> TrainState:
+    """Notes the evaluation of the concepts that are due: their lowest loss, and what was learned by then."""
+    lowest = due & (losses < state.best)
+    stale = jnp.where(losses < state.best * (1 - margin), 0, state.stale + 1)
+
+    def keep(new: Shaped[AnyArray, "C *rest"], old: Shaped[AnyArray, "C *rest"]) -> Shaped[AnyArray, "C *rest"]:
+        return jnp.where(lowest.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+    return state.replace(
+        best=jnp.where(lowest, losses, state.best),
+        stale=jnp.where(due, stale, state.stale),
+        kept=None if state.kept is None else jax.tree.map(keep, state.learned, state.kept),
     )
-    return noted, losses
 
 
 @cache

@@ -13,7 +13,7 @@ def to_concept(config: Config, method: Method, fingerprint: str, state: TrainSta
     """Returns the concept of a state with one concept, [1, ...]; `fingerprint` is that of the base model."""
     model = config.model
     return Concept(
-        learned=jax.tree.map(lambda x: np.asarray(x[0]), state.learned),
+        learned=jax.tree.map(lambda x: np.asarray(x[0]), state.result(config.stop)),
         method=method,
         class_word=config.concept.class_word,
         templates=tuple(config.concept.templates),

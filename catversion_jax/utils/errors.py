@@ -63,11 +63,11 @@ def is_unprintable(character: str) -> bool:
     return not (" " <= character <= "~") and unicodedata.category(character) in UNPRINTABLE
 
 
-def listed(names: Iterable[object], most: int = LISTED) -> str:
-    """Returns the first `most` names, separated by commas, and how many more there are."""
+def listed(names: Iterable[object], most: int = LISTED, between: str = ", ") -> str:
+    """Returns the first `most` names, separated by commas or by `between`, and how many more there are."""
     every = [one_line(str(name), 200) for name in names]
     more = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(every[:most]) + more
+    return between.join(every[:most]) + more
 
 
 def short(error: BaseException) -> str:
@@ -88,6 +88,11 @@ def is_storage_error(error: BaseException | None) -> bool:
     return any(os.strerror(code) in said for code in STORAGE_ERRNOS) or is_storage_error(
         error.__cause__ or error.__context__
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine's or a device's memory was too small."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def kind_of(error: BaseException) -> type[UserError] | type[StorageError]:

@@ -5,29 +5,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, listed
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.records import read_record
 
 
-def refuse_another(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-    """Raises UserError if the file at `path` says that its folder belongs to another run.
+def differences(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> list[str]:
+    """Returns how the identity in the file at `path` differs from this one, a phrase for each key.
 
-    Keys that the file lacks have the values in `defaults`.
+    Keys that the file lacks have the values in `defaults`. Raises UserError if it is no file of this kind.
     """
-    if not path.is_file():
-        return
     old = dict(defaults or {}) | read_record(path, dict[str, Any], "expected a run's config; choose another folder")
     # The old identity went through JSON, which turns tuples into lists.
     old, new = dict(flat_items(old)), dict(flat_items(json.loads(json.dumps(identity))))
-    differences = [
+    return [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-    if differences:
-        listed = "; ".join(differences)
-        raise UserError(f"{path.parent}: belongs to another config ({listed}); give the same one, or another folder")
+
+
+def refuse_another(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+    """Raises UserError if the file at `path` says that its folder belongs to another run; see `differences`."""
+    if path.is_file() and (found := differences(path, identity, defaults)):
+        what = f"belongs to another config ({listed(found, between='; ')})"
+        raise UserError(f"{path.parent}: {what}; give the same one, or another folder")
 
 
 def claim(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:

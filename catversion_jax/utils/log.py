@@ -5,6 +5,7 @@ command line prints `catversion: warning: ...`; another program handles them as 
 """
 
 import logging
+from pathlib import Path
 
 from catversion_jax.utils.errors import one_line
 
@@ -14,3 +15,8 @@ LOGGER = logging.getLogger("catversion_jax")
 def warn(message: str) -> None:
     """Warns the user of a likely mistake, or of a failure that did not stop the work."""
     LOGGER.warning("%s", one_line(message))
+
+
+def silence(library: str) -> None:
+    """Drops what a library logs through absl's logger, which it shares with others that stay heard."""
+    logging.getLogger("absl").addFilter(lambda record: library not in Path(record.pathname).parts)

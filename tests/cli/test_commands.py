@@ -73,7 +73,7 @@ def event_tags(run_dir: Path) -> set[str]:
 
 def test_a_run_leaves_what_it_promises(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "checkpoints", "concept.safetensors", "config.json", "data", "events", "metrics.jsonl", "samples.png",
+        ".lock", "checkpoints", "concept.safetensors", "config.json", "data", "events", "metrics.jsonl", "samples.png",
     }  # fmt: skip
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [4, 8, 12]
     rows = metrics(finished)
@@ -148,7 +148,8 @@ def test_sigterm_saves_and_resumes(finished, tiny_model, tmp_path):
 
 def test_not_finite(tiny_model, tmp_path):
     message = error_of(*train_flags(tiny_model, tmp_path / "run", **{"adapter.init_std": 1e30, "sample.every": 0}))
-    assert "loss or gradient not finite after step 0; the last good state is in" in message
+    assert "loss or gradient not finite after step 0; check the photos, the base model's weights and" in message
+    assert f"; the last good state is in {tmp_path}/run/checkpoints/0" in message
     assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
     assert not (tmp_path / "run" / "concept.safetensors").exists()
 
@@ -181,18 +182,46 @@ def test_a_full_disk_for_pictures(finished, tmp_path):
     assert list(tmp_path.glob("a-teapot_*.png"))
 
 
-def test_a_damaged_checkpoint(finished, tiny_model, tmp_path):
-    run_dir = tmp_path / "run"
+def without_results(finished: Path, run_dir: Path) -> None:
+    """A copy of a finished run that has to go on from its checkpoints."""
     subprocess.run(["cp", "-r", finished, run_dir], check=True)
-    (run_dir / "concept.safetensors").unlink()
-    for path in (run_dir / "checkpoints" / "12" / "state").rglob("*"):
+    for name in ("concept.safetensors", "samples.png"):
+        (run_dir / name).unlink()
+
+
+def test_a_full_disk_for_checkpoints(finished, tiny_model, tmp_path):
+    """One line, however many threads were writing at that moment."""
+    run_dir = tmp_path / "run"
+    without_results(finished, run_dir)
+    subprocess.run(["rm", "-r", run_dir / "checkpoints"], check=True)
+    done = catversion(*train_flags(tiny_model, run_dir), "--resume", full_disk=True, status=74)
+    # Beside the progress bar, and JAX's own about its cache of compiled programs.
+    others = ("steps/s", "persistent compilation cache", "warnings.warn(")
+    lines = [line for line in done.stderr.splitlines() if line and not any(word in line for word in others)]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"catversion: error: {run_dir}/checkpoints")
+    assert "; make room, or mend the disk, and resume" in lines[0]
+
+
+def test_a_damaged_checkpoint(finished, tiny_model, tmp_path):
+    """The run goes on from the one before, and ends with the same numbers; with none that is readable it says so."""
+    run_dir = tmp_path / "run"
+    without_results(finished, run_dir)
+    damaged = run_dir / "checkpoints" / "12"
+    for path in (damaged / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    message = error_of(*train_flags(tiny_model, run_dir), "--resume")
-    assert f"{run_dir}/checkpoints/12: not a readable checkpoint" in message
-    subprocess.run(["rm", "-r", run_dir / "checkpoints" / "12"], check=True)
-    catversion(*train_flags(tiny_model, run_dir), "--resume")
+    done = catversion(*train_flags(tiny_model, run_dir), "--resume")
+    (line,) = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert f"catversion: warning: {damaged}: not a readable checkpoint" in line
+    assert "going on from step 8" in line
     same_result(run_dir, finished)
+    (run_dir / "concept.safetensors").unlink()
+    for path in (run_dir / "checkpoints").glob("*/config/metadata"):
+        path.write_text("[]")
+    assert "no older one is readable; restore the folder from a copy, or remove it to begin at step 0" in error_of(
+        *train_flags(tiny_model, run_dir), "--resume"
+    )
 
 
 @pytest.mark.parametrize(

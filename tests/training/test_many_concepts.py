@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -151,7 +152,8 @@ def test_bad_concepts_disturb_no_others(tiny_model, tmp_path, alone, monkeypatch
     assert {id: entry["error"] for id, entry in entries.items() if entry["status"] == "failed"} == {
         "missing": f"{tmp_path / 'nowhere'}: no such folder; data.dir takes a folder of 1 to 100 photos",
         "corrupt": f"{tmp_path / 'corrupt' / '1.png'}: not a JPEG, PNG, WEBP image; remove or convert it",
-        "nan": "loss or gradient not finite after step 0",
+        "nan": "loss or gradient not finite after step 0; check the photos, the base model's weights and model.dtype "
+        "(float32)",
     }
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/concept.safetensors")}
     shutil.rmtree(tmp_path / "corrupt")
@@ -219,7 +221,7 @@ def test_killed_and_started_again(tiny_model, tmp_path):
 def test_mistakes_in_the_command(tiny_model, tmp_path):
     path = tmp_path / "list.jsonl"
     command_line = flags(tiny_model, tmp_path / "out", path)
-    assert "list.jsonl: No such file or directory; expected a file" in error_of(*command_line)
+    assert "list.jsonl: cannot be read (No such file or directory); expected a file" in error_of(*command_line)
     path.write_text(json.dumps(LINES[0]) + "\n{")
     assert "list.jsonl:2: not JSON" in error_of(*command_line)
     assert "--manifest: missing" in error_of("batch", "--config=configs/mini.py")
@@ -228,17 +230,29 @@ def test_mistakes_in_the_command(tiny_model, tmp_path):
 
 GOOD = json.dumps(LINES[0])
 BAD = {
-    "": "list.jsonl: no lines; expected a JSON object a line",
-    "[1]\n": "list.jsonl:1: expected a JSON object with class_word, dir, id",
-    '{"id": "a"}': "list.jsonl:1: no class_word, no dir",
-    GOOD[:-1] + ', "step": 3}': "list.jsonl:1: 'step' is no key; expected id, dir, class_word",
-    GOOD[:-1] + ', "steps": 0}': "list.jsonl:1: steps=0; expected at least 1",
-    GOOD[:-1] + ', "seed": true}': "list.jsonl:1: seed=True; expected 0 to 2^32 - 1",
-    GOOD.replace('"a"', '"../a"'): "list.jsonl:1: id='../a'; expected a name for a folder",
-    GOOD.replace('"a"', '"checkpoints"'): "list.jsonl:1: id='checkpoints'; expected a name for a folder",
-    GOOD.replace('"teapot"', '" "'): "list.jsonl:1: class_word=' '; expected the base class",
+    "": "list.jsonl: no lines; expected an object with id",
+    "[1]\n": "list.jsonl:1: Expected `object`, got `array`; expected an object with id (a folder's name",
+    '{"id": "a"}': "list.jsonl:1: Object missing required field `dir`; expected an object with id",
+    GOOD[:-1] + ', "step": 3}': "list.jsonl:1: Object contains unknown field `step`; expected an object with id",
+    GOOD[:-1] + ', "steps": 0}': "list.jsonl:1: Expected `int` >= 1 - at `$.steps`",
+    GOOD[:-1] + ', "steps": 4294967296}': "list.jsonl:1: Expected `int` <= 2147483647 - at `$.steps`",
+    GOOD[:-1] + ', "seed": true}': "list.jsonl:1: Expected `int | null`, got `bool` - at `$.seed`",
+    GOOD[:-1] + ', "seed": 4294967296}': "list.jsonl:1: Expected `int` <= 4294967295 - at `$.seed`",
+    GOOD.replace('"a"', '"../a"'): "list.jsonl:1: Expected `str` matching regex '^[A-Za-z0-9]",
+    GOOD.replace('"a"', '"a\\n"'): "list.jsonl:1: Expected `str` matching regex '^[A-Za-z0-9]",
+    GOOD.replace('"a"', '["a"]'): "list.jsonl:1: Expected `str`, got `array` - at `$.id`",
+    GOOD.replace('"a"', '"checkpoints"'): "list.jsonl:1: id 'checkpoints' is the name of one of the batch's own files",
+    GOOD.replace('"teapot"', '" "'): "list.jsonl:1: Expected `str` matching regex '\\\\S' - at `$.class_word`",
     GOOD + "\n\n" + GOOD: "list.jsonl:3: id 'a' is also that of line 1; give it another",
     '{"id": "' + "a" * 2**16 + '"}': "list.jsonl:1: not JSON",
+    GOOD
+    + "\n"
+    + GOOD.replace("teapot/train", "a\\u0000b"): "list.jsonl:2: dir: a\\x00b: not a path, as it holds a NUL",
+    GOOD.replace("teapot/train", "~nosuchuser/x"): "list.jsonl:1: dir: ~nosuchuser/x: Could not determine home",
+    GOOD[:-1] + ', "masks": "~nosuchuser/x"}': "list.jsonl:1: masks: ~nosuchuser/x: Could not determine home",
+    GOOD.replace("teapot/train", "a\\ud800b"): "list.jsonl:1: not JSON (JSON is malformed",
+    "[" * 60_000: "list.jsonl:1: ",
+    "\x00" * 100: "list.jsonl:1: not JSON",
 }
 
 
@@ -249,6 +263,25 @@ def test_mistakes_in_the_manifest(tmp_path, text):
     with pytest.raises(UserError) as error:
         list(manifest.read_manifest(path))
     assert BAD[text] in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "missing"])
+def test_a_manifest_is_a_regular_file(tmp_path, kind):
+    """Anything else could be without end."""
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "list.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(UserError, match="expected a file with a JSON object a line"):
+        list(manifest.read_manifest(path))
+
+
+def test_a_manifest_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "list.jsonl"
+    path.write_text("\ufeff" + GOOD[:-1] + ', "masks": null, "seed": null}')
+    (line,) = manifest.read_manifest(path)
+    assert (line.id, line.masks, line.seed) == ("a", None, None)
 
 
 def test_ten_thousand_lines_are_read_one_at_a_time(tmp_path):

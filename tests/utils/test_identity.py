@@ -23,6 +23,16 @@ def test_a_folder_is_of_one_config(tmp_path):
     )
 
 
+def test_many_differences_are_counted(tmp_path):
+    path = tmp_path / "config.json"
+    claim(path, {f"key{i}": 0 for i in range(9)})
+    with pytest.raises(UserError) as error:
+        claim(path, {f"key{i}": "x" * 30_000 for i in range(9)})
+    assert "key4: 0 there, 'xxx" in str(error.value)
+    assert str(error.value).endswith(" and 4 more); give the same one, or another folder")
+    assert len(str(error.value)) < 1300
+
+
 def test_a_key_that_an_older_folder_lacks(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"seed": 1}')

@@ -1,0 +1,75 @@
+"""The concepts that a batch was training when it was interrupted, as its checkpoints hold them."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import msgspec
+import numpy as np
+
+from catversion_jax.data.manifest import Line
+from catversion_jax.training.checkpoints import Saved, read_newest
+from catversion_jax.training.state import TrainState
+from catversion_jax.training.step import StepConfig
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.log import warn
+from catversion_jax.utils.records import convert
+
+
+class SlotNote(msgspec.Struct):
+    """What is saved with the slots' states: the concept in each, None if it is empty, and its line's digest."""
+
+    ids: list[str | None]
+    digests: list[str | None] = []  # states that were saved before there were digests have none
+
+
+class Interrupted(NamedTuple):
+    """An interrupted concept."""
+
+    state: TrainState  # [1, ...]
+    digest: str | None  # of its line
+
+
+def note_of(lines: Sequence[Line | None]) -> dict[str, Any]:
+    """Returns the note to save with the states of slots that train these lines."""
+    note = SlotNote([line.id if line else None for line in lines], [line.digest if line else None for line in lines])
+    return msgspec.to_builtins(note)
+
+
+def read_interrupted(folders: Iterable[Path], step_config: StepConfig) -> dict[str, Interrupted]:
+    """Returns the interrupted concepts by id, from the folders of checkpoints of all processes.
+
+    What is damaged is left out with a warning: its concepts begin anew.
+    """
+
+    def shapes_of(note: dict[str, Any]) -> TrainState:
+        count = len(to_slot_note(note).ids)
+        shapes = jax.eval_shape(lambda: step_config.init_state([0] * count))
+        return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
+
+    concepts: dict[str, Interrupted] = {}
+    for folder in folders:
+        try:
+            saved = read_newest(folder, shapes_of)
+        except UserError as error:
+            warn(f"{error}; going on without it: its concepts begin anew")
+            continue
+        for concept_id, found in of_slots(saved) if saved else ():
+            # After a restart with another number of processes, a concept may be in several folders.
+            if concept_id not in concepts or found.state.step > concepts[concept_id].state.step:
+                concepts[concept_id] = found
+    return concepts
+
+
+def to_slot_note(note: dict[str, Any]) -> SlotNote:
+    return convert(note, SlotNote, "note", "expected the ids of the slots")
+
+
+def of_slots(saved: Saved) -> Iterator[tuple[str, Interrupted]]:
+    """Yields the concepts of a checkpoint of slots, by id."""
+    note = to_slot_note(saved.note)
+    for index, (concept_id, digest) in enumerate(itertools.zip_longest(note.ids, note.digests)):
+        if concept_id is not None:
+            yield concept_id, Interrupted(jax.tree.map(lambda x, i=index: x[i : i + 1], saved.state), digest)
