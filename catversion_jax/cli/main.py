@@ -17,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from catversion_jax import __version__
-from catversion_jax.utils.errors import Interrupted, StorageError, UserError, is_storage_error, listed, one_line, short
+from catversion_jax.utils.errors import Interrupted, StorageError, UserError, is_out_of_memory, is_storage_error, listed, one_line, short
 from catversion_jax.utils.log import LOGGER
 
 # Before anything imports them: JAX's C++ log and transformers' advice are not for our users.
@@ -181,7 +181,7 @@ def explain(error: BaseException, command: str) -> tuple[str, int]:
         again = f"fix that and run the command again{' with --resume' if command == 'train' else ''}"
         line = f"{where}{error.strerror or short(error)}; {again}"
         return one_line(line), STORAGE if is_storage_error(error) else MISTAKE
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    if is_out_of_memory(error):
         return f"out of memory ({short(error)}); lower the batch size, the slots or the dtype's width", MISTAKE
     if "jax" in sys.modules:
         from catversion_jax.utils.devices import devices_problem

@@ -147,11 +147,11 @@ def read_newest(folder: Path, like: Callable[[dict[str, Any]], TrainState]) -> S
             damaged[str(path)] = short(error)
             continue
         if damaged:
-            warn(f"{told(damaged)}; going on from step {step}, the newest that is readable")
+            warn(f"{damage_of(damaged)}; going on from step {step}, the newest that is readable")
         return saved
     if damaged:
         todo = "restore the folder from a copy, or remove it to begin at step 0"
-        raise UserError(f"{told(damaged)}; no older one is readable; {todo}")
+        raise UserError(f"{damage_of(damaged)}; no older one is readable; {todo}")
     return None
 
 
@@ -163,7 +163,7 @@ def set_aside(path: Path) -> None:
         path.rename(target)
 
 
-def told(damaged: Mapping[str, str]) -> str:
+def damage_of(damaged: Mapping[str, str]) -> str:
     """Names damaged checkpoints, and says what is wrong with the newest."""
     return f"{listed(damaged)}: not a readable checkpoint ({next(iter(damaged.values()))})"
 

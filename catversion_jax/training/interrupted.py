@@ -25,7 +25,7 @@ class SlotNote(msgspec.Struct):
     digests: list[str | None] = []  # states that were saved before there were digests have none
 
 
-class Interrupted(NamedTuple):
+class InterruptedConcept(NamedTuple):
     """An interrupted concept."""
 
     state: TrainState  # [1, ...]
@@ -38,7 +38,7 @@ def note_of(lines: Sequence[Line | None]) -> dict[str, Any]:
     return msgspec.to_builtins(note)
 
 
-def read_interrupted(folders: Iterable[Path], step_config: StepConfig) -> dict[str, Interrupted]:
+def read_interrupted(folders: Iterable[Path], step_config: StepConfig) -> dict[str, InterruptedConcept]:
     """Returns the interrupted concepts by id, from the folders of checkpoints of all processes.
 
     What is damaged is left out with a warning: its concepts begin anew.
@@ -49,7 +49,7 @@ def read_interrupted(folders: Iterable[Path], step_config: StepConfig) -> dict[s
         shapes = jax.eval_shape(lambda: step_config.init_state([0] * count))
         return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
 
-    concepts: dict[str, Interrupted] = {}
+    concepts: dict[str, InterruptedConcept] = {}
     for folder in folders:
         try:
             saved = read_newest(folder, shapes_of)
@@ -67,9 +67,9 @@ def to_slot_note(note: dict[str, Any]) -> SlotNote:
     return convert(note, SlotNote, "note", "expected the ids of the slots")
 
 
-def of_slots(saved: Saved) -> Iterator[tuple[str, Interrupted]]:
+def of_slots(saved: Saved) -> Iterator[tuple[str, InterruptedConcept]]:
     """Yields the concepts of a checkpoint of slots, by id."""
     note = to_slot_note(saved.note)
     for index, (concept_id, digest) in enumerate(itertools.zip_longest(note.ids, note.digests)):
         if concept_id is not None:
-            yield concept_id, Interrupted(jax.tree.map(lambda x, i=index: x[i : i + 1], saved.state), digest)
+            yield concept_id, InterruptedConcept(jax.tree.map(lambda x, i=index: x[i : i + 1], saved.state), digest)

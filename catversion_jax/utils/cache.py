@@ -8,6 +8,7 @@ import contextlib
 import os
 import stat
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def enable() -> None:
         return
     if damaged := cache_entries.check(path):
         warn(f"{path}: {damaged} compiled programs were damaged and are removed; they are compiled again")
+    # On a full disk it would show a warning of several lines for every program; `note` counts them in one.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", str(path))
     # JAX's default keeps only programs that took at least 1 s to compile; the many small ones add up at each start.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -100,4 +103,5 @@ def note(path: Path, counts: Counter) -> None:
         with contextlib.suppress(OSError, UserError, StorageError):  # a lost count is not worth an error
             text = records.encode(Counts(dict(counts), dict(total)))
             write_atomically(path / COUNTS, lambda file: file.write_text(text))
-            cache_entries.check(path)
+        if failed := cache_entries.check(path):
+            warn(f"{path}: {failed} compiled programs could not be kept; make room there")

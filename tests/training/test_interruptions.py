@@ -15,7 +15,7 @@ from catversion_jax.config import Config
 from catversion_jax.data.manifest import Line
 from catversion_jax.models.sharding import make_mesh
 from catversion_jax.training import step
-from catversion_jax.training.interrupted import Interrupted
+from catversion_jax.training.interrupted import InterruptedConcept
 from catversion_jax.training.loop import enough_memory, not_finite, signals
 from catversion_jax.training.many_concepts import ManyConcepts, Share, refuse_changed_lines
 from catversion_jax.training.report import DONE, Report, ReportEntry
@@ -131,7 +131,7 @@ def test_an_interrupted_line_that_changed(caplog, digest, seed, continues):
     """It begins anew: its state was learned from other photos."""
     saved = state(4, 1).replace(seed=np.asarray([seed], np.uint32))
     batch = SimpleNamespace(
-        saved={"a": Interrupted(saved, digest)}, step_config=SimpleNamespace(init_state=lambda seeds: "new")
+        saved={"a": InterruptedConcept(saved, digest)}, step_config=SimpleNamespace(init_state=lambda seeds: "new")
     )
     found = ManyConcepts.state_of(batch, line(), Config())
     assert (found is saved) == continues
