@@ -17,7 +17,16 @@ from absl import flags
 from tqdm import tqdm
 
 from catversion_jax import __version__
-from catversion_jax.utils.errors import Interrupted, StorageError, UserError, is_out_of_memory, is_storage_error, listed, one_line, short
+from catversion_jax.utils.errors import (
+    Interrupted,
+    StorageError,
+    UserError,
+    is_out_of_memory,
+    is_storage_error,
+    listed,
+    one_line,
+    short,
+)
 from catversion_jax.utils.log import LOGGER
 
 # Before anything imports them: JAX's C++ log and transformers' advice are not for our users.

@@ -79,7 +79,8 @@ def loop(
                     writer.image(step, "validation", np.concatenate(images, axis=1))
             save()
             if bar.n > bar.initial and not moved:
-                warn(f"{run.path}: every gradient was zero, so nothing was learned; check adapter.logit_bias")
+                what = "the gradient was zero in every step, so nothing was learned"
+                warn(f"{run.path}: {what}; check adapter.logit_bias")
     finally:
         writer.close()
     return state, received[0] if received and not done() else None

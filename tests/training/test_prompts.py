@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from catversion_jax.base.pipeline import MINI
 from catversion_jax.base.tokenizer import Tokenizer
 from catversion_jax.config import Config
 from catversion_jax.training.concept_data import check_prompts, latents_to_npy, read_latents
@@ -66,23 +67,10 @@ def test_good_prompts(mini, changes, caplog):
 def test_the_second_encoder_of_sdxl(mini):
     """Its tokenizer may not hold the word where the first does; its prefix would then learn nothing."""
 
-    class Other(Tokenizer):
-        """A tokenizer of another length."""
-
-        def __init__(self):
-            self.length = 4
-
-        def __call__(self, prompts):
-            return mini.tokenizer(prompts)[:, : self.length]
-
-        def word(self, word):
-            return mini.tokenizer.word(word)
-
-        def is_cut(self, prompt):
-            return True
-
+    other = Tokenizer(MINI / "tokenizer")
+    other.length = 4
     with pytest.raises(UserError, match="'a photo of a teapot', cut off after 4 tokens"):
-        check(mini, [GOOD], tokenizers=(mini.tokenizer, Other()), adapter__scope="trigger")
+        check(mini, [GOOD], tokenizers=(mini.tokenizer, other), adapter__scope="trigger")
 
 
 def test_many_prompts_are_counted(mini):
