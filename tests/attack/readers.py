@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.serialization
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
@@ -29,7 +30,11 @@ from catversion_jax.methods import concept_file, official
 from catversion_jax.study.rows import CandidateRow
 from catversion_jax.study.study import once
 from catversion_jax.study.sweep import Score, known_scores
-from catversion_jax.training.concept_data import read_latents
+from catversion_jax.training.checkpoints import Checkpoints, read_newest
+from catversion_jax.training.concept_data import latents_to_npy, read_latents
+from catversion_jax.training.metric_writer import MetricRow, MetricWriter
+from catversion_jax.training.report import Report, ReportEntry
+from catversion_jax.training.state import TrainState
 from catversion_jax.utils import cache, cache_entries, identity, records
 from catversion_jax.weights import msgpack, safetensors, torch_zip
 from catversion_jax.weights.source import open_source
@@ -157,8 +162,46 @@ def read_cache(folder: Path) -> Any:
     return cache.read_counts(folder)
 
 
-def write_latents(folder: Path) -> None:
-    np.save(folder / "class_latents.npy", np.zeros((2, 4, 4, 4), np.float32))
+LATENTS = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
+
+
+def read_class_latents(folder: Path) -> str:
+    """None, for which a run samples them again, counts as those that were written."""
+    found = read_latents(folder / "class_latents.npy", LATENTS.shape)
+    return hash_tree(LATENTS if found is None else found)
+
+
+def train_state() -> TrainState:
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(1, 2, 3, 2, 2, 8)), jnp.float32) for _ in range(3)]
+    numbers = [jnp.asarray([value]) for value in (8, 0)]
+    learned, first, second = ({"prefix": array} for array in arrays)
+    return TrainState(numbers[0], numbers[1], learned, (first, second), jnp.ones(1), jnp.zeros(1, jnp.int32))
+
+
+def write_checkpoint(folder: Path) -> None:
+    checkpoints = Checkpoints(folder / "checkpoints", 3)
+    checkpoints.save(8, train_state(), {"seed": 0})
+    checkpoints.close()
+
+
+def read_checkpoint(folder: Path) -> str | None:
+    saved = read_newest(folder / "checkpoints", lambda _: train_state())
+    return saved and f"{saved.step}{hash_tree(saved.state)}{sorted(saved.note.items())}"
+
+
+def read_report(folder: Path) -> Any:
+    report = Report(folder)
+    report.reconcile({"a": True, "b": False})
+    report.add(ReportEntry("b", "done"))
+    return list(report.entries())
+
+
+def read_metrics(folder: Path) -> str:
+    writer = MetricWriter(folder / "metrics.jsonl", folder / "events", 2)
+    writer.row(MetricRow(3, 0.5))
+    writer.close()
+    return (folder / "metrics.jsonl").read_text()
 
 
 # ---- photos, prompts, benchmarks, manifests
@@ -244,7 +287,22 @@ READERS = {
         write_json("row.json", CANDIDATE), lambda folder: once(folder / "row.json", CandidateRow, lambda: {})
     ),
     "compilation cache": Reader(write_cache, read_cache),
-    "class latents": Reader(write_latents, lambda folder: read_latents(folder / "class_latents.npy", (2, 4, 4, 4))),
+    "class latents": Reader(
+        lambda folder: (folder / "class_latents.npy").write_bytes(latents_to_npy(LATENTS)),
+        read_class_latents,
+        sealed=True,
+    ),
+    "checkpoint": Reader(write_checkpoint, read_checkpoint, sealed=True),
+    "report": Reader(
+        write_lines("report.jsonl", [{"id": "a", "status": "done", "loss": 0.5}, {"id": "b", "status": "failed"}]),
+        read_report,
+        mutation=change_line,
+    ),
+    "metrics": Reader(
+        write_lines("metrics.jsonl", [{"step": step, "loss": 0.5} for step in (1, 2, 3)]),
+        read_metrics,
+        mutation=change_line,
+    ),
     "stored photos": Reader(
         lambda folder: dataset.write_dataset(folder, photos()),
         lambda folder: hash_photos(dataset.read_dataset(folder)),
