@@ -59,6 +59,7 @@ def run_here(arguments: tuple[object, ...]) -> subprocess.CompletedProcess:
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
+        sys.modules.pop("config_config", None)  # the config file, which ml_collections would take for the next one
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environment)

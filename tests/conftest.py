@@ -35,6 +35,7 @@ if importlib.util.find_spec("beartype"):
 
 from catversion_jax.base import pipeline
 from catversion_jax.utils import cache
+from catversion_jax.utils.log import LOGGER
 from tests import tiny
 
 GOLDEN = Path(__file__).parent / "golden" / "mini_torch.npz"
@@ -54,6 +55,12 @@ def pytest_runtest_makereport(item, call):
     if report.skipped and not any(excuse in str(report.longrepr) for excuse in EXCUSES):
         report.outcome = "failed"
     return report
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Our warnings reach pytest, whichever command ran in this process before and took them for its console."""
+    LOGGER.handlers, LOGGER.propagate = [], True
 
 
 @pytest.fixture(scope="session")

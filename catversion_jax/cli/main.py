@@ -29,9 +29,8 @@ from catversion_jax.utils.errors import (
 )
 from catversion_jax.utils.log import LOGGER
 
-# Before anything imports them: JAX's C++ log and transformers' advice are not for our users.
+# Before anything imports it: JAX's C++ log is not for our users.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 COMMANDS = {
     "train": "train a concept on a folder of photos",

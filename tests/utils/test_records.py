@@ -1,6 +1,5 @@
 """JSON that is read back: checked against what it was declared to be."""
 
-import logging
 import os
 from dataclasses import dataclass
 
@@ -67,7 +66,6 @@ def test_lines(tmp_path, caplog):
     for i in range(3):
         records.append_line(path, Thing(f"thing {i}", i))
     expected = [Thing(f"thing {i}", i) for i in range(3)]
-    logging.getLogger("catversion_jax").propagate = True
     assert list(records.read_lines(path, Thing)) == expected
     assert not caplog.messages
     with path.open("ab") as file:
