@@ -48,7 +48,7 @@ def run_apart(arguments: tuple[object, ...], full_disk: bool) -> subprocess.Comp
 def run_here(arguments: tuple[object, ...]) -> subprocess.CompletedProcess:
     """The command's main, which leaves nothing behind: neither flags, nor its logging, nor the environment."""
     before, argv, environment, folder = set(flags.FLAGS), sys.argv, dict(os.environ), Path.cwd()
-    logging = LOGGER.handlers, LOGGER.propagate, LOGGER.level
+    logging = LOGGER.handlers, LOGGER.propagate
     out, err = io.StringIO(), io.StringIO()
     os.chdir(ROOT)
     try:
@@ -63,8 +63,7 @@ def run_here(arguments: tuple[object, ...]) -> subprocess.CompletedProcess:
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environment)
-        LOGGER.handlers, LOGGER.propagate = logging[:2]
-        LOGGER.setLevel(logging[2])
+        LOGGER.handlers, LOGGER.propagate = logging
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 

@@ -175,7 +175,6 @@ def set_up_logging() -> None:
     absl.logging.use_absl_handler()
     absl.logging.set_verbosity(absl.logging.WARNING)
     LOGGER.handlers, LOGGER.propagate = [Console()], False
-    LOGGER.setLevel(logging.WARNING)
 
 
 def explain(error: BaseException, command: str) -> tuple[str, int]:

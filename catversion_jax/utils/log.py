@@ -10,6 +10,7 @@ from pathlib import Path
 from catversion_jax.utils.errors import one_line
 
 LOGGER = logging.getLogger("catversion_jax")
+LOGGER.setLevel(logging.WARNING)  # its own: absl changes the root logger's level
 
 
 def warn(message: str) -> None:
