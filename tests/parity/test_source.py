@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from catversion_jax.weights import ldm, source
 from tests import ldm_files, tiny
-from tests.weights.test_source import read
+from tests.weights.models import read
 
 FAMILIES = tuple(ldm_files.CONFIGS)
 SAVED = {
