@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from catversion_jax.base.schedulers import SCHEDULERS
-from catversion_jax.utils.settings import at_least, between, one_of, setting
+from catversion_jax.utils.settings import between, one_of, setting
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class SamplerConfig:
     steps: int = setting(50, "Number of sampling steps.", between(1, 1000))
     guidance: float = setting(7.5, "Scale of classifier-free guidance; 1 turns it off.", between(0, 100))
     # The last batch is padded to this size, so that one compiled program serves all.
-    batch_size: int = setting(4, "Number of images sampled at once.", at_least(1))
+    batch_size: int = setting(4, "Number of images sampled at once.", between(1, 1024))
     scheduler: str = setting(
         "",
         f'Sampling scheduler: one of {", ".join(SCHEDULERS)}; "" means the one in scheduler_config.json.',

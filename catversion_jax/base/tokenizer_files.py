@@ -4,6 +4,7 @@ They are checked here, before the tokenizers library sees them: its own errors n
 and some values abort the process.
 """
 
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +21,9 @@ UNLIMITED = 1e20
 """From here on, transformers' model_max_length means that none was given."""
 MOST_TOKENS = 2**20  # CLIP's vocabulary has 49,408
 MOST_ADDED = 4096
+
+SPECIAL = re.compile(r"<.*>")
+"""Tokens that no merge makes, such as <|endoftext|>."""
 
 TokenId = Annotated[int, Meta(ge=0, lt=MOST_TOKENS)]
 
@@ -127,7 +131,7 @@ def read_byte_pairs(folder: Path) -> tuple[Path, BytePairs, list[AddedTokenEntry
         lines = read_text(merges, MOST_BYTES, EXPECTED).split("\n")
         pairs = BytePairs(
             read_record(vocab, dict[str, TokenId], EXPECTED),
-            [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")],
+            [line.strip(" \t\r") for line in lines if line.strip() and not line.startswith("#version")],
         )
         later = folder / "added_tokens.json"
         added = read_record(later, dict[str, TokenId], EXPECTED) if later.exists() else {}
@@ -145,8 +149,20 @@ def check_byte_pairs(path: Path, pairs: BytePairs) -> list[tuple[str, str]]:
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in pairs.merges]
     bad = [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= pairs.vocab.keys()]
     if bad:
-        raise UserError(f"{path}: merges that it has no tokens for: {listed(map(' '.join, bad))}; {EXPECTED}")
+        raise UserError(
+            f"{merges_file(path)}: merges that it has no tokens for: {listed(map(' '.join, bad))}; {EXPECTED}"
+        )
+    # A file that was copied in part would give other tokens without a word.
+    made = {"".join(merge) for merge in merges}
+    unmade = [token for token in pairs.vocab if len(token.removesuffix("</w>")) > 1 and token not in made]
+    if lost := [token for token in unmade if not SPECIAL.fullmatch(token)]:
+        raise UserError(f"{merges_file(path)}: lacks the merges of the tokens {listed(lost)}; {EXPECTED}")
     return [(merge[0], merge[1]) for merge in merges]
+
+
+def merges_file(path: Path) -> Path:
+    """Returns the file with the merges, given the one with the ids."""
+    return path.with_name("merges.txt") if path.name == "vocab.json" else path
 
 
 def special_tokens(settings: TokenizerSettings, special: SpecialTokens) -> dict[str, AddedTokenEntry]:

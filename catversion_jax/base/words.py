@@ -60,8 +60,17 @@ def without_word(tokenizers: Sequence[Tokenizer], class_word: str, prompts: Sequ
     """
     if not class_word:
         return list(prompts)
-    found = [find_word(tokenizer, tokenizer(list(prompts)), class_word) for tokenizer in tokenizers]
-    return [prompt for prompt, last in zip(prompts, np.min(found, axis=0), strict=True) if last < 0]
+    (without,) = without_words(tokenizers, [class_word], prompts)
+    return without
+
+
+def without_words(
+    tokenizers: Sequence[Tokenizer], class_words: Sequence[str], prompts: Sequence[str]
+) -> list[list[str]]:
+    """Returns, for each class word, the prompts in which a text encoder does not find it beside the others."""
+    found = [find_words(tokenizer, tokenizer(list(prompts)), class_words) for tokenizer in tokenizers]
+    last = np.min(found, axis=0) if class_words and prompts else np.zeros((len(class_words), len(prompts)))
+    return [[prompt for prompt, place in zip(prompts, of_word, strict=True) if place < 0] for of_word in last]
 
 
 def is_word_cut(tokenizer: Tokenizer, class_word: str, prompt: str) -> bool:

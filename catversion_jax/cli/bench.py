@@ -18,7 +18,7 @@ from catversion_jax.bench.row import Row, bench_table
 from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.config import OF_A_RUN
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import checked_output, expand, write_atomically
+from catversion_jax.utils.files import check_writable, expand, write_atomically
 
 SIZES = "1x2,4x2,16x2,32x2"
 
@@ -45,7 +45,7 @@ def main(arguments: flags.FlagValues) -> int:
     """Times each size and prints the table; the row of a size that does not fit in memory says so."""
     sizes = parse_sizes(arguments.sizes)
     if arguments.out:
-        checked_output(expand(arguments.out))  # before the work
+        check_writable(expand(arguments.out))  # before the work
     if arguments.vs:
         check_torch()
         # By default JAX reserves most of a GPU's memory, and PyTorch runs in the same process.

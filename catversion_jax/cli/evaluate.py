@@ -29,7 +29,7 @@ from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.model_names import public_name
 from catversion_jax.utils.errors import UserError, is_storage_error, short
-from catversion_jax.utils.files import checked_output, expand, write_atomically
+from catversion_jax.utils.files import check_writable, expand, write_atomically
 
 
 def define_flags() -> None:
@@ -84,7 +84,7 @@ def main(arguments: flags.FlagValues) -> int:
         raise UserError(f"--out={out}: expected the name of a JSON file; the report takes the same name with .html")
     make_folder(out.parent)
     for path in (out, out.with_suffix(".html")):
-        checked_output(path)  # now, and not when hours of scores are to be written
+        check_writable(path)  # now, and not when hours of scores are to be written
     config = evaluation_config(arguments, tasks)
     shared = load_encoders(arguments, tasks)
     found = evaluation.evaluate(tasks, config, shared)
@@ -93,11 +93,11 @@ def main(arguments: flags.FlagValues) -> int:
     described = {name: value and public_name(value) for name, value in given.items()}
     described |= {"protocol": arguments.protocol} | evaluation.describe(tasks, config, shared, found.rows)
     result = finite(found.result() | {"config": described, "versions": evaluation.versions()})
+    for name in scores.SCORES:
+        print(f"{name:17}{page.format_score(result[name], result['intervals'][name])}")
     # Before anything is drawn: hours of scores must not be lost to a picture of them.
     document = json.dumps(result, indent=1, allow_nan=False) + "\n"
     write_atomically(out, lambda path: path.write_text(document))
-    for name in scores.SCORES:
-        print(f"{name:17}{page.format_score(result[name], result['intervals'][name])}")
     write_page(out, result, found.pictures)
     print(f"{sum(row['pictures'] for row in found.rows)} images: {out}, {out.with_suffix('.html')}")
     return 0

@@ -62,7 +62,7 @@ def given_embedding(arguments: flags.FlagValues) -> str:
 def given_concepts(arguments: flags.FlagValues) -> dict[str, Concept]:
     """Returns the concepts of --embedding, by their sources. Raises UserError if it is missing or names one twice."""
     given = [str(expand(path)) for path in arguments.embedding]
-    if not given:
+    if not given or ("." in given and "" in arguments.embedding):
         raise UserError("--embedding: missing; expected a run directory of catversion train")
     if twice := [path for path in given if given.count(path) > 1]:
         raise UserError(f"--embedding: {twice[0]} twice; expected each concept once")

@@ -24,6 +24,7 @@ from catversion_jax.methods.concept_model import load_for_concepts, model_of, wa
 from catversion_jax.sampling.conditioning import movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
 from catversion_jax.sampling.sampler import SampleRequest, sample_images
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand, write_atomically
 from catversion_jax.utils.image_grid import grid, reduced
 from catversion_jax.utils.log import warn
@@ -51,6 +52,8 @@ def main(arguments: flags.FlagValues) -> int:
     compose(personalization.concepts)  # refuses concepts that cannot share a prompt, at any strength
     sampler = SamplerConfig() if arguments.check else given_sampler(arguments, concepts)
     prompts = given_prompts(arguments)
+    if not arguments.out:  # a shell variable that is not set
+        raise UserError("--out: empty; expected a folder; . is this one")
     out = expand(arguments.out)
     if not arguments.check:
         make_folder(out)

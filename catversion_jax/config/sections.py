@@ -11,8 +11,10 @@ from catversion_jax.utils.settings import YES_OR_NO, at_least, between, optional
 class TrainConfig(OptimizerConfig):
     """The training loop and its optimizer, which share this section."""
 
-    steps: int = setting(1000, "Number of training steps, and the length of the learning rate schedule.", at_least(1))
-    batch_size: int = setting(2, "Number of photos per concept in each step.", at_least(1))
+    steps: int = setting(
+        1000, "Number of training steps, and the length of the learning rate schedule.", between(1, 2**31 - 1)
+    )
+    batch_size: int = setting(2, "Number of photos per concept in each step.", between(1, 2**20))
     background_weight: float = setting(
         1.0, "Loss weight of what the photos' masks leave out; the subject's weight is 1.", between(0, 1)
     )

@@ -107,6 +107,9 @@ def write_dataset(folder: Path, photos: list[Photo]) -> None:
 def read_dataset(folder: Path) -> list[Photo]:
     """Returns the photos, sorted by name. Raises UserError if there is no complete and undamaged dataset."""
     try:
+        for path in folder.rglob("*"):  # a device or a pipe would never end
+            if not (path.is_dir() or path.is_file()):
+                raise UserError(f"{path.name}: not a regular file")
         with contextlib.redirect_stdout(io.StringIO()):
             examples = list(Photos(data_dir=folder).as_data_source("train"))
         check_digest(folder / DIGEST_FILE, examples)

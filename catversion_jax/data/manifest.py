@@ -1,6 +1,9 @@
 """The manifest of concepts that `catversion batch` trains: one JSON object per line."""
 
 import hashlib
+import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,11 +50,31 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         given = {"concept.article": self.article or None, "seed": self.seed, "train.steps": self.steps}
         return changes | {key: value for key, value in given.items() if value is not None}
 
+    def resolved(self, folder: Path, seed: int, steps: int) -> "Line":
+        """Returns the line with the config's `seed` and `steps` if it has none, and with its paths in one spelling."""
+        masks = self.masks and same_spelling(self.masks, folder)
+        seed, steps = (own if own is not None else other for own, other in ((self.seed, seed), (self.steps, steps)))
+        return msgspec.structs.replace(
+            self,
+            dir=same_spelling(self.dir, folder),
+            masks=masks or None,
+            article=self.article or None,
+            seed=seed,
+            steps=steps,
+        )
+
     @property
     def digest(self) -> str:
         """A hash of the values that a concept is learned with: of all but the id."""
-        values = msgspec.structs.replace(self, id="", masks=self.masks or None, article=self.article or None)
+        values = msgspec.structs.replace(self, id="")
         return hashlib.sha256(records.encode(values).encode()).hexdigest()[:16]
+
+
+def same_spelling(path: str, folder: Path) -> str:
+    """Returns a path without . and a slash at its end, and relative if it is in the manifest's folder."""
+    whole = os.path.normpath(path)
+    own = os.path.abspath(folder)
+    return os.path.relpath(whole, own) if whole.startswith(f"{own}{os.sep}") else whole
 
 
 def read_manifest(path: Path) -> Iterator[Line]:
@@ -78,12 +101,21 @@ def read_manifest(path: Path) -> Iterator[Line]:
 
 def parse_line(text: bytes, where: str) -> Line:
     """Parses one line of a manifest; `where` names it in error messages."""
-    line = records.decode(text, Line, where, EXPECTED)
+    line = records.decode(whole_characters(text), Line, where, EXPECTED)
     if line.id in RESERVED:
         raise UserError(f"{where}: id {line.id!r} is the name of one of the batch's own files; give it another")
-    for key in ("dir", "masks"):
-        try:
-            expand(getattr(line, key) or "")
-        except UserError as error:
-            raise UserError(f"{where}: {key}: {error}") from None
     return line
+
+
+def whole_characters(text: bytes) -> bytes:
+    """Replaces escaped halves of characters, which JSON may hold and no file name, by U+FFFD.
+
+    The concept with such a value then fails by itself, and the others of the manifest are trained.
+    """
+    if b"\\ud" not in text.lower():
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # said by `records.decode`
+        return text
+    return re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False)).encode()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from catversion_jax.utils.errors import UserError, refused
 
-IGNORED = ("thumbs.db", "desktop.ini")
+IGNORED = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "zbthumbnail.info")
 """Left in folders by file managers; names that begin with a dot are ignored too."""
 
 PHOTO_ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"))
@@ -24,8 +24,14 @@ OTHER_ENDINGS = frozenset(
 )  # fmt: skip
 """Endings of captions, settings, films and other files that are never photos."""
 
-MASK_NAME = re.compile(r"(?P<photo>.+)[-_.](?P<what>masklabel|mask)", re.IGNORECASE | re.DOTALL)
-"""Stem of a mask that lies beside its photo; OneTrainer writes PHOTO-masklabel.png."""
+MASK_NAME = re.compile(
+    r"(?P<photo>.+?)(\.(png|jpe?g|webp))?[-_. (]+(?P<what>masklabel|condlabel|masks?|matte|alpha|seg)\)?[-_]?\d*"
+    r"|masks?[-_. ](?P<after>.+)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Stem of a mask that lies beside its photo; OneTrainer writes PHOTO-masklabel.png and PHOTO-condlabel.png."""
+LABELS = ("masklabel", "condlabel")
+"""Endings of names that are never a photo's."""
 
 
 class FolderFiles(NamedTuple):
@@ -45,7 +51,9 @@ def stem_of(path: Path) -> str:
 
 
 def is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name.lower() in IGNORED
+    # The last is what Windows notes beside a downloaded file, and WSL copies.
+    name = path.name.lower()
+    return name.startswith(".") or name in IGNORED or name.endswith(":zone.identifier")
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -92,12 +100,22 @@ def is_other(path: Path, names: Collection[str]) -> bool:
 def is_mask(path: Path, stems: Collection[str]) -> bool:
     """Whether a file beside photos is a mask by its name; PHOTO-mask and the like only if that photo is there."""
     match = MASK_NAME.fullmatch(stem_of(path))
-    return bool(match and (match["what"].lower() == "masklabel" or match["photo"] in stems))
+    if match is None:
+        return False
+    is_label = (match["what"] or "").lower() in LABELS
+    return is_label or (match["photo"] or match["after"]).casefold() in {stem.casefold() for stem in stems}
 
 
 def photo_of_mask(path: Path, photos: Collection[str]) -> str | None:
-    """Returns the stem of a mask's photo: its own or, without -masklabel or -mask, the rest; None if none has it."""
+    """Returns the stem of a mask's photo: its own or, without -masklabel or -mask, the rest; None if none has it.
+
+    The same in another case counts if no photo has it as it is; so does a photo's whole name ("a.png" of a.png.png).
+    """
     stem = stem_of(path)
     match = MASK_NAME.fullmatch(stem)
-    candidates = (stem, match["photo"] if match else stem)
-    return next((name for name in candidates if name in photos), None)
+    candidates = [stem, (match["photo"] or match["after"]) if match else stem]
+    if Path(stem).suffix.lower() in PHOTO_ENDINGS:
+        candidates.append(Path(stem).stem)
+    by_case = {photo.casefold(): photo for photo in photos}
+    exact = next((name for name in candidates if name in photos), None)
+    return exact or next((by_case[name.casefold()] for name in candidates if name.casefold() in by_case), None)

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.settings import Constraint, setting, several_texts
+from catversion_jax.utils.settings import Constraint, is_plain, setting, several_texts
 
 BRACES = frozenset("{}")
 
 
 def words(what: str) -> Constraint:
     """A text that is not blank and has no braces, which are for a template's fields."""
-    return Constraint(lambda value: bool(value.strip()) and not BRACES & set(value), f"{what}, without braces")
+    holds = lambda value: is_plain(value) and bool(value.strip()) and not BRACES & set(value)  # noqa: E731
+    return Constraint(holds, f"{what}, without braces and control characters")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class ConceptConfig:
     article: str = setting(
         "",
         'Article before the class word; "" means a or an, by the first letter.',
-        Constraint(lambda value: not BRACES & set(value), "an article, such as a or the, without braces"),
+        Constraint(
+            lambda value: is_plain(value) and not BRACES & set(value), "an article, such as a or the, without braces"
+        ),
     )
     templates: tuple[str, ...] = setting(
         ("a photo of {concept}",),

@@ -18,6 +18,8 @@ from catversion_jax.utils.log import warn
 
 FOLDER_NAMES = ("mask", "masks")
 """Names of a folder of masks inside the folder of photos, in any case."""
+ALMOST_ALL = 0.995
+"""The share from which on a mask says nothing: a stray point of the other kind is no subject."""
 HALF = 127
 """The largest brightness or opacity that is background."""
 
@@ -79,15 +81,18 @@ def open_mask(path: Path, size: tuple[int, int], photo: Path) -> Image.Image:
         image = eight_bits(image)
         if image.has_transparency_data:
             opacity = image.convert("RGBA").getchannel("A")
-            # Opacity that is nowhere below half says nothing: lossy formats change an opaque channel a little.
-            if np.asarray(opacity).min() <= HALF:
+            # Less says nothing: lossy formats change an opaque channel a little, and an eraser may touch a mask.
+            if (np.asarray(opacity) <= HALF).mean() > 1 - ALMOST_ALL:
                 return opacity
         return image.convert("RGB").convert("L")
 
 
 def warn_of_masks(folder: Path, shares: dict[str, float]) -> None:
     """Warns of masks that cover all or nothing of their photos; `shares` has what each covers, by name."""
-    says = {1: "all of their photos, so they say nothing", 0: "nothing, as no subject in them is bright or opaque"}
-    for share, meaning in says.items():
-        if names := [name for name, covered in shares.items() if covered == share]:
+    says = {
+        "all of their photos, so they say nothing": lambda covered: covered >= ALMOST_ALL,
+        "nothing, as no subject in them is bright or opaque": lambda covered: covered <= 1 - ALMOST_ALL,
+    }
+    for meaning, holds in says.items():
+        if names := [name for name, covered in shares.items() if holds(covered)]:
             warn(f"{folder}: these masks cover {meaning}; correct them: {listed(names)}")

@@ -18,10 +18,10 @@ from catversion_jax.methods import foreign_files, model_names
 from catversion_jax.methods.base import Method, check_keys
 from catversion_jax.methods.registry import METHODS, name_of
 from catversion_jax.utils import records, tree
-from catversion_jax.utils.errors import UserError, short
-from catversion_jax.utils.settings import flatten, follows
+from catversion_jax.utils.errors import UserError, listed, short
+from catversion_jax.utils.settings import flatten, follows, is_text
 from catversion_jax.utils.types import Params
-from catversion_jax.weights import safetensors
+from catversion_jax.weights import foreign, safetensors
 
 FILE_NAME = "concept.safetensors"
 FORMAT_VERSION = 1
@@ -108,10 +108,13 @@ def load(path: str | Path) -> Concept:
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         what = "not a regular file" if path.exists() else "not found"
-        raise UserError(f"{path}: {what}; expected a learned concept; run catversion train first")
+        folder = foreign.what_folder(path.parent) if path.name == FILE_NAME and path.parent.is_dir() else ""
+        raise UserError(f"{path}: {folder}{what}; expected a learned concept; run catversion train first")
     texts, names = read_header(path)
-    if kind := foreign_files.kind_of_tensors(names):
-        raise UserError(f"{path}: {kind}; expected a concept of catversion train")
+    kind = foreign_files.kind_of_tensors(names)
+    if kind or "format_version" not in texts:
+        said = kind or f"tensors {listed(names) or 'none'} of another program"
+        raise UserError(f"{path}: {said}; expected a concept of catversion train")
     again = f"expected a concept of format {FORMAT_VERSION}; copy it again"
     metadata = {name: records.decode(text, object, f"{path}: metadata {name}", again) for name, text in texts.items()}
     version = metadata.pop("format_version", None)
@@ -156,6 +159,12 @@ def parse_concept(
     sampler = metadata.pop("sampler", None)
     check_keys(values, set(FIELDS), OPTIONAL)
     fields = msgspec.structs.asdict(msgspec.convert(values, RECORD))
+    if not (0 <= fields["seed"] < 2**32 and 0 <= fields["steps"] < 2**31):
+        raise ValueError(f"seed {fields['seed']}, steps {fields['steps']}; expected those of a run")
+    if not (is_text(fields["model_path"]) and is_text(fields["class_word"])):
+        raise ValueError("class_word or model_path with a NUL or half of a character; expected text")
+    if fields["model_path"].startswith("~"):
+        raise ValueError(f"model_path {fields['model_path']!r}; expected a model's name")
     fields["model_path"] = model_names.local(fields["model_path"], path)
     fields["sampler"] = None if sampler is None else read_sampler(sampler)
     if odd := [f"{name} {x.dtype}" for name, x in tensors.items() if x.dtype != np.float32]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from catversion_jax.base.pipeline import MINI, ModelConfig, Pipeline, load_pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
-from catversion_jax.base.words import is_word_cut, without_word
+from catversion_jax.base.words import is_word_cut, without_words
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.composition import Personalization, compose
 from catversion_jax.methods.concept_file import Concept
@@ -57,15 +57,17 @@ def warnings(pipeline: Pipeline, prompts: Sequence[str], personalization: Person
     concepts = personalization.concepts
     if personalization.strength == 0:
         lines.append("strength=0 removes the concept: what follows is the base model's")
-    for word in (concept.class_word for concept in concepts):
-        if word and (without := without_word(pipeline.tokenizers, word, prompts)):
-            behind = [prompt for prompt in without if is_word_cut(pipeline.tokenizer, word, prompt)]
-            missing = [prompt for prompt in without if prompt not in behind]
-            said = f"the class word {word!r}, which the concept was learned with"
-            lines += [f"without {said}: {listed(map(repr, missing))}"] if missing else []
-            lines += [f"too long, so that {said}, is cut off: {listed(map(repr, behind))}"] if behind else []
+    words = [concept.class_word for concept in concepts if concept.class_word]
+    lost: list[str] = []
+    for word, without in zip(words, without_words(pipeline.tokenizers, words, prompts), strict=True):
+        behind = [prompt for prompt in without if is_word_cut(pipeline.tokenizer, word, prompt)]
+        missing = [prompt for prompt in without if prompt not in behind]
+        said = f"the class word {word!r}, which the concept was learned with"
+        lines += [f"without {said}: {listed(map(repr, missing))}"] if missing else []
+        lines += [f"too long, so that {said}, is cut off: {listed(map(repr, behind))}"] if behind else []
+        lost += behind
     those, tokenizer = compose(concepts), pipeline.tokenizer
-    cut = [prompt for prompt in prompts if len(those.prompt_ids(tokenizer, prompt)) > tokenizer.length - 2]
+    cut = [p for p in prompts if p not in lost and len(those.prompt_ids(tokenizer, p)) > tokenizer.length - 2]
     if cut:
         lines.append(f"cut to {tokenizer.length} tokens: {listed(map(repr, cut))}")
     return lines

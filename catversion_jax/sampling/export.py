@@ -13,7 +13,7 @@ from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.methods.composition import Personalization
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.sampling.conditioning import context
-from catversion_jax.sampling.sampler import SampleRequest
+from catversion_jax.sampling.sampler import SampleRequest, check_finite
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.weights import safetensors
@@ -66,6 +66,7 @@ def write_embeds(
         "negative_pooled_prompt_embeds": negative.pooled,
     }
     tensors = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+    check_finite(all(np.isfinite(array).all() for array in tensors.values()), "text encoder")
     metadata = {
         "prompts": list(request.prompts),
         "negative_prompt": request.negative_prompt,

@@ -60,7 +60,7 @@ def all_finite(arrays: Any) -> Bool[Array, ""]:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]).all()
 
 
-def check_finite(finite: Bool[Array, ""], network: str) -> None:
+def check_finite(finite: Bool[Array, ""] | bool, network: str) -> None:
     """Raises UserError, naming the network, unless its output is finite."""
     if not finite:
         raise UserError(

@@ -25,7 +25,7 @@ from catversion_jax.utils import markdown
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid
-from catversion_jax.utils.records import decode, read_lines, read_record
+from catversion_jax.utils.records import Count, decode, read_lines, read_record
 from catversion_jax.utils.types import Float
 
 PLACE = re.compile(r"a photo of \{concept\} (.+)")
@@ -43,7 +43,7 @@ class Score:
     place_accuracy_base: float | None
     heldout_loss: float
     heldout_loss_base: float
-    steps: int  # of the training, fewer if it stopped early
+    steps: Count  # of the training, fewer if it stopped early
     photos: str = ""  # the digest of the concept's folder; "": from before it was recorded
 
 

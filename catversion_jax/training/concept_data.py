@@ -54,6 +54,8 @@ def prepare(
     networks = pipeline.networks
     images = np.stack([photo.image for photo in photos])
     mean, std = posteriors(networks.vae, pipeline.params["vae"], images, config.data.flip)
+    if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+        raise UserError("the VAE gives NaN or infinity for the photos; check the base model's weights")
     prompts = config.concept.prompts(config.concept.templates)
     weight = subject_weights(photos, mean.shape, config.train.background_weight)
     prior = None
@@ -75,19 +77,32 @@ def check_prompts(config: Config, method: Method, pipeline: Pipeline) -> None:
     word = config.concept.class_word
     prompts = config.concept.prompts(config.concept.templates)
     where = method.word(word)
+    warned: set[str] = set()
     for tokenizer in pipeline.tokenizers:
         last = find_word(tokenizer, prompt_tokens(method, tokenizer, prompts, word), where)
         # The methods with an identifier change the UNet for all prompts, but what they learn is called by it.
         entered = last >= 0 if method.identifier else np.any(method.token_mask(last, tokenizer.length), (1, 2))
         idle = [prompt for prompt, enters in zip(prompts, entered, strict=True) if not enters]
         if len(idle) == len(prompts):
+            check_length(tokenizer, where)
             raise UserError(
                 f"config.concept.templates: nothing would be learned, as the prompts ({told_prompts(tokenizer, idle)}) "
                 f"have no place for the concept: they do not hold {where!r}; write {{concept}} near their beginning"
             )
-        if idle := idle or without_word([tokenizer], word, prompts):
-            warn(f"training prompts without {where!r}: {told_prompts(tokenizer, idle)}")
-            break
+        lacked = {where: idle, word: without_word([tokenizer], word, prompts)}
+        if found := [(what, those) for what, those in lacked.items() if those and not warned & set(those)]:
+            what, those = found[0]
+            warn(f"training prompts without {what!r}: {told_prompts(tokenizer, those)}")
+            warned |= set(those)
+
+
+def check_length(tokenizer: Tokenizer, word: str) -> None:
+    """Raises UserError if a word alone is too long for the text encoder, so that no prompt could hold it."""
+    size, most = len(tokenizer.word(word)), tokenizer.length - 2
+    if size > most:
+        raise UserError(
+            f"{word!r:.60}: {size} tokens; expected a class word or identifier of at most {most}; shorten it"
+        )
 
 
 def prompt_tokens(
@@ -124,6 +139,8 @@ def to_data(
         lower_layers(encoder, params, ids, mask, stop=first)
         for encoder, params, ids, mask, first in zip(*of_encoders, strict=True)
     )
+    if not all(np.isfinite(np.asarray(states.hidden, np.float32)).all() for states in lowered):
+        raise UserError("the text encoder gives NaN or infinity; check the base model's weights and model.dtype")
     length = bucket(count)
     return ConceptData(
         mean=pad(images.mean, size),

@@ -5,6 +5,7 @@ takes the next one, which was read and encoded while the devices trained. Concep
 each is trained exactly as in a run of its own, and processes that share a manifest need not communicate.
 """
 
+import contextlib
 import itertools
 import math
 import signal
@@ -39,6 +40,7 @@ from catversion_jax.training.step import StepConfig, steps_per_dispatch, warn_of
 from catversion_jax.training.trained_concept import to_concept
 from catversion_jax.utils.errors import UserError, is_out_of_memory, listed, short
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,12 @@ class Share:
         return cls(config.replaced({"data.dir": "", "concept.class_word": "thing"}), manifest, process)
 
     def lines(self) -> Iterator[Line]:
-        return itertools.islice(manifest.read_manifest(self.manifest), self.process.index, None, self.process.count)
+        """Yields the lines of this process, with the config's values where they have none."""
+        config = self.config
+        for line in itertools.islice(
+            manifest.read_manifest(self.manifest), self.process.index, None, self.process.count
+        ):
+            yield line.resolved(self.manifest.parent, config.seed, config.train.steps)
 
     def config_of(self, line: Line) -> Config:
         """Returns the config of a line's concept."""
@@ -63,7 +70,9 @@ class Share:
 
     def photo_count(self, line: Line) -> int:
         """Returns how many photos a line has, 0 if its folder cannot be listed; at most 100."""
-        return count_photos(self.config_of(line).data.dir)
+        with contextlib.suppress(UserError):  # of a path that is none: this concept will fail by itself
+            return count_photos(self.config_of(line).data.dir)
+        return 0
 
     @property
     def most_photos(self) -> int:
@@ -209,6 +218,7 @@ class ManyConcepts:
     def prepare(self, line: Line) -> ConceptData:
         """Reads and encodes a line's photos and prompts for the step."""
         config = self.share.config_of(line)
+        check_settings(config)
         photos = read_photos(config.data.dir, self.pipeline.networks.resolution, config.data.masks_dir)
         check_masks(photos, config.train.background_weight)
         check_prompts(config, self.step_config.method, self.pipeline)

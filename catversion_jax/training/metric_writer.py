@@ -14,14 +14,14 @@ from tensorboardX.record_writer import masked_crc32c
 
 from catversion_jax.training.checkpoints import explained
 from catversion_jax.utils import records
-from catversion_jax.utils.files import open_own, write_atomically
+from catversion_jax.utils.files import open_own, refuse_link, write_atomically
 from catversion_jax.utils.types import UInt8
 
 
 class MetricRow(msgspec.Struct, omit_defaults=True):
     """A line of metrics.jsonl: what was measured after a step."""
 
-    step: int
+    step: records.Count
     loss: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
@@ -42,6 +42,7 @@ class MetricWriter:
     def __init__(self, metrics: Path, events: Path, start: int):
         self._path = metrics
         with self._explained():
+            refuse_link(metrics)
             if metrics.exists():
                 write_atomically(metrics, lambda path: copy_rows(path, metrics, start))
             self._metrics = os.fdopen(open_own(metrics, os.O_WRONLY | os.O_APPEND), "ab")

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from catversion_jax.utils import records
-from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.files import refuse_link, write_atomically
 from catversion_jax.utils.locks import lock_file
 
 FILE_NAME = "report.jsonl"
@@ -49,6 +49,7 @@ class Report:
         Lines of concepts that are not in `done` stay.
         """
         with self.locked():
+            refuse_link(self.path)
             kept = {entry.id: entry for entry in self.entries() if self.stays(entry, done)}
             kept |= {id: ReportEntry(id, DONE) for id, is_done in done.items() if is_done and id not in kept}
             text = "".join(records.encode(entry) + "\n" for entry in kept.values())

@@ -17,7 +17,7 @@ import msgspec
 
 from catversion_jax.utils import cache_entries, records
 from catversion_jax.utils.errors import StorageError, UserError, short
-from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.files import refuse_link, write_atomically
 from catversion_jax.utils.log import warn
 
 COUNTS = "catversion_counts.json"
@@ -46,7 +46,7 @@ def home() -> Path:
 
 def folder() -> Path:
     """The folder of compiled programs: $JAX_COMPILATION_CACHE_DIR or, if that is unset, our own."""
-    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home() / "xla")
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home() / "xla").expanduser()
 
 
 def make_private(path: Path) -> str | None:
@@ -68,6 +68,8 @@ def make_private(path: Path) -> str | None:
 
 def enable() -> None:
     """Keeps compiled programs between runs; at exit, records this process's hits and misses for `doctor`."""
+    if "://" in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):  # a bucket, whose owner and digests are not ours
+        return
     path = folder()
     if reason := make_private(path):
         warn(f"{path}: not used to keep compiled programs: {reason}")
@@ -101,6 +103,7 @@ def note(path: Path, counts: Counter) -> None:
     if counts:
         total = Counter(read_counts(path).total) + counts
         with contextlib.suppress(OSError, UserError, StorageError):  # a lost count is not worth an error
+            refuse_link(path / COUNTS)
             text = records.encode(Counts(dict(counts), dict(total)))
             write_atomically(path / COUNTS, lambda file: file.write_text(text))
         if failed := cache_entries.check(path):

@@ -92,7 +92,9 @@ def is_storage_error(error: BaseException | None) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine's or a device's memory was too small."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    # XLA's words for a device's memory, and for the host's.
+    said = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def kind_of(error: BaseException) -> type[UserError] | type[StorageError]:

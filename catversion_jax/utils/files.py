@@ -22,7 +22,7 @@ def expand(path: str | Path) -> Path:
         expanded = Path(path).expanduser()
         os.fsencode(expanded)
     except RuntimeError as error:  # ~ of an unknown user, or of a user without a home
-        raise UserError(f"{path}: {error}; write the folder out") from None
+        raise UserError(f"{path}: {str(error).rstrip('.')}; write the folder out") from None
     except UnicodeEncodeError:
         raise UserError(f"{path}: not a path, as it holds half of a character; write it in UTF-8") from None
     if "\0" in str(expanded):
@@ -44,7 +44,10 @@ def open_regular(path: Path, expected: str = "expected a file") -> BinaryIO:
 def read_bytes(path: Path, limit: int, expected: str) -> bytes:
     """Returns the contents of a regular file. Raises UserError if it cannot be read or has more than `limit` bytes."""
     with open_regular(path, expected) as file, refused(f"{path}: cannot be read", expected):
-        data = file.read(limit + 1)
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:  # of reading, which does not name the file
+            raise OSError(error.errno, error.strerror, str(path)) from error
     if len(data) > limit:
         size = f"{limit // MIB} MiB" if limit >= MIB else f"{limit} bytes"
         raise UserError(f"{path}: larger than {size}; {expected}")
@@ -66,12 +69,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     An OSError names `path`. Raises UserError if `path` is something else than a regular file.
     """
     target = checked_output(path)
-    # A name of its own length: the target's name may be as long as the file system allows.
-    temporary = target.parent / f".{secrets.token_hex(8)}{target.suffix[-16:]}"
+    temporary = unused_name(target)
     try:
         # Made here and exclusively, with the mode that the umask leaves; `write` then overwrites it.
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
         write(temporary)
+        temporary.chmod(mode)  # a library may have replaced the file by one for its owner alone
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -98,13 +103,34 @@ def checked_output(path: Path) -> Path:
     return target
 
 
+def check_writable(path: Path) -> None:
+    """Raises an error, as `write_atomically` would, unless a file can be written at `path`; leaves it as it is."""
+    target = checked_output(path)
+    with refused(f"{path}: cannot be written", "choose another folder"):
+        os.close(os.open(temporary := unused_name(target), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        temporary.unlink()
+
+
+def unused_name(target: Path) -> Path:
+    """Returns the name of a temporary file beside `target`, of a length of its own: that may have the longest name."""
+    return target.parent / f".{secrets.token_hex(8)}{target.suffix[-16:]}"
+
+
 def open_own(path: Path, flags: int) -> int:
     """Opens a lock, counter or log file of ours, which is made if need be; returns its descriptor.
 
-    Raises OSError (ELOOP) for a symbolic link, which somebody else may have put there in a shared folder.
+    Raises UserError for a symbolic link, which somebody else may have put there in a shared folder.
     """
+    refuse_link(path)
+    # O_NOFOLLOW: for a link that is made after that look.
     handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise UserError(f"{path}: not a regular file; remove it")
     return handle
+
+
+def refuse_link(path: Path) -> None:
+    """Raises UserError if a file of ours is a symbolic link."""
+    if path.is_symlink():
+        raise UserError(f"{path}: a symbolic link; expected a file of ours; remove the link")

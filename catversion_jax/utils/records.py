@@ -8,7 +8,7 @@ byte order mark, without NaN; a file that is too large or too deep is refused, n
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,9 @@ from catversion_jax.utils.files import BOM, MIB, open_own, open_regular, read_by
 from catversion_jax.utils.log import warn
 
 RecordT = TypeVar("RecordT")
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""A number of steps, or of other things, that is counted."""
 
 MOST_BYTES = 16 * MIB
 """The largest JSON file: an index of shards, the largest that is common, takes a tenth."""

@@ -6,6 +6,7 @@ are generated from these fields.
 
 import dataclasses
 import math
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -83,9 +84,14 @@ def is_text(value: Any) -> bool:
 def several_texts(what: str) -> Constraint:
     """A non-empty tuple of strings that are not blank."""
     return Constraint(
-        lambda values: bool(values) and isinstance(values, tuple) and all(is_text(v) and v.strip() for v in values),
+        lambda values: bool(values) and isinstance(values, tuple) and all(is_plain(v) and v.strip() for v in values),
         f"at least one {what}",
     )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is text for a prompt: without control characters, and without what replaces broken ones."""
+    return is_text(value) and not any(unicodedata.category(c) == "Cc" or c == "\ufffd" for c in value)
 
 
 ANY_TEXT = Constraint(is_text, "a text")

@@ -16,6 +16,10 @@ ADAPTERS = (
     (r"lora_(unet|te\d?)_.*|.*(\.|_)lora(\.|_|[AB]\b).*|.*lora_(up|down).*|.*\.dora_scale", "a LoRA"),
     (r"(control_model|controlnet|input_hint_block).*", "a ControlNet"),
     (r"(ip_adapter|image_proj)\..*", "an IP-Adapter"),
+    (r".*custom_diffusion.*", "Custom Diffusion's weights of diffusers"),
+    (r".*motion_modules?\..*", "a motion module of AnimateDiff"),
+    (r"adapter\.(body|conv_in)\..*|body\.\d+\.block.*", "a T2I-Adapter"),
+    (r"\d+\.\d+\.linear\d?\..*", "a hypernetwork"),
 )
 """A pattern of a tensor's name -> what a file with such a tensor is. The first one that matches counts."""
 
@@ -58,7 +62,7 @@ def what_folder(path: Path) -> str:
     """Says what a folder is that is no base model, if it can be told; else ""."""
     for name, what in FOREIGN_FILES.items():
         if (path / name).is_file():
-            return f"this is {what}, not a base model: "
+            return f"this is {what}: "
     for name in ("model_index.json", "config.json"):
         with contextlib.suppress(UserError):
             config = read_record(path / name, dict[str, Any])

@@ -165,7 +165,11 @@ def clip_text(prefix: str) -> list[Rule]:
     return [
         Rule(f"{prefix}embeddings.token_embedding", "text_model/embeddings/token_embedding", "embedding"),
         Rule(f"{prefix}embeddings.position_embedding", "text_model/embeddings/position_embedding", "embedding"),
-        Rule(f"{prefix}embeddings.position_ids", None, "array"),  # 0..76, written by transformers before 4.31
+        # 0..76, and the mask of the future: written by older versions of transformers.
+        *(
+            Rule(f"{prefix}{name}", None, "array")
+            for name in ("embeddings.position_ids", "encoder.causal_attention_mask")
+        ),
         *under(f"{prefix}encoder.layers.{{i}}", "text_model/encoder/layers/{i}", CLIP_LAYER),
         Rule(f"{prefix}final_layer_norm", "text_model/final_layer_norm", "norm"),
     ]
@@ -190,7 +194,13 @@ VISUAL_PROJECTION = Rule("visual_projection", "visual_projection", "dense")
 LOGIT_SCALE = Rule("logit_scale", None, "array")
 
 # transformers 5 saves an encoder by itself without the prefix.
-CLIP_TEXT = [*clip_text(""), *clip_text("text_model."), TEXT_PROJECTION, LOGIT_SCALE]
+CLIP_TEXT = [
+    *clip_text(""),
+    *clip_text("text_model."),
+    TEXT_PROJECTION._replace(torch="text_model.text_projection"),
+    TEXT_PROJECTION,
+    *(Rule(name, None, "array") for name in ("logit_scale", "text_model.logit_scale", "position_ids")),
+]
 CLIP_VISION = [*clip_vision(""), *clip_vision("vision_model."), VISUAL_PROJECTION, LOGIT_SCALE]
 CLIP = [*clip_text("text_model."), *clip_vision("vision_model."), TEXT_PROJECTION, VISUAL_PROJECTION, LOGIT_SCALE]
 """transformers' CLIPModel: both encoders in one file. Cosine similarities do not need logit_scale."""

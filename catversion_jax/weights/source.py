@@ -199,9 +199,10 @@ def download(repo: str, revision: str, variant: str) -> Path:
 
 def open_single_file(path: Path, prediction_type: str) -> Source:
     """Opens a single file in the original layout, which has neither configs nor tokenizers."""
-    if path.suffix not in CHECKPOINTS:
+    suffix = path.suffix.lower().replace(".sft", ".safetensors")
+    if suffix not in CHECKPOINTS:
         raise UserError(f"{path}: expected a .safetensors or .ckpt file, or a folder in diffusers layout")
-    tensors = CHECKPOINTS[path.suffix](path)
+    tensors = CHECKPOINTS[suffix](path)
     family = ldm.identify(tensors, str(path))
     prediction_type = prediction_type or said_by(path, tensors) or assumed(family, path)
     zero_snr = stated.ZERO_SNR in tensors and prediction_type == "v_prediction"
@@ -222,7 +223,7 @@ def open_single_file(path: Path, prediction_type: str) -> Source:
 
 def said_by(path: Path, names: Collection[str]) -> str:
     """The prediction type that a single file states, or ""."""
-    metadata = safetensors.read_metadata(path) if path.suffix == ".safetensors" else {}
+    metadata = safetensors.read_metadata(path) if path.suffix.lower() in (".safetensors", ".sft") else {}
     return stated.stated_prediction(metadata, names, str(path))
 
 

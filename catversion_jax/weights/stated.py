@@ -10,7 +10,12 @@ TYPES = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
     "v-prediction": "v_prediction",
+    "v-pred": "v_prediction",
+    "v_pred": "v_prediction",
+    "vpred": "v_prediction",
 }
+UNSAID = ("", "none", "null", "unknown")
+"""Values that say nothing."""
 HEADER = {
     "modelspec.prediction_type": TYPES,  # https://github.com/Stability-AI/ModelSpec, as kohya's scripts write it
     "modelspec.predict_key": TYPES,  # as ComfyUI writes it
@@ -30,11 +35,12 @@ def stated_prediction(metadata: Mapping[str, str], names: Collection[str], path:
     """Returns the prediction type that a file states, or "". Raises UserError if it is unknown, or stated twice."""
     said: dict[str, str] = {}
     for key, meanings in HEADER.items():
-        value = metadata.get(key, "")
-        if value and value.lower() not in meanings:
+        value = metadata.get(key, "").strip().lower()
+        if value in UNSAID:
+            continue
+        if value not in meanings:
             raise UserError(f"{path}: {key}={value!r} in its header: expected one of {', '.join(meanings)}; {TODO}")
-        if value:
-            said[f"{key}={value}"] = meanings[value.lower()]
+        said[f"{key}={value}"] = meanings[value]
     if V_PREDICTION in names:
         said[f"the tensor {V_PREDICTION}"] = "v_prediction"
     if len(set(said.values())) > 1:

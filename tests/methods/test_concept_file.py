@@ -66,7 +66,12 @@ def rewritten(path, concept, prefix=None, **metadata):
     ("change", "message"),
     [
         ({"format_version": "2"}, "format version 2; this program reads version 1"),
-        ({"format_version": None}, "format version None"),
+        ({"format_version": None}, "tensors prefix of another program; expected a concept of catversion train"),
+        ({"format_version": "99"}, "format version 99; this program reads version 1; update it"),
+        ({"seed": "4294967296"}, "seed 4294967296, steps 300; expected those of a run"),
+        ({"steps": "-5"}, "seed 7, steps -5; expected those of a run"),
+        ({"model_path": '"~nosuchuser/x"'}, "model_path '~nosuchuser/x'; expected a model's name"),
+        ({"model_path": '"a\\u0000b"'}, "class_word or model_path with a NUL"),
         ({"class_word": None}, "metadata missing or unknown: class_word"),
         ({"more": '"x"'}, "metadata missing or unknown: more"),
         ({"sampler": '{"steps": 20}'}, "metadata missing or unknown: guidance, scheduler"),

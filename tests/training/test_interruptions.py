@@ -113,10 +113,15 @@ def test_a_changed_line_is_not_done_already(share, changes):
     )
 
 
-@pytest.mark.parametrize("digest", [None, line().digest, line(id="b", masks="", article="", seed=None).digest])
-def test_a_line_that_is_done(share, digest):
-    """With the same values, or by a report of an older version, which has no digest."""
-    run = RunDir.of(share.config)
+@pytest.mark.parametrize(
+    "changes",
+    [None, {}, {"id": "b", "masks": "", "article": ""}, {"seed": 0}, {"steps": 1000}, {"dir": "./teapot/train/"}],
+)
+def test_a_line_that_is_done(share, changes):
+    """With the same values in any spelling, or by a report of an older version, which has no digest."""
+    run, config = RunDir.of(share.config), share.config
+    folder = share.manifest.parent
+    digest = None if changes is None else line(**changes).resolved(folder, config.seed, config.train.steps).digest
     (run.path / "a" / "concept.safetensors").touch()
     report = Report(run.path)
     report.add(ReportEntry("a", DONE, steps=3, digest=digest))
