@@ -39,6 +39,8 @@ def find_masks(
         return paired(paths, photos) or None
     if not masks_folder.is_dir():
         raise UserError(f"{masks_folder}: no such folder; {key} takes a folder with a mask for each photo")
+    if masks_folder.samefile(folder):
+        raise UserError(f"{masks_folder}: the folder of the photos themselves; {key} takes one of masks alone")
     inside = split_folder(masks_folder)
     return paired([*paths, *inside.photos, *inside.masks], photos)
 

@@ -39,7 +39,9 @@ def stated_prediction(metadata: Mapping[str, str], names: Collection[str], path:
         if value in UNSAID:
             continue
         if value not in meanings:
-            raise UserError(f"{path}: {key}={metadata[key]!r} in its header: expected one of {', '.join(meanings)}; {TODO}")
+            raise UserError(
+                f"{path}: {key}={metadata[key]!r} in its header: expected one of {', '.join(meanings)}; {TODO}"
+            )
         said[f"{key}={value}"] = meanings[value]
     if V_PREDICTION in names:
         said[f"the tensor {V_PREDICTION}"] = "v_prediction"

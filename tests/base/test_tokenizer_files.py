@@ -185,3 +185,20 @@ def test_files_that_are_no_text_or_no_files(tmp_path):
     (folder / "merges.txt").unlink()
     os.mkfifo(folder / "merges.txt")
     refused(folder, "merges.txt: not a regular file")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 300, -1])
+def test_merges_that_were_copied_in_part(tmp_path, kept):
+    """Words would be other tokens, without a word."""
+    folder = write(tmp_path / "tokenizer", NEW)
+    lines = (folder / "merges.txt").read_text().splitlines(True)
+    (folder / "merges.txt").write_text("".join(lines[:kept]))
+    with pytest.raises(UserError, match=r"merges\.txt: lacks the merges of the tokens "):
+        Tokenizer(folder)
+
+
+def test_spaces_at_the_ends_of_merges(tmp_path):
+    folder = write(tmp_path / "tokenizer", NEW)
+    lines = (folder / "merges.txt").read_text().splitlines()
+    (folder / "merges.txt").write_text("".join(f"{line} \r\n" for line in lines))
+    np.testing.assert_array_equal(Tokenizer(folder)(["a photo"]), Tokenizer(MINI / "tokenizer")(["a photo"]))

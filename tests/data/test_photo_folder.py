@@ -87,7 +87,13 @@ def test_two_folders_of_masks(tmp_path):
     assert share_of(tmp_path, masks_dir=tmp_path / "mask") == 1
 
 
-@pytest.mark.parametrize("name", ["a-masklabel", "a_mask", "a.mask", "a-mask", "a-MASK"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a-masklabel", "a_mask", "a.mask", "a-mask", "a-MASK", "a-condlabel", "A_mask", "mask_a", "mask-A", "a mask",
+        "a (mask)", "a_mask_1", "a_mask0", "a_masks", "a_matte", "a_alpha", "a_seg", "a.jpg.mask", "a.jpg_mask",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("folder", ["", "masks"])
 def test_masks_that_are_named_after_their_photo(tmp_path, name, folder):
     photo(tmp_path / "a.jpg")
@@ -246,3 +252,25 @@ def test_ten_thousand_files_are_sorted_in_a_moment(tmp_path, monkeypatch):
     files = photo_folder.split_folder(tmp_path)
     assert [len(part) for part in files] == [10_000] * 3
     assert time.process_time() - before < 5
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "A"])
+def test_names_of_masks_in_their_folder(tmp_path, name):
+    """The photo's whole name, as COLMAP has it, and another case."""
+    photo(tmp_path / "a.jpg")
+    mask(tmp_path / "masks" / f"{name}.png")
+    assert share_of(tmp_path) == 1
+
+
+def test_the_photos_are_not_their_own_masks(tmp_path):
+    photo(tmp_path / "a.png")
+    with pytest.raises(UserError, match="the folder of the photos themselves"):
+        find_photos(tmp_path, masks_dir=tmp_path / ".")
+
+
+@pytest.mark.parametrize("name", ["a.jpg:Zone.Identifier", "ehthumbs.db", "Icon\r", "ZbThumbnail.info"])
+def test_what_systems_leave_in_folders(tmp_path, name, caplog):
+    photo(tmp_path / "a.jpg")
+    (tmp_path / name).write_bytes(b"x")
+    assert count_photos(tmp_path) == 1
+    assert caplog.messages == []

@@ -7,6 +7,7 @@ import pytest
 
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.composition import compose
+from catversion_jax.methods.concept_model import warnings
 from catversion_jax.sampling import conditioning
 from catversion_jax.utils.errors import UserError
 from tests import tiny
@@ -82,3 +83,11 @@ def test_generate(tmp_path, concepts):
     assert still == "'a car': nothing moved"
     concept_file.save(paths[1], concepts[0])
     assert "expected another one for each concept of a prompt" in error_of(*same, "--prompt=a teapot")
+
+
+def test_a_word_within_a_word(tiny_pipeline, concepts):
+    """ "mug" has no place of its own in "a coffee mug" if both are looked for, and that is told."""
+    mug, coffee = (dataclasses.replace(c, class_word=w) for c, w in zip(concepts, ("mug", "coffee mug"), strict=True))
+    prompts = ["a coffee mug", "a mug and a coffee mug"]
+    (line,) = warnings(tiny_pipeline, prompts, tiny.personal(mug, coffee))
+    assert line == "without the class word 'mug', which the concept was learned with: 'a coffee mug'"

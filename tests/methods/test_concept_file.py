@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -175,6 +176,10 @@ ONE = np.zeros((4, 768), np.float32)
         ({"model.diffusion_model.out.2.weight": ONE}, {}, "a whole model, for --model"),
         ({"down_blocks.0.resnets.0.conv1.weight": ONE}, {}, "a UNet of diffusers"),
         ({"encoder.conv_in.weight": ONE}, {}, "a VAE of diffusers"),
+        ({"to_k_custom_diffusion.weight": ONE}, {}, "Custom Diffusion's weights of diffusers"),
+        ({"down_blocks.0.motion_modules.0.norm.weight": ONE}, {}, "a motion module of AnimateDiff"),
+        ({"768.0.linear.weight": ONE}, {}, "a hypernetwork"),
+        ({"foo": ONE}, {}, "tensors foo of another program"),
         ({"text_model.embeddings.token_embedding.weight": ONE}, {}, "a CLIP of transformers"),
     ],
 )
@@ -258,3 +263,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, concept, monkeypatch):
         concept_file.save(path, concept)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_who_may_read_it(tmp_path, concept):
+    """Whom the umask lets: the library that writes the file makes it for its owner alone."""
+    before = os.umask(0o027)
+    try:
+        concept_file.save(tmp_path / "a.safetensors", concept)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "learned_embeds.safetensors"])
+def test_folders_of_other_programs(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"this is a (LoRA|Textual Inversion).*expected a learned concept"):
+        concept_file.load(tmp_path)

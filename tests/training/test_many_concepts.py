@@ -143,8 +143,13 @@ def test_bad_concepts_disturb_no_others(tiny_model, tmp_path, alone, monkeypatch
         {"id": "missing", "dir": "nowhere", "class_word": "teapot"},
         {"id": "corrupt", "dir": "corrupt", "class_word": "teapot"},
         {**LINES[0], "id": "nan", "seed": 13},
+        {"id": "nul", "dir": "a\0b", "class_word": "teapot"},
+        {"id": "home", "dir": "teapot/train", "masks": "~nosuchuser/x", "class_word": "teapot"},
+        {"id": "half", "dir": "teapot/train", "class_word": "tea\ud800pot"},
+        {"id": "escape", "dir": "teapot/train", "class_word": "tea\x1b[2Jpot"},
     ]
-    path = write(tmp_path / "list.jsonl", [bad[0], LINES[0], bad[2], LINES[1], bad[1], LINES[2], LINES[3]])
+    order = [bad[0], bad[3], LINES[0], bad[2], bad[4], LINES[1], bad[5], bad[1], LINES[2], bad[6], LINES[3]]
+    path = write(tmp_path / "list.jsonl", order)
     config = config_of(tiny_model, tmp_path / "out")
     assert run(config, path) == batch.FAILED
     assert_close(prefixes(tmp_path / "out"), alone)
@@ -154,6 +159,12 @@ def test_bad_concepts_disturb_no_others(tiny_model, tmp_path, alone, monkeypatch
         "corrupt": f"{tmp_path / 'corrupt' / '1.png'}: not a JPEG, PNG, WEBP image; remove or convert it",
         "nan": "loss or gradient not finite after step 0; check the photos, the base model's weights and model.dtype "
         "(float32)",
+        "nul": r"a\x00b: not a path, as it holds a NUL; remove that",
+        "home": "~nosuchuser/x: Could not determine home directory; write the folder out",
+        "half": "config.concept.class_word='tea\ufffdpot': expected the base class, such as teapot, without braces and "
+        "control characters",
+        "escape": r"config.concept.class_word='tea\x1b[2Jpot': expected the base class, such as teapot, without braces "
+        "and control characters",
     }
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/concept.safetensors")}
     shutil.rmtree(tmp_path / "corrupt")
@@ -161,7 +172,9 @@ def test_bad_concepts_disturb_no_others(tiny_model, tmp_path, alone, monkeypatch
     assert run(config, path) == batch.FAILED  # the others are not learned again
     entries = report(tmp_path / "out")
     assert entries["corrupt"]["status"] == "done"
-    assert sorted(id for id, entry in entries.items() if entry["status"] == "failed") == ["missing", "nan"]
+    assert sorted(id for id, entry in entries.items() if entry["status"] == "failed") == [
+        "escape", "half", "home", "missing", "nan", "nul",
+    ]  # fmt: skip
     assert done == {path: path.stat().st_mtime_ns for path in done}
     np.testing.assert_allclose(concept_file.load(tmp_path / "out" / "corrupt").learned["prefix"], alone["a"], atol=1e-4)
 
@@ -245,12 +258,7 @@ BAD = {
     GOOD.replace('"teapot"', '" "'): "list.jsonl:1: Expected `str` matching regex '\\\\S' - at `$.class_word`",
     GOOD + "\n\n" + GOOD: "list.jsonl:3: id 'a' is also that of line 1; give it another",
     '{"id": "' + "a" * 2**16 + '"}': "list.jsonl:1: not JSON",
-    GOOD
-    + "\n"
-    + GOOD.replace("teapot/train", "a\\u0000b"): "list.jsonl:2: dir: a\\x00b: not a path, as it holds a NUL",
-    GOOD.replace("teapot/train", "~nosuchuser/x"): "list.jsonl:1: dir: ~nosuchuser/x: Could not determine home",
-    GOOD[:-1] + ', "masks": "~nosuchuser/x"}': "list.jsonl:1: masks: ~nosuchuser/x: Could not determine home",
-    GOOD.replace("teapot/train", "a\\ud800b"): "list.jsonl:1: not JSON (JSON is malformed",
+    GOOD.replace('"a"', '"\\ud800"'): "list.jsonl:1: Expected `str` matching regex '^[A-Za-z0-9]",
     "[" * 60_000: "list.jsonl:1: ",
     "\x00" * 100: "list.jsonl:1: not JSON",
 }

@@ -3,6 +3,7 @@
 import pytest
 
 from catversion_jax.training.report import DONE, FAILED, Report, ReportEntry
+from catversion_jax.utils.errors import UserError
 
 A = ReportEntry("a", DONE, steps=3, loss=0.5, seconds=1.5, digest="d")
 TAILS = [
@@ -30,3 +31,13 @@ def test_a_line_of_an_older_version(tmp_path):
     report.path.write_text('{"id": "a", "status": "done", "steps": 3, "loss": 0.5, "seconds": 1.5}\n')
     (entry,) = report.entries()
     assert (entry.steps, entry.digest) == (3, None)
+
+
+def test_a_link_is_not_followed(tmp_path):
+    """Somebody else may have put it into a shared folder."""
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.jsonl").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"report\.jsonl: a symbolic link; expected a file of ours; remove the link"):
+        Report(tmp_path / "out").reconcile({"a": True})
+    assert (tmp_path / "mine").read_text() == "precious"

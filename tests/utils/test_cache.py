@@ -94,3 +94,22 @@ def test_damaged_counts(tmp_path, text):
     assert cache.read_counts(tmp_path) == cache.Counts()
     cache.note(tmp_path, Counter(hits=2))
     assert cache.read_counts(tmp_path) == cache.Counts({"hits": 2}, {"hits": 2})
+
+
+def test_what_cannot_be_judged_stays(folder):
+    """Entries of an environment with zstandard, which shares the folder; pipes and links to devices are not opened."""
+    (folder / "z-cache").write_bytes(cache_entries.ZSTANDARD + b"not here")
+    (folder / "y-cache").write_bytes(b"of a version to come")
+    os.mkfifo(folder / "pipe-cache")
+    (folder / "zero-cache").symlink_to("/dev/zero")
+    assert cache_entries.check(folder) == 0
+    assert entries(folder) == {*"abcdyz", "pipe", "zero"}
+
+
+def test_counts_follow_no_link(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    for name in (cache.COUNTS, cache_entries.SEALS):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    (tmp_path / "a-cache").write_bytes(zlib.compress(b"a"))
+    cache.note(tmp_path, Counter(hits=1))
+    assert (tmp_path / "mine").read_text() == "precious"

@@ -4,7 +4,16 @@ import errno
 
 import pytest
 
-from catversion_jax.utils.errors import StorageError, UserError, kind_of, listed, one_line, refused, short
+from catversion_jax.utils.errors import (
+    StorageError,
+    UserError,
+    is_out_of_memory,
+    kind_of,
+    listed,
+    one_line,
+    refused,
+    short,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +62,16 @@ def test_a_full_disk_is_no_mistake():
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(UserError, match=r"x \(Permission denied\); y"), refused("x", "y"):
         raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"), True),
+        (RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."), True),
+        (RuntimeError("INTERNAL: something else"), False),
+    ],
+)
+def test_out_of_memory(error, is_memory):
+    assert is_out_of_memory(error) == is_memory
