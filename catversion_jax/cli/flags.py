@@ -92,7 +92,9 @@ def given_prompts(arguments: flags.FlagValues) -> list[str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    return read_text(path, MAX_PROMPTS_BYTES, "--prompts_file takes a text file, one prompt a line").splitlines()
+    text = read_text(path, MAX_PROMPTS_BYTES, "--prompts_file takes a text file, one prompt a line")
+    # Not splitlines, which also splits at characters that may be in a prompt; files that were joined have marks inside.
+    return text.replace("\ufeff", "").replace("\r", "\n").split("\n")
 
 
 def define_strength() -> None:

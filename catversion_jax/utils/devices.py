@@ -13,11 +13,13 @@ def devices() -> list[jax.Device]:
         return jax.devices()
     # An AssertionError where the package for the platform is missing, a RuntimeError where its devices are.
     except (RuntimeError, AssertionError) as error:
-        wanted = os.environ.get("JAX_PLATFORMS", "")
         said = f" ({short(error)})" if str(error) else ""
+        install = "install 'catversion-jax[cuda]' or 'catversion-jax[tpu]' on a machine that has one"
+        wanted = os.environ.get("JAX_PLATFORMS")
+        if wanted is None:
+            raise UserError(f"JAX finds no device here{said}; unset what JAX_* variables say, or {install}") from None
         raise UserError(
-            f"JAX_PLATFORMS={wanted}: JAX finds no such device here{said}; unset it, or install "
-            "'catversion-jax[cuda]' or 'catversion-jax[tpu]' on a machine that has one"
+            f"JAX_PLATFORMS={wanted}: JAX finds no such device here{said}; unset it, or {install}"
         ) from None
 
 

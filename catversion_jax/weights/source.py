@@ -127,7 +127,8 @@ def open_source(path: str, revision: str = "", variant: str = "", prediction_typ
         )
     channels = source.config("unet").get("in_channels", 4)
     latents = source.config("vae").get("latent_channels", 4)
-    if channels != latents:
+    # Values of other types are told when the networks are made.
+    if isinstance(channels, int) and isinstance(latents, int) and channels != latents:
         raise UserError(
             f"{path}: the UNet takes {channels} channels, expected the {latents} of latents; it is a model for "
             f"inpainting or editing; give the base model"

@@ -28,7 +28,13 @@ def prompts(path=None, *given: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "data", [b"a teapot\na car\n", b"\xef\xbb\xbfa teapot\r\na car", b"\n a teapot \n\na car\na car"]
+    "data",
+    [
+        b"a teapot\na car\n",
+        b"\xef\xbb\xbfa teapot\n\xef\xbb\xbfa car\n",
+        b"\xef\xbb\xbfa teapot\r\na car",
+        b"\n a teapot \n\na car\na car",
+    ],
 )
 def test_a_file_of_prompts(tmp_path, data):
     path = tmp_path / "prompts.txt"

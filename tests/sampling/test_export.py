@@ -107,3 +107,13 @@ def test_files_for_others_are_data():
     assert {path.name for path in export.FOLDER.iterdir() if path.is_file()} == set(export.FILES.values())
     for path in export.FOLDER.glob("*.py"):
         assert "catversion_jax" not in path.read_text()
+
+
+def test_text_states_that_are_not_finite(concept, tmp_path):
+    """Are not written: another program would draw black images with them."""
+    path, out = tmp_path / "c.safetensors", tmp_path / "out"
+    huge = {"prefix": np.full_like(concept.learned["prefix"], 3e38)}
+    tiny.save_run(path, dataclasses.replace(concept, learned=huge))
+    refused = error_of("export", "--embedding", path, "--out", out, "--prompt=a teapot")
+    assert "the text encoder gives NaN or infinity" in refused
+    assert not (out / export.EMBEDS).exists()

@@ -192,6 +192,11 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE = {
     "a flipped bit": lambda data: flip(next(data.rglob("*.array_record*"))),
     "a cut file": lambda data: os.truncate(next(data.rglob("*.array_record*")), 100),
@@ -199,6 +204,7 @@ DAMAGE = {
     "another count": lambda data: [
         path.write_text(path.read_text().replace('"2"', '"1"')) for path in data.rglob("dataset_info.json")
     ],
+    "a pipe": lambda data: replace_by_pipe(next(data.rglob("dataset_info.json"))),
     "no folder": lambda data: data.rename(data.with_name("elsewhere")),
     "another digest": lambda data: (data / "digest.json").write_text('{"sha256": "0"}'),
     "a digest of another kind": lambda data: (data / "digest.json").write_text("[1]"),
