@@ -1,6 +1,7 @@
 """What nobody foresaw, and machines that lack something: one line, and the way to the traceback."""
 
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from catversion_jax.cli import generate
+from catversion_jax.utils.errors import Interrupted
 from tests import tiny
 from tests.commands import ENVIRONMENT, ROOT, command, run_here
 
@@ -41,6 +43,16 @@ def test_any_error_is_one_line(monkeypatch, error, status, line):
     (printed,) = done.stderr.splitlines()
     assert printed.startswith(f"catversion: error: {line}")
     assert "Traceback" in run_here(("generate", "--debug")).stderr
+
+
+def test_a_signal_that_ended_a_training_of_a_larger_work(monkeypatch):
+    """Such as SIGTERM in a sweep: the status is that of a training alone."""
+
+    def ended(_):
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(generate, "given_concepts", ended)
+    assert run_here(("generate",)).returncode == 128 + signal.SIGTERM
 
 
 def test_without_the_device_that_is_asked_for(tmp_path, tiny_model, tiny_pipeline):
