@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint(finished, tiny_model, tmp_path):
     [
         ({"train.stps": 5}, "config.train.stps: no such key; did you mean train.steps?"),
         ({"train.steps": "many"}, "--config.train.steps=many"),
-        ({"train.steps": 0}, "config.train.steps=0: expected at least 1"),
+        ({"train.steps": 0}, "config.train.steps=0: expected 1 to 2147483647"),
         ({"data.dir": "nowhere"}, "nowhere: no such folder; data.dir takes"),
         ({"concept.class_word": ""}, "config.concept.class_word='': expected the base class"),
         ({"model.path": "nowhere"}, "nowhere: not found; expected a folder, a file or a model's name"),

@@ -299,11 +299,12 @@ def test_pictures_and_masks_that_do_not_match(tmp_path):
         read(images=TEAPOT / "train", masks=TEAPOT / "train_masks")
     with pytest.raises(UserError, match=r"train/00\.png: of none of the prompts; .*<prompt-slug>_<seed>.png"):
         read(images=TEAPOT / "train", prompt=PROMPTS)
-    Image.new("RGB", (8, 8)).save(tmp_path / "a-blue-teapot_0.png")
+    for folder in (tmp_path, tmp_path / "masks"):
+        Image.new("RGB", (8, 8)).save(folder / "a-blue-teapot_0.png")
     with pytest.raises(UserError, match="no image of 1 prompts, such as 'a teapot on the beach'"):
-        read(images=tmp_path, prompt=PROMPTS, image_masks=tmp_path)
+        read(images=tmp_path, prompt=PROMPTS, image_masks=tmp_path / "masks")
     with pytest.raises(UserError, match=r"a-blue-teapot_0: .*a-blue-teapot_0\.png shows no subject"):
-        read(images=tmp_path, image_masks=tmp_path)
+        read(images=tmp_path, image_masks=tmp_path / "masks")
 
 
 @pytest.fixture

@@ -25,6 +25,15 @@ from tests.training.test_checkpoints import state
 from tests.training.test_many_concepts import LINES, write
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Python's own handler: a process that a shell started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_is_answered_at_once(caplog):
     """Once says that the step is finished first, and how to stop at once; twice stops."""
     with signals() as received:
