@@ -72,15 +72,21 @@ class CLIPTextConfig(CLIPConfig):
 
 
 @dataclass(frozen=True)
-class CLIPVisionConfig(CLIPConfig):
+class ImageConfig(CLIPConfig):
+    """What the configs of image encoders share: a square image is cut into square patches."""
+
     image_size: Side = 224
     patch_size: Side = 32
-    projection_dim: Width = 512
 
     def __post_init__(self):
         super().__post_init__()
         patch, image = self.patch_size, self.image_size
         require(patch <= image, f"patch_size={patch} exceeds image_size={image}")
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(ImageConfig):
+    projection_dim: Width = 512
 
 
 class CLIPAttention(nn.Module):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax.numpy as jnp
 
-from catversion_jax.models.clip import CLIPConfig, CLIPEncoder, layer_norm
+from catversion_jax.models.clip import CLIPEncoder, ImageConfig, layer_norm
 from catversion_jax.models.parametrized import ZEROS, Conv
-from catversion_jax.utils.json_config import Positive, Side, Width, require
+from catversion_jax.utils.json_config import Positive, Side, Width
 from catversion_jax.utils.types import Array, Float
 
 FIXED = {
@@ -21,7 +21,7 @@ FIXED = {
 
 
 @dataclass(frozen=True)
-class ViTConfig(CLIPConfig):
+class ViTConfig(ImageConfig):
     """The fields of a ViT, whose layers are CLIP's; the defaults are those of ViT-S/16."""
 
     hidden_size: Width = 384
@@ -29,13 +29,7 @@ class ViTConfig(CLIPConfig):
     num_attention_heads: Width = 6
     hidden_act: str = "gelu"
     layer_norm_eps: Positive = 1e-12
-    image_size: Side = 224
     patch_size: Side = 16
-
-    def __post_init__(self):
-        super().__post_init__()
-        patch, image = self.patch_size, self.image_size
-        require(patch <= image, f"patch_size={patch} exceeds image_size={image}")
 
 
 class ViTModel(nn.Module):
