@@ -16,7 +16,7 @@ from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import recorded_sampler
 from catversion_jax.utils.errors import UserError, listed, refused
 from catversion_jax.utils.files import expand, read_text
-from catversion_jax.utils.settings import flatten, follows, is_text
+from catversion_jax.utils.settings import broken, is_text
 
 flags.disclaim_key_flags()  # flags that are defined here count as the calling command's
 
@@ -62,7 +62,7 @@ def given_embedding(arguments: flags.FlagValues) -> str:
 def given_concepts(arguments: flags.FlagValues) -> dict[str, Concept]:
     """Returns the concepts of --embedding, by their sources. Raises UserError if it is missing or names one twice."""
     given = [str(expand(path)) for path in arguments.embedding]
-    if not given or ("." in given and "" in arguments.embedding):
+    if not given or "" in arguments.embedding:
         raise UserError("--embedding: missing; expected a run directory of catversion train")
     if twice := [path for path in given if given.count(path) > 1]:
         raise UserError(f"--embedding: {twice[0]} twice; expected each concept once")
@@ -135,9 +135,8 @@ def given_sampler(arguments: flags.FlagValues, concepts: Mapping[str, Concept]) 
     changes = {name: value for name, value in given.items() if value is not None}
     recorded = SamplerConfig() if len(changes) == len(given) else recorded_sampler(concepts)
     sampler = dataclasses.replace(recorded, **changes, batch_size=arguments.batch_size)
-    for name, field, value in flatten(sampler):
-        if not follows(field.metadata["constraint"], value):
-            raise UserError(f"--{name}={value}: expected {field.metadata['constraint'].expected}")
+    for name, value, expected in broken(sampler):
+        raise UserError(f"--{name}={value}: expected {expected}")
     return sampler
 
 

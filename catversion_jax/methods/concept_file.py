@@ -19,7 +19,7 @@ from catversion_jax.methods.base import Method, check_keys
 from catversion_jax.methods.registry import METHODS, name_of
 from catversion_jax.utils import records, tree
 from catversion_jax.utils.errors import UserError, listed, short
-from catversion_jax.utils.settings import flatten, follows, is_text
+from catversion_jax.utils.settings import broken, is_text
 from catversion_jax.utils.types import Params
 from catversion_jax.weights import foreign, safetensors
 
@@ -183,9 +183,8 @@ def read_sampler(values: Any) -> SamplerConfig:
     if type(values["steps"]) is not int:
         raise ValueError(f"sampler.steps={values['steps']!r}; expected a whole number")
     sampler = SamplerConfig(**values)
-    for key, field, value in flatten(sampler):
-        if not follows(field.metadata["constraint"], value):
-            raise ValueError(f"sampler.{key}={value!r}; expected {field.metadata['constraint'].expected}")
+    for key, value, expected in broken(sampler):
+        raise ValueError(f"sampler.{key}={value!r}; expected {expected}")
     return sampler
 
 

@@ -110,10 +110,17 @@ def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.
 
 def check_settings(settings: Any, without: Collection[str] = ()) -> None:
     """Raises UserError for the first setting whose value breaks its constraint. Keys in `without` are skipped."""
+    for key, value, expected in broken(settings):
+        if key not in without:
+            raise UserError(f"config.{key}={value!r}: expected {expected}")
+
+
+def broken(settings: Any) -> Iterator[tuple[str, Any, str]]:
+    """Yields key, value and what was expected of every setting whose value breaks its constraint."""
     for key, field, value in flatten(settings):
         constraint = field.metadata["constraint"]
-        if key not in without and not follows(constraint, value):
-            raise UserError(f"config.{key}={value!r}: expected {constraint.expected}")
+        if not follows(constraint, value):
+            yield key, value, constraint.expected
 
 
 def follows(constraint: Constraint, value: Any) -> bool:
