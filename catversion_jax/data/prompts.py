@@ -11,8 +11,10 @@ BRACES = frozenset("{}")
 
 def words(what: str) -> Constraint:
     """A text that is not blank and has no braces, which are for a template's fields."""
-    holds = lambda value: is_plain(value) and bool(value.strip()) and not BRACES & set(value)  # noqa: E731
-    return Constraint(holds, f"{what}, without braces and control characters")
+    return Constraint(
+        lambda value: is_plain(value) and bool(value.strip()) and not BRACES & set(value),
+        f"{what}, without braces and control characters",
+    )
 
 
 @dataclass(frozen=True)

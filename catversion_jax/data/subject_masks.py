@@ -1,7 +1,8 @@
 """Masks of the subject in photos, as files: which photo each belongs to, and what it says.
 
-A mask that is transparent somewhere is read by its transparency, and what is opaque is the subject: so background
-removers and editors save cutouts. Any other mask is read by its brightness, and what is bright is the subject.
+A mask of which more than a stray point is transparent is read by its opacity, and what is opaque is the subject: so
+background removers and editors save cutouts. Any other mask is read by its brightness, and what is bright is the
+subject.
 """
 
 from collections.abc import Collection, Iterable

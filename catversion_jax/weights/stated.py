@@ -28,7 +28,7 @@ ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-
 
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 """Empty tensors by which ComfyUI marks v-prediction and a noise schedule rescaled to end without signal."""
-TODO = "set config.model.prediction_type"
+ADVICE = "set config.model.prediction_type"
 
 
 def stated_prediction(metadata: Mapping[str, str], names: Collection[str], path: str) -> str:
@@ -40,11 +40,11 @@ def stated_prediction(metadata: Mapping[str, str], names: Collection[str], path:
             continue
         if value not in meanings:
             raise UserError(
-                f"{path}: {key}={metadata[key]!r} in its header: expected one of {', '.join(meanings)}; {TODO}"
+                f"{path}: {key}={metadata[key]!r} in its header: expected one of {', '.join(meanings)}; {ADVICE}"
             )
         said[f"{key}={value}"] = meanings[value]
     if V_PREDICTION in names:
         said[f"the tensor {V_PREDICTION}"] = "v_prediction"
     if len(set(said.values())) > 1:
-        raise UserError(f"{path}: contradicts itself by {listed(said)}; {TODO}")
+        raise UserError(f"{path}: contradicts itself by {listed(said)}; {ADVICE}")
     return next(iter(said.values()), ARCHITECTURES.get(metadata.get("modelspec.architecture", ""), ""))

@@ -43,7 +43,7 @@ def test_the_best_is_kept():
 def test_a_concept_that_is_not_due_keeps_what_it_has():
     found = evaluated([[0.5, 0.5]], due=(True, False))
     assert found.best.tolist() == [0.5, np.inf]
-    assert found.kept["prefix"][1].any() == False  # noqa: E712
+    assert not found.kept["prefix"][1].any()
 
 
 @pytest.mark.parametrize(
