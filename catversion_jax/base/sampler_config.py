@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from catversion_jax.base.schedulers import SCHEDULERS
 from catversion_jax.utils.settings import between, one_of, setting
 
+MAX_STRENGTH = 2.0
+"""Strength of a concept that is sampled with, at most: what its training changed, counted twice."""
+
 
 @dataclass(frozen=True)
 class SamplerConfig:

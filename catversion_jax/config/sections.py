@@ -2,9 +2,29 @@
 
 from dataclasses import dataclass
 
-from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.base.sampler_config import MAX_STRENGTH, SamplerConfig
 from catversion_jax.config.optimizer import OptimizerConfig
-from catversion_jax.utils.settings import YES_OR_NO, at_least, between, optional, part_of, setting, several_texts, share
+from catversion_jax.utils.settings import (
+    YES_OR_NO,
+    Constraint,
+    at_least,
+    between,
+    optional,
+    part_of,
+    setting,
+    several_texts,
+    share,
+)
+
+
+def part_of_schedule() -> Constraint:
+    """A range of shares of the noise schedule."""
+
+    def is_range(value) -> bool:
+        are_numbers = isinstance(value, tuple) and all(isinstance(x, int | float) for x in value)
+        return are_numbers and len(value) == 2 and 0 <= value[0] < value[1] <= 1
+
+    return Constraint(is_range, "two numbers from 0 to 1 that ascend, such as (0.5, 1.0)")
 
 
 @dataclass(frozen=True)
@@ -15,8 +35,18 @@ class TrainConfig(OptimizerConfig):
         1000, "Number of training steps, and the length of the learning rate schedule.", between(1, 2**31 - 1)
     )
     batch_size: int = setting(2, "Number of photos per concept in each step.", between(1, 2**20))
+    timesteps: tuple[float, float] = setting(
+        (0.0, 1.0),
+        "Range of the noise schedule that timesteps are drawn from, in shares: 0 is clean and 1 is noise.",
+        part_of_schedule(),
+    )
     background_weight: float = setting(
         1.0, "Loss weight of what the photos' masks leave out; the subject's weight is 1.", between(0, 1)
+    )
+    text_penalty: float = setting(
+        0.0,
+        "Loss weight of the squared change of a prompt's text states, relative to the base model's; keeps the class.",
+        at_least(0, "none"),
     )
     remat: bool = setting(False, "Recompute the UNet's layers in the backward pass: less memory, more time.", YES_OR_NO)
     steps_per_dispatch: int | None = setting(
@@ -63,6 +93,11 @@ class CheckpointConfig:
 class SampleConfig(SamplerConfig):
     """The validation images, the sample grid and their sampler, which share this section."""
 
+    strength: float = setting(
+        1.0,
+        "Strength that the concept is sampled with: 0 is the base model, 1 as trained; concept.safetensors records it.",
+        between(0, MAX_STRENGTH),
+    )
     every: int = setting(0, "Number of steps between sets of validation images; 0 turns them off.", at_least(0, "none"))
     prompts: tuple[str, ...] = setting(
         ("a photo of {concept} on the beach", "a photo of {concept} in the snow"),

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from catversion_jax.base import noise_schedule
 from catversion_jax.base.pipeline import Networks
-from catversion_jax.base.text_states import PromptStates
+from catversion_jax.base.text_states import PromptStates, upper_layers
 from catversion_jax.config import Config
 from catversion_jax.config.optimizer import OptimizerConfig
 from catversion_jax.config.sections import StopConfig, TrainConfig
@@ -39,6 +39,8 @@ class StepConfig:
     batch_size: int
     mesh: Mesh
     stop: StopConfig = StopConfig()
+    timesteps: tuple[float, float] = TrainConfig.timesteps  # the part of the noise schedule that is trained on
+    text_penalty: float = TrainConfig.text_penalty
 
     @classmethod
     def of(cls, config: Config, networks: Networks, concepts: int = 1) -> "StepConfig":
@@ -55,9 +57,18 @@ class StepConfig:
             method=method,
             optimizer=config.train.optimizer,
             batch_size=config.train.batch_size,
+            timesteps=config.train.timesteps,
+            text_penalty=config.train.text_penalty,
             mesh=config.make_mesh(concepts),
             stop=config.stop,
         )
+
+    @property
+    def timestep_range(self) -> range:
+        """The timesteps that are trained on."""
+        total = self.networks.schedule.num_train_timesteps
+        start, stop = (round(share * total) for share in self.timesteps)
+        return range(min(start, total - 1), max(stop, start + 1))
 
     def init_state(self, seeds: Sequence[int]) -> TrainState:
         """Returns the state before the first step, with one concept for each seed."""
@@ -125,23 +136,23 @@ def draw_examples(data: ConceptData, key: Key[Array, ""], config: StepConfig) ->
     return Minibatch(
         latents=mean + std * jax.random.normal(keys[3], mean.shape),
         noise=jax.random.normal(keys[4], mean.shape),
-        timesteps=spaced_timesteps(keys[5], config.batch_size, config.networks.schedule.num_train_timesteps),
+        timesteps=spaced_timesteps(keys[5], config.batch_size, config.timestep_range),
         prompts=jax.tree.map(lambda x: x[prompt], data.prompts),
         weight=None if data.weight is None else data.weight[photo, flip],
     )
 
 
-def spaced_timesteps(key: Key[Array, ""], batch_size: int, total: int) -> Int[Array, "B"]:
-    """Returns timesteps in [0, total), evenly spaced on a circle from a random start."""
+def spaced_timesteps(key: Key[Array, ""], batch_size: int, within: range) -> Int[Array, "B"]:
+    """Returns timesteps of a range, evenly spaced on a circle from a random start."""
     # Each timestep is uniform by itself, so the loss stays unbiased. It depends on the timestep most of all, and varies
     # less from batch to batch this way (Kingma et al. 2021, appendix I.1; measured in docs/performance.md).
     phases = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
-    # A phase just below 1 may round up to `total`.
-    return jnp.minimum((phases * total).astype(jnp.int32), total - 1)
+    # A phase just below 1 may round up to the end of the range.
+    return jnp.minimum(within.start + (phases * len(within)).astype(jnp.int32), within[-1])
 
 
 def denoising_loss(learned: Params, frozen: Frozen, batch: Minibatch, config: StepConfig) -> Float[Array, "C"]:
-    """Returns each concept's mean squared error of the UNet's prediction, float32.
+    """Returns each concept's mean squared error of the UNet's prediction, with the text penalty, float32.
 
     `learned` and `batch` have a leading concept axis, of size 1 if the method changes the UNet.
     """
@@ -161,7 +172,20 @@ def denoising_loss(learned: Params, frozen: Frozen, batch: Minibatch, config: St
     # XLA cannot split attention kernels, so models.sharding.on_each_device does, over the mesh that is set here.
     with jax.sharding.use_abstract_mesh(config.mesh.abstract_mesh):
         errors = prediction_error(frozen.replace(unet=unet), *jax.tree.map(flat, asked), networks=net)
-    return errors.reshape(concepts, size).mean(axis=1)
+    losses = errors.reshape(concepts, size).mean(axis=1)
+    if not config.text_penalty:
+        return losses
+    base = jax.vmap(lambda prompts: unchanged_context(prompts, frozen, config))(batch.prompts)
+    change, whole = (
+        jnp.square(x.astype(jnp.float32)).mean((1, 2, 3)) for x in (context.states - base.states, base.states)
+    )
+    return losses + config.text_penalty * change / whole
+
+
+def unchanged_context(prompts: tuple[PromptStates, ...], frozen: Frozen, config: StepConfig) -> Context:
+    """Returns the base model's text conditioning, from the states below the method's first layers."""
+    net = config.networks
+    return upper_layers(net.text, frozen.text, prompts, (None,) * len(prompts), config.method.first_layers(net))
 
 
 def prediction_error(frozen: Frozen, batch: Minibatch, context: Context, *, networks: Networks) -> Float[Array, "B"]:
@@ -245,11 +269,11 @@ def fixed_batch(data: ConceptData, config: StepConfig) -> Minibatch:
     # are for empty slots, which have neither photos nor prompts.
     index = jnp.arange(EVALUATED)
     latents = data.mean[index % jnp.maximum(1, data.photos), 0]
-    total = config.networks.schedule.num_train_timesteps
+    within = config.timestep_range
     return Minibatch(
         latents=latents,
         noise=jax.random.normal(jax.random.key(0), latents.shape),
-        timesteps=((index + 0.5) * total / EVALUATED).astype(jnp.int32),
+        timesteps=within.start + ((index + 0.5) * len(within) / EVALUATED).astype(jnp.int32),
         prompts=jax.tree.map(lambda x: x[index % jnp.maximum(1, data.prompt_count)], data.prompts),
         weight=None if data.weight is None else data.weight[index % jnp.maximum(1, data.photos), 0],
     )

@@ -235,3 +235,41 @@ def test_the_host_is_not_in_the_loop(config, frozen, length):
     state, _ = step(state, frozen, data)  # compiles
     with jax.transfer_guard("disallow"):
         jax.block_until_ready(step(state, frozen, data))
+
+
+@pytest.mark.parametrize("shares", [(0.0, 1.0), (0.65, 1.0), (0.3, 0.8), (0.999, 1.0)])
+def test_timesteps_are_of_the_range(tiny_pipeline, shares):
+    """Evenly spread over it, in training and in the evaluations of early stopping; the whole schedule by default."""
+    config = replace(step_config(tiny_pipeline, jax.devices()[:1]), timesteps=shares)
+    data, state = (jax.tree.map(lambda x: jnp.asarray(x[0]), tree) for tree in (concept(5), start(config)))
+    draw = jax.jit(jax.vmap(lambda step: ts.draw_minibatch(state.replace(step=step), data, config).timesteps))
+    drawn = np.asarray(draw(jnp.arange(500)))
+    low, high = (round(share * 1000) for share in shares)
+    assert drawn.min() >= low
+    assert drawn.max() < high
+    assert drawn.mean() == pytest.approx((low + high - 1) / 2, abs=0.02 * (high - low) + 0.5)
+    judged = np.asarray(ts.fixed_batch(data, config).timesteps)
+    expected = low + (np.arange(8) + 0.5) * (high - low) / 8
+    np.testing.assert_array_equal(judged, expected.astype(int))
+    if shares == (0.0, 1.0):
+        assert step_config(tiny_pipeline, jax.devices()[:1]) == config
+
+
+def test_text_penalty(tiny_pipeline, frozen):
+    """It adds the relative squared change of the text states; the base model's are those at strength 0."""
+    plain = step_config(tiny_pipeline, jax.devices()[:1])
+    penal = replace(plain, text_penalty=0.3)
+    data, state = concept(5), start(plain)
+    batch = jax.vmap(lambda state, data: ts.draw_minibatch(state, data, plain))(state, data)
+    without, with_it = (
+        np.asarray(ts.denoising_loss(state.learned, frozen, batch, config)) for config in (plain, penal)
+    )
+    learned = jax.tree.map(lambda x: x[0], state.learned)
+    prompts = jax.tree.map(lambda x: x[0], batch.prompts)
+    moved, base = (
+        np.asarray(plain.method.condition(learned, prompts, frozen.text, plain.networks, strength).states, np.float64)
+        for strength in (1.0, 0.0)
+    )
+    expected = 0.3 * np.square(moved - base).sum() / np.square(base).sum()
+    assert expected > 1e-4
+    np.testing.assert_allclose(with_it - without, [expected], rtol=1e-3)
