@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 from catversion_jax.base import pipeline
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.catversion import CatVersion
-from catversion_jax.methods.composition import Personalization
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.vit import ViTConfig, ViTModel
 from catversion_jax.utils.json_config import from_json
@@ -78,10 +77,6 @@ INVERSE = {
 def load(folder: Path | str, **how) -> pipeline.Pipeline:
     """A model's pipeline on the default device; `how` are fields of ModelConfig."""
     return pipeline.load_pipeline(pipeline.ModelConfig(str(folder), **how))
-
-
-def personal(*concepts: concept_file.Concept, strength: float = 1.0) -> Personalization:
-    return Personalization(concepts, strength)
 
 
 def concept(prefix: np.ndarray, fingerprint: str, model: Path | str = "", **method) -> concept_file.Concept:

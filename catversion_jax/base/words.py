@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from catversion_jax.base.tokenizer import Tokenizer
-from catversion_jax.utils.types import Int
+from catversion_jax.utils.types import Float, Int
 
 
 def find_words(tokenizer: Tokenizer, token_ids: Int[np.ndarray, "T Q"], words: Sequence[str]) -> list[np.ndarray]:
@@ -41,6 +41,15 @@ def find_word(tokenizer: Tokenizer, token_ids: Int[np.ndarray, "T Q"], word: str
     """Returns the position of the word's last token in each prompt, or -1, as `find_words` does."""
     (last,) = find_words(tokenizer, token_ids, [word])
     return last
+
+
+def token_weights(
+    tokenizer: Tokenizer, token_ids: Int[np.ndarray, "T Q"], words: Sequence[str]
+) -> Float[np.ndarray, "words T Q"]:
+    """Returns weights of each word's tokens in each prompt, which sum to 1, or to 0 where the prompt lacks the word."""
+    lengths = np.asarray([max(1, len(tokenizer.word(word))) for word in words])[:, None, None]
+    last, positions = np.stack(find_words(tokenizer, token_ids, words))[..., None], np.arange(token_ids.shape[1])
+    return ((last >= 0) & (positions > last - lengths) & (positions <= last)) / np.float32(lengths)
 
 
 def put_before(tokenizer: Tokenizer, ids: tuple[int, ...], class_word: str, identifier: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from absl import flags
 from catversion_jax.methods import concept_file, official
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand
+from catversion_jax.utils.log import warn
 
 POSITIONALS = ("SOURCE", "TARGET")
 
@@ -29,6 +30,8 @@ def main(arguments: flags.FlagValues, source: str, target: str) -> int:
     written.parent.mkdir(parents=True, exist_ok=True)
     if is_concept:
         official.write_adapter(written, concept, path)
+        if concept.strength != 1:
+            warn(f"{written}: an authors' adapter cannot hold the strength of {concept.strength:g}; it acts at 1")
     else:
         concept_file.save(written, concept)
     length, layers = len(concept.learned["prefix"]), concept.method.metadata()["layers"]

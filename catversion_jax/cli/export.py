@@ -13,7 +13,6 @@ from catversion_jax.cli.flags import (
     given_strength,
     make_folder,
 )
-from catversion_jax.methods.composition import Personalization
 from catversion_jax.methods.concept_model import load_for_concepts, model_of, warnings
 from catversion_jax.sampling.export import COMFYUI, EMBEDS, check_exportable, write_concept, write_embeds
 from catversion_jax.sampling.sampler import SampleRequest
@@ -41,18 +40,18 @@ def main(arguments: flags.FlagValues) -> int:
         raise UserError("--out: missing; expected the folder to write")
     ((source, concept),) = concepts.items()
     check_exportable(concept, source)
+    concept = concept.at(given_strength(arguments))
     wanted = arguments.prompt or arguments.prompts_file
     prompts = given_prompts(arguments) if wanted else []
     out = make_folder(expand(arguments.out))
     written = []
     if prompts:
-        personalization = Personalization((concept,), given_strength(arguments))
         model = model_of(concepts, arguments.model or "")
         pipeline, unsure = load_for_concepts(concepts, model)
-        for warning in unsure + warnings(pipeline, prompts, personalization):
+        for warning in unsure + warnings(pipeline, prompts, [concept]):
             warn(warning)
         request = SampleRequest(tuple(prompts), (), negative_prompt=arguments.negative_prompt)
-        write_embeds(out / EMBEDS, pipeline, request, personalization, model.path)
+        write_embeds(out / EMBEDS, pipeline, request, concept, model.path)
         written.append(EMBEDS)
     make_folder(out / COMFYUI)
     written += write_concept(out, concept)

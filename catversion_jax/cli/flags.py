@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from catversion_jax.base.pipeline import DTYPES, ModelConfig
-from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.base.sampler_config import MAX_STRENGTH, SamplerConfig
 from catversion_jax.base.schedulers import SCHEDULERS
 from catversion_jax.config import Config, from_config_dict
 from catversion_jax.methods import concept_file
@@ -98,7 +98,12 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def define_strength() -> None:
-    flags.DEFINE_float("strength", 1.0, "Concept strength: 1 is as learned, 0 is the base model.")
+    flags.DEFINE_float(
+        "strength",
+        None,
+        f"Strength of the concept: 0 is the base model, 1 as trained, {MAX_STRENGTH:g} twice what training changed; if "
+        "not set, as recorded in the concept.",
+    )
 
 
 def define_model() -> None:
@@ -140,11 +145,13 @@ def given_sampler(arguments: flags.FlagValues, concepts: Mapping[str, Concept]) 
     return sampler
 
 
-def given_strength(arguments: flags.FlagValues) -> float:
-    """Returns the value of --strength. Raises UserError unless it is from 0 to 1, which NaN is not."""
-    if not 0 <= arguments.strength <= 1:
-        raise UserError(f"--strength={arguments.strength}: expected 0 (the base model) to 1 (as learned)")
-    return arguments.strength
+def given_strength(arguments: flags.FlagValues) -> float | None:
+    """Returns the value of --strength, None if it is not given. Raises UserError if it is out of range or NaN."""
+    strength = arguments.strength
+    if strength is not None and not 0 <= strength <= MAX_STRENGTH:
+        expected = f"0 (the base model) to {MAX_STRENGTH:g}; 1 is as trained"
+        raise UserError(f"--strength={strength}: expected {expected}")
+    return strength
 
 
 def given_seeds(arguments: flags.FlagValues) -> tuple[int, ...]:

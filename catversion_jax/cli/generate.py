@@ -19,7 +19,7 @@ from catversion_jax.cli.flags import (
     given_strength,
     make_folder,
 )
-from catversion_jax.methods.composition import Personalization, compose
+from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_model import load_for_concepts, model_of, warnings
 from catversion_jax.sampling.conditioning import movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
@@ -47,9 +47,10 @@ def define_flags() -> None:
 
 def main(arguments: flags.FlagValues) -> int:
     """Writes `<prompt-slug>_<seed>.png` for every prompt and seed, and a grid of them."""
-    concepts = given_concepts(arguments)
-    personalization = Personalization(tuple(concepts.values()), given_strength(arguments))
-    compose(personalization.concepts)  # refuses concepts that cannot share a prompt, at any strength
+    given, strength = given_concepts(arguments), given_strength(arguments)
+    concepts = {source: concept.at(strength) for source, concept in given.items()}
+    acting = list(concepts.values())
+    check_composition(acting)
     sampler = SamplerConfig() if arguments.check else given_sampler(arguments, concepts)
     prompts = given_prompts(arguments)
     if not arguments.out:  # a shell variable that is not set
@@ -58,13 +59,16 @@ def main(arguments: flags.FlagValues) -> int:
     if not arguments.check:
         make_folder(out)
     pipeline, unsure = load_for_concepts(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
-    for warning in unsure + warnings(pipeline, prompts, personalization):
+    for warning in unsure + warnings(pipeline, prompts, acting):
         warn(warning)
     if arguments.check:
-        print(*movement(pipeline, prompts, personalization), sep="\n")
+        for concept in acting:
+            others = [other for other in acting if other is not concept]
+            lines = movement(pipeline, prompts, concept, others)
+            print(*(f"{concept.class_word}: {line}" if others else line for line in lines), sep="\n")
         return 0
     request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt)
-    rows = write_images(out, request, sample_images(pipeline, request, personalization))
+    rows = write_images(out, request, sample_images(pipeline, request, acting))
     path = free_grid_name(out)
     write_atomically(path, wrapped_grid(rows).save)
     count, shown = len(request.prompts), sum(map(len, rows.values()))

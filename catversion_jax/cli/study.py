@@ -19,6 +19,7 @@ from catversion_jax.evaluation.evaluation import UNRELATED, versions
 from catversion_jax.evaluation.samples import EvaluationConfig
 from catversion_jax.evaluation.scores import Encoders
 from catversion_jax.study import tables
+from catversion_jax.study.accuracy import read_world
 from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.study import Study, named
 from catversion_jax.study.training import SLOTS
@@ -64,13 +65,14 @@ def open_study(arguments: flags.FlagValues, name: str) -> Study:
     scale = kind.quick if arguments.quick else kind.full
     folders = named(concept_sets.find_concepts(arguments.concepts or concept_sets.SHIPPED), scale.concepts)
     evaluation = EvaluationConfig(
-        config.sample.sampler, tuple(range(scale.seeds)), 1.0, UNRELATED[: scale.unrelated], "", config.model.dtype
+        config.sample.sampler, tuple(range(scale.seeds)), None, UNRELATED[: scale.unrelated], "", config.model.dtype
     )
     scorer = Scorer(
         load_model(config, SLOTS),
         Encoders(encoders.of_model(config.model.folder), None),
         evaluation,
         config.sample.prompts[: scale.prompts],
+        read_world(config.model.folder),
     )
     out = expand(arguments.out) / (f"{name}-quick" if arguments.quick else name)
     return Study(config, folders, scale, out, scorer)

@@ -13,6 +13,7 @@ from catversion_jax.data import concept_sets
 from catversion_jax.evaluation import encoders
 from catversion_jax.evaluation.samples import EvaluationConfig
 from catversion_jax.evaluation.scores import Encoders
+from catversion_jax.study.accuracy import read_world
 from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.sweep import known_scores, override, score_setting, sweep_table
 from catversion_jax.training.run import load_model
@@ -53,12 +54,13 @@ def main(arguments: flags.FlagValues) -> int:
     found = known_scores(out / "scores.jsonl", folders)
     known = {(score.setting, score.concept) for score in found}
     model = config.model
-    evaluation = EvaluationConfig(config.sample.sampler, tuple(range(arguments.seeds)), 1.0, (), "", model.dtype)
+    evaluation = EvaluationConfig(config.sample.sampler, tuple(range(arguments.seeds)), None, (), "", model.dtype)
     shared = Encoders(encoders.of_model(model.folder), None)
     pipeline = load_model(config)
     for setting, changed in configs.items():
         templates = changed.sample.prompts[: arguments.prompts]
-        scorer = Scorer(pipeline, shared, replace(evaluation, sampler=changed.sample.sampler), templates)
+        sampled = replace(evaluation, sampler=changed.sample.sampler)
+        scorer = Scorer(pipeline, shared, sampled, templates, read_world(model.folder))
         for folder in folders:
             if (setting, folder.name) not in known:
                 found.append(score_setting(changed, setting, folder, out, scorer))

@@ -1,6 +1,5 @@
 """Masks of the subject from the UNet's own cross-attention to the class word, without another model."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -8,14 +7,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from catversion_jax.base.noise_schedule import add_noise
 from catversion_jax.base.pipeline import Networks, Pipeline
-from catversion_jax.base.words import find_word
+from catversion_jax.base.words import token_weights
 from catversion_jax.data.latents import posteriors
 from catversion_jax.models.unet import Context
 from catversion_jax.sampling import conditioning
+from catversion_jax.sampling.regions import attention_to_words
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.padded_batches import padded_batches
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Params, UInt8
@@ -68,24 +67,14 @@ def word_attention(
     *,
     networks: Networks,
 ) -> Float[Array, "B H W"]:
-    """Returns each position's attention to the word's tokens: the sum of all cross-attention maps at the image's size.
-
-    The middle block, whose map is the coarsest, is left out.
-    """
+    """Returns each position's attention to the word's tokens, at the image's size."""
     latents, context, of_word = searched
     alpha = jnp.asarray(networks.schedule.alphas_cumprod)[timestep]
     noisy = add_noise(latents, jnp.broadcast_to(noise, latents.shape), jnp.full(len(latents), alpha))
     timesteps = jnp.full(len(latents), timestep)
     _, sown = networks.unet.apply({"params": unet}, noisy, timesteps, *context, mutable="intermediates")
-    size = (len(latents), networks.resolution, networks.resolution)
-    total = jnp.zeros(size)
-    for path, (probabilities,) in flatten_dict(sown["intermediates"]).items():
-        if "attn2" in path and path[0] != "mid_block":
-            side = math.isqrt(probabilities.shape[1])
-            seen = jnp.einsum("bqk,bk->bq", probabilities, of_word).reshape(-1, side, side)
-            # Scaled to a maximum of 1, so that no layer dominates the sum.
-            total += jax.image.resize(seen / seen.max((1, 2), keepdims=True), size, "cubic")
-    return total
+    (attention,) = attention_to_words(sown["intermediates"], of_word[None], networks.resolution)
+    return attention
 
 
 def attention_masks(
@@ -101,13 +90,10 @@ def attention_masks(
 
     Raises UserError for a prompt that does not contain the class word.
     """
-    token_ids, word = pipeline.tokenizer(list(prompts)), pipeline.tokenizer.word(class_word)
-    last = find_word(pipeline.tokenizer, token_ids, class_word)[:, None]
-    if (last < 0).any():
-        prompt = prompts[int(np.argmin(last))]
+    (of_word,) = token_weights(pipeline.tokenizer, pipeline.tokenizer(list(prompts)), [class_word])
+    if not of_word.any(1).all():
+        prompt = prompts[int(of_word.any(1).argmin())]
         raise UserError(f"{prompt!r}: no class word {class_word!r} to see where it is; expected it in every prompt")
-    positions = np.arange(token_ids.shape[1])
-    of_word = ((positions > last - len(word)) & (positions <= last)) / np.float32(len(word))
     networks = pipeline.networks
     # The same noise for all images: a mask does not depend on how many there are, nor on their order.
     noises = np.random.default_rng(0).standard_normal((len(TIMESTEPS), *networks.latent_shape)).astype(np.float32)

@@ -19,7 +19,6 @@ from catversion_jax.evaluation import masks, scores
 from catversion_jax.evaluation.grabcut import grabcut
 from catversion_jax.evaluation.image_sets import MaskedImages, StoredImages
 from catversion_jax.evaluation.scores import Encoders, Values
-from catversion_jax.methods.composition import BASE_MODEL, Personalization
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import load_for_concepts, model_of
 from catversion_jax.sampling.conditioning import context
@@ -76,14 +75,15 @@ class EvaluationConfig:
 
     sampler: SamplerConfig
     seeds: tuple[int, ...]  # one image of each prompt for each seed
-    strength: float
+    strength: float | None  # None: each concept's own
     unrelated: tuple[str, ...]  # prompts for prior_drift
     model: str  # "": the one the concept was trained on
     dtype: str
     grabcut: bool = False  # refine the attention masks along edges
 
-    def personalization(self, concept: Concept) -> Personalization:
-        return Personalization((concept,), self.strength)
+    def acting(self, *concepts: Concept) -> tuple[Concept, ...]:
+        """The concepts at the strength to evaluate them at."""
+        return tuple(concept.at(self.strength) for concept in concepts)
 
 
 def find_references(task: EvaluationTask) -> StoredImages:
@@ -147,12 +147,12 @@ def sample(
     pipeline: Pipeline,
     prompts: Sequence[str],
     config: EvaluationConfig,
-    personalization: Personalization = BASE_MODEL,
+    concepts: Sequence[Concept] = (),
     name: str = "",
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
     """Samples an image of each prompt with each of the config's seeds; `name` labels the progress bar."""
     request = SampleRequest.every(prompts, config.seeds, config.sampler)
-    images = sample_images(pipeline, request, personalization)
+    images = sample_images(pipeline, request, concepts)
     return list(tqdm(images, total=len(request.prompts), unit=" images", desc=name, leave=False))
 
 
@@ -186,7 +186,7 @@ def sample_task(
         found = find_masks([photo.image for photo in photos], [plain_prompt(concept)] * len(photos))
         overlaps += [masks.iou(a, photo.mask) for a, photo in zip(found, photos, strict=True) if photo.mask is not None]
     prompts = [prompt for prompt in task.prompts for _ in config.seeds]
-    images = sample(pipeline, task.prompts, config, config.personalization(concept), task.name)
+    images = sample(pipeline, task.prompts, config, config.acting(concept), task.name)
     unrelated = measure_drift(pipeline, concept, config, encoders)
     if not masked:
         return Samples(prompts, MaskedImages(images, None), unrelated)
@@ -203,10 +203,10 @@ def measure_drift(
     prompts = tuple(without_word(pipeline.tokenizers, concept.class_word, config.unrelated))
     if not prompts:
         return {}
-    personalization = config.personalization(concept)
-    images = (sample_base(pipeline, prompts, config), sample(pipeline, prompts, config, personalization))
+    (acting,) = config.acting(concept)
+    images = (sample_base(pipeline, prompts, config), sample(pipeline, prompts, config, [acting]))
     of_prompts = (np.split(np.stack(side), len(prompts)) for side in images)
-    states = ((context(pipeline, [p]).states, context(pipeline, [p], personalization).states) for p in prompts)
+    states = ((context(pipeline, [p]).states, context(pipeline, [p], acting).states) for p in prompts)
     return {
         prompt: scores.of_unrelated(base, moved, of_prompt, encoders)
         for prompt, base, moved, of_prompt in zip(prompts, *of_prompts, states, strict=True)

@@ -4,7 +4,7 @@
 
     handle = catversion_torch.attach(pipe.text_encoder, "concept.safetensors", tokenizer=pipe.tokenizer)
     pipe("a photo of a teapot on the beach")
-    handle.strength = 0.7  # 1: as learned; 0: the base model
+    handle.strength = 0.5  # 0: the base model; 1: as trained; not set: as the concept's file says
     handle.remove()
 
 Learned keys and values stand in front of the projected ones in a few self-attention layers (arXiv 2311.14631). Who
@@ -39,6 +39,7 @@ import torch
 
 FORMAT_VERSION = 1
 MAX_BYTES = 64 * 2**20  # a concept is kilobytes; what is larger is something else
+MAX_STRENGTH = 2.0
 SCOPES = ("all", "trigger")
 TENSORS = {"prefix": "layers", "prefix_2": "layers_2"}
 """Each text encoder's tensor -> the metadata with its layers."""
@@ -53,6 +54,7 @@ class Concept:
     layers: tuple[int, ...]  # of the text encoder
     logit_bias: float  # added to every prefix logit
     scope: str  # one of SCOPES
+    strength: float  # that it is meant to be used at
 
 
 def load(path) -> tuple[Concept, ...]:
@@ -79,8 +81,8 @@ def parse(data: bytes) -> tuple[Concept, ...]:
     for name in sorted(header.keys() - {"__metadata__"}):
         layers = tuple(metadata[TENSORS[name]])
         prefix = read_tensor(header[name], data[8 + size :], len(layers))
-        bias = float(metadata["logit_bias"])
-        concepts.append(Concept(prefix, metadata["class_word"], layers, bias, metadata["scope"]))
+        bias, strength = float(metadata["logit_bias"]), checked(float(metadata.get("strength", 1.0)))
+        concepts.append(Concept(prefix, metadata["class_word"], layers, bias, metadata["scope"], strength))
     return tuple(concepts)
 
 
@@ -94,12 +96,19 @@ def read_tensor(entry: dict, data: bytes, layers: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data[start:stop]), dtype=torch.float32).reshape(shape)
 
 
+def checked(strength: float) -> float:
+    """A strength in [0, 2]. Raises ValueError for any other."""
+    if not 0 <= strength <= MAX_STRENGTH:
+        raise ValueError(f"strength {strength}; expected 0 (the base model) to {MAX_STRENGTH:g} (1 is as trained)")
+    return strength
+
+
 class Handle:
     """A concept at work in one text encoder: what `attach` returns."""
 
-    def __init__(self, concept: Concept, tokenizer, strength: float = 1.0):
+    def __init__(self, concept: Concept, tokenizer, strength: float | None = None):
         self.concept = concept
-        self.strength = strength
+        self.strength = concept.strength if strength is None else strength
         self.negatives = {""}
         self._tokenizer = tokenizer
         self._enabled = True
@@ -108,14 +117,12 @@ class Handle:
 
     @property
     def strength(self) -> float:
-        """In [0, 1]: each prefix logit gets log(strength) added, so 0 is the base model."""
+        """In [0, 2]: scales what the prefix changes in each layer's attention; 0 is the base model, 1 as trained."""
         return self._strength
 
     @strength.setter
     def strength(self, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise ValueError(f"strength {value}; expected 0 (the base model) to 1 (as learned)")
-        self._strength = float(value)
+        self._strength = checked(float(value))
 
     @contextlib.contextmanager
     def disabled(self):
@@ -180,7 +187,10 @@ class Handle:
         return forward
 
     def _attend(self, attention, layer: int, x: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
-        """softmax(Q [dK ; K]^T / sqrt(d) + mask) [dV ; V]; logits and softmax in float32."""
+        """Attn(Q, K, V) + strength (softmax(Q [dK ; K]^T / sqrt(d) + mask) [dV ; V] - Attn(Q, K, V)).
+
+        Logits and softmax are in float32.
+        """
         length, _, _, heads, head_dim = self.concept.prefix.shape
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         query, key, value = (p(x).unflatten(-1, (heads, head_dim)).transpose(1, 2) for p in projections)  # [B, H, Q, D]
@@ -191,12 +201,15 @@ class Handle:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
         for mask in masks:
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        bias = self.concept.logit_bias + math.log(self.strength)
-        prefix_scores = query @ prefix_key.float().transpose(-1, -2) + bias
+        prefix_scores = query @ prefix_key.float().transpose(-1, -2) + self.concept.logit_bias
         unseen = ~self._visible[:, None, :, None].to(x.device)
         prefix_scores = prefix_scores.masked_fill(unseen, -math.inf)
-        weights = torch.cat([prefix_scores, scores], -1).softmax(-1).to(value.dtype)
-        out = weights[..., :length] @ prefix_value + weights[..., length:] @ value
+        weights = torch.cat([prefix_scores, scores], -1).softmax(-1)
+        # The strength takes a part of the prefix's weight; the tokens get it back as they would share it without one.
+        of_prefix, of_tokens = weights[..., :length], weights[..., length:]
+        given_back = (1 - self.strength) * of_prefix.sum(-1, keepdim=True) * scores.softmax(-1)
+        of_prefix, of_tokens = self.strength * of_prefix, of_tokens + given_back
+        out = of_prefix.to(value.dtype) @ prefix_value + of_tokens.to(value.dtype) @ value
         return attention.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -213,8 +226,11 @@ def check(concept: Concept, attentions: list[torch.nn.Module], forwards) -> None
         raise ValueError("the text encoder holds a concept already; take that one out first")
 
 
-def attach(text_encoder: torch.nn.Module, path, tokenizer, strength: float = 1.0, encoder: int = 1) -> Handle:
-    """Put the concept of a file into a CLIPTextModel(WithProjection), in place; `encoder` is 2 for SDXL's second."""
+def attach(text_encoder: torch.nn.Module, path, tokenizer, strength: float | None = None, encoder: int = 1) -> Handle:
+    """Put the concept of a file into a CLIPTextModel(WithProjection), in place; `encoder` is 2 for SDXL's second.
+
+    `strength` is the one that the file records, unless it is given.
+    """
     concepts = load(path)
     if not 1 <= encoder <= len(concepts):
         raise ValueError(f"{path}: for {len(concepts)} text encoder(s); expected one for encoder {encoder}")

@@ -1,15 +1,23 @@
 """CatVersion for ComfyUI: a node that puts a learned concept into a CLIP. README.md says how to use it."""
 
+from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
 
 import torch
 
-from .catversion_torch import Handle, check, load
+from .catversion_torch import MAX_STRENGTH, Handle, check, load
 
 FOLDER = Path(__file__).parent
 ENCODERS = ("clip_l", "clip_h", "clip_g")
 """ComfyUI's names: Stable Diffusion 1.x has clip_l, 2.x clip_h, SDXL clip_l and clip_g."""
+
+
+def recorded_strength(files: list[str]) -> float:
+    """The strength that the first file records: ComfyUI has one default for all files, and the export writes one."""
+    with suppress(ValueError):  # of a damaged file, which `apply` tells of
+        return load(FOLDER / files[0])[0].strength if files else 1.0
+    return 1.0
 
 
 class ApplyCatVersion:
@@ -22,7 +30,7 @@ class ApplyCatVersion:
     @classmethod
     def INPUT_TYPES(cls):
         files = sorted(path.name for path in FOLDER.glob("*.safetensors"))
-        strength = {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.05}
+        strength = {"default": recorded_strength(files), "min": 0.0, "max": MAX_STRENGTH, "step": 0.05}
         return {"required": {"clip": ("CLIP",), "concept": (files,), "strength": ("FLOAT", strength)}}
 
     @classmethod

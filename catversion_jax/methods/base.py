@@ -24,7 +24,7 @@ class Method(abc.ABC):
     """A method: which parameters are trained for a concept, and where they enter the base model.
 
     A method is static and hashable. The learned parameters are a dict, or nested dicts, of float32 arrays. `strength`
-    in [0, 1] scales their effect; 0 gives exactly the base model.
+    scales their effect: 0 gives exactly the base model, 1 is as trained, and more exaggerates it.
     """
 
     published: ClassVar[dict[str, Any]] = {}  # hyperparameters that differ from the config's defaults

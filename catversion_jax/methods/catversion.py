@@ -20,7 +20,7 @@ from catversion_jax.base.pipeline import Networks
 from catversion_jax.base.text_states import PromptStates
 from catversion_jax.methods.base import Method, check_keys, of_encoders
 from catversion_jax.methods.hyperparameters import PARTS, AdapterConfig, Hyperparameters
-from catversion_jax.models.prefix_attention import SCOPES, Prefix, init_prefix, resolve_layers, strength_bias
+from catversion_jax.models.prefix_attention import SCOPES, Prefix, init_prefix, resolve_layers
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.types import Array, Bool, Float, Int, Key, Params
 
@@ -113,10 +113,11 @@ class CatVersion(Method):
         self, learned: Params, prompts: tuple[PromptStates, ...], strength: Float[Array, ""] | float
     ) -> tuple[tuple[PromptStates, ...], Sequence[Prefix]]:
         # The prompts stay as they are: the prefix acts inside the layers' attention.
-        bias = strength_bias(self.logit_bias, strength)
         of_each = zip(of_encoders("prefix", len(prompts)), prompts, self.layers, strict=True)
         return prompts, [
-            Prefix(self.learned_parts(learned[name]), bias, of_encoder.token_mask, layers)
+            Prefix(
+                self.learned_parts(learned[name]), self.logit_bias, jnp.float32(strength), of_encoder.token_mask, layers
+            )
             for name, of_encoder, layers in of_each
         ]
 

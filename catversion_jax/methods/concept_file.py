@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from catversion_jax.base.pipeline import Networks
-from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.base.sampler_config import MAX_STRENGTH, SamplerConfig
 from catversion_jax.methods import foreign_files, model_names
 from catversion_jax.methods.base import Method, check_keys
 from catversion_jax.methods.registry import METHODS, name_of
@@ -46,7 +46,12 @@ class Concept:
     model_revision: str = ""  # how model_path was read, as in the config
     model_variant: str = ""
     model_prediction_type: str = ""
+    strength: float = 1.0  # that it is sampled with: 0 is exactly the base model, 1 as trained
     sampler: SamplerConfig | None = None  # as in the config it was trained with; None: unknown
+
+    def at(self, strength: float | None) -> "Concept":
+        """The concept at another strength; None keeps its own."""
+        return self if strength is None else dataclasses.replace(self, strength=strength)
 
     def metadata(self) -> dict[str, Any]:
         """Everything but the arrays, in JSON's types."""
@@ -66,7 +71,7 @@ FIELDS = tuple(
 )
 SAMPLER = ("scheduler", "steps", "guidance")
 """The sampler's settings that are recorded; the batch size is left out, as it depends on the machine."""
-OPTIONAL = {"model_revision", "model_variant", "model_prediction_type"}
+OPTIONAL = {"model_revision", "model_variant", "model_prediction_type", "strength"}
 """Fields that a file may lack."""
 RECORD = msgspec.defstruct(
     "RECORD",
@@ -161,6 +166,8 @@ def parse_concept(
     fields = msgspec.structs.asdict(msgspec.convert(values, RECORD))
     if not (0 <= fields["seed"] < 2**32 and 0 <= fields["steps"] < 2**31):
         raise ValueError(f"seed {fields['seed']}, steps {fields['steps']}; expected those of a run")
+    if not 0 <= fields["strength"] <= MAX_STRENGTH:
+        raise ValueError(f"strength {fields['strength']}; expected 0 to {MAX_STRENGTH:g}")
     if not (is_text(fields["model_path"]) and is_text(fields["class_word"])):
         raise ValueError("class_word or model_path with a NUL or half of a character; expected text")
     if fields["model_path"].startswith("~"):

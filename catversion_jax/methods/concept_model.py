@@ -6,7 +6,7 @@ from catversion_jax.base.pipeline import MINI, ModelConfig, Pipeline, load_pipel
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.base.words import is_word_cut, without_words
 from catversion_jax.methods import concept_file
-from catversion_jax.methods.composition import Personalization, compose
+from catversion_jax.methods.composition import prompt_ids
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.model_names import is_on_hub
 from catversion_jax.utils.errors import UserError, listed
@@ -51,11 +51,10 @@ def load_for_concepts(
     return pipeline, warnings
 
 
-def warnings(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization) -> list[str]:
+def warnings(pipeline: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     """Returns one warning for each likely mistake: a strength of 0, no class word in a prompt, a truncated prompt."""
     lines = []
-    concepts = personalization.concepts
-    if personalization.strength == 0:
+    if not any(concept.strength for concept in concepts):
         lines.append("strength=0 removes the concept: what follows is the base model's")
     words = [concept.class_word for concept in concepts if concept.class_word]
     lost: list[str] = []
@@ -66,8 +65,13 @@ def warnings(pipeline: Pipeline, prompts: Sequence[str], personalization: Person
         lines += [f"without {said}: {listed(map(repr, missing))}"] if missing else []
         lines += [f"too long, so that {said}, is cut off: {listed(map(repr, behind))}"] if behind else []
         lost += behind
-    those, tokenizer = compose(concepts), pipeline.tokenizer
-    cut = [p for p in prompts if p not in lost and len(those.prompt_ids(tokenizer, p)) > tokenizer.length - 2]
+    tokenizer = pipeline.tokenizer
+    cut = [
+        prompt
+        for prompt in prompts
+        if prompt not in lost
+        and any(len(prompt_ids(tokenizer, prompt, concept)) > tokenizer.length - 2 for concept in concepts)
+    ]
     if cut:
         lines.append(f"cut to {tokenizer.length} tokens: {listed(map(repr, cut))}")
     return lines

@@ -5,8 +5,12 @@ layers of the text encoder and each of its heads:
 
     Attn = softmax(Q [dK ; K]^T / sqrt(D) + mask) [dV ; V]
 
-which equals (1 - m(q)) Attn(Q, K, V) + m(q) Attn(Q, dK, dV), where m(q) is the attention mass that query q gives to
-the prefix: a learned residual on the attention output.
+which equals Attn(Q, K, V) + m(q) (Attn(Q, dK, dV) - Attn(Q, K, V)), where m(q) is the attention mass that query q gives
+to the prefix: a learned residual on the attention output. Once it is learned, a strength s scales it:
+
+    Attn = Attn(Q, K, V) + s m(q) (Attn(Q, dK, dV) - Attn(Q, K, V))
+
+which is the base model at s = 0 and the prefix as it was trained at s = 1.
 
     learned         the prefix (dK, dV) and nothing else: float32 [P, L, 2, H, D], 2 = (key, value), here and in every
                     file we write; a model with two text encoders (SDXL) has a prefix in each
@@ -31,7 +35,8 @@ class Prefix(flax.struct.PyTreeNode):
     """A prefix as the text encoder takes it: the learned keys and values, and the token mask of who sees them."""
 
     embeddings: Float[Array, "P L 2 H D"]
-    logit_bias: Float[Array, ""]  # added to the prefix logits; -inf removes the prefix exactly
+    logit_bias: float = flax.struct.field(pytree_node=False)  # added to the prefix logits
+    strength: Float[Array, ""]  # scales the residual; 1 is as trained
     token_mask: Bool[AnyArray, "B Q #P"]  # the query positions that see the prefix
     layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
@@ -40,7 +45,7 @@ class Prefix(flax.struct.PyTreeNode):
         if layer not in self.layers:
             return None
         key, value = jnp.moveaxis(self.embeddings[:, self.layers.index(layer)], 1, 0)
-        return LayerPrefix(key, value, self.logit_bias, self.token_mask)
+        return LayerPrefix(key, value, self.logit_bias, self.strength, self.token_mask)
 
 
 class LayerPrefix(flax.struct.PyTreeNode):
@@ -48,7 +53,8 @@ class LayerPrefix(flax.struct.PyTreeNode):
 
     key: Float[Array, "P H D"]
     value: Float[Array, "P H D"]
-    logit_bias: Float[Array, ""]
+    logit_bias: float = flax.struct.field(pytree_node=False)
+    strength: Float[Array, ""]
     token_mask: Bool[AnyArray, "B Q #P"]
 
 
@@ -70,13 +76,6 @@ def init_prefix(
     return std * jax.random.normal(key, (length, layers, 2, *heads), jnp.float32)
 
 
-def strength_bias(logit_bias: float, strength: Float[Array, ""] | float) -> Float[Array, ""]:
-    """The bias of the prefix logits at a strength in [0, 1]; a strength of 0 removes the prefix exactly."""
-    # exp(logit + log(strength)) = strength * exp(logit): the softmax counts the prefix `strength` times before it
-    # normalizes, and log(0) = -inf gives it a weight of exactly 0.
-    return logit_bias + jnp.log(jnp.float32(strength))
-
-
 def attend(
     query: Float[Array, "B Q H D"],
     key: Float[Array, "B K H D"],
@@ -94,16 +93,20 @@ def attend(
         return jnp.einsum(equation, query * query.shape[-1] ** -0.5, keys, preferred_element_type=jnp.float32)
 
     scores = jnp.where(mask, logits(key, "bqhd,bkhd->bhqk"), -jnp.inf)
+    unchanged = jax.nn.softmax(scores)
     if prefix is None:
-        weights = jax.nn.softmax(scores).astype(value.dtype)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        return jnp.einsum("bhqk,bkhd->bqhd", unchanged.astype(value.dtype), value)
     # [dK ; K] and [dV ; V] of the formula are never built. The tokens' keys have a batch axis and the causal mask; the
     # prefix has neither, but its own bias and token mask. So the two logits are computed apart, which needs no copy of
     # the prefix for each prompt, and joined before the softmax, which has to normalize over both.
     bias = jnp.where(prefix.token_mask, prefix.logit_bias, -jnp.inf)  # [B, Q, P]
     prefix_scores = logits(prefix.key.astype(key.dtype), "bqhd,phd->bhqp") + bias[:, None]
     length = prefix.key.shape[0]
-    weights = jax.nn.softmax(jnp.concatenate([prefix_scores, scores], axis=-1)).astype(value.dtype)
-    # m(q) Attn(Q, dK, dV), then (1 - m(q)) Attn(Q, K, V): the softmax has already weighted the two terms.
-    residual = jnp.einsum("bhqp,phd->bqhd", weights[..., :length], prefix.value.astype(value.dtype))
-    return residual + jnp.einsum("bhqk,bkhd->bqhd", weights[..., length:], value)
+    weights = jax.nn.softmax(jnp.concatenate([prefix_scores, scores], axis=-1))
+    of_prefix, of_tokens = weights[..., :length], weights[..., length:]
+    # The strength takes a part of the prefix's weight, and the tokens get it back as they would share it without a
+    # prefix. At strength 1 both terms are those of the softmax, to the bit.
+    given_back = ((1 - prefix.strength) * of_prefix).sum(-1, keepdims=True)
+    of_prefix, of_tokens = prefix.strength * of_prefix, of_tokens + given_back * unchanged
+    residual = jnp.einsum("bhqp,phd->bqhd", of_prefix.astype(value.dtype), prefix.value.astype(value.dtype))
+    return residual + jnp.einsum("bhqk,bkhd->bqhd", of_tokens.astype(value.dtype), value)

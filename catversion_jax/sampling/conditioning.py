@@ -11,8 +11,9 @@ import numpy as np
 
 from catversion_jax.base.pipeline import Networks, Pipeline
 from catversion_jax.base.text_states import lower_layers
+from catversion_jax.methods import composition
 from catversion_jax.methods.base import BaseModel, Method
-from catversion_jax.methods.composition import BASE_MODEL, Personalization
+from catversion_jax.methods.concept_file import Concept
 from catversion_jax.models.unet import Context
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Params
 
@@ -40,66 +41,85 @@ def encode_prompts(
     return method.condition(learned, prompts, params, networks, strength)
 
 
-def condition(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization = BASE_MODEL) -> Context:
-    """Encodes prompts into the UNet's conditioning; prompts that no concept enters get exactly the base model's."""
-    return condition_tokens(pipeline, token_ids_of(pipeline, prompts, personalization), personalization)
+def condition(
+    pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None = None, others: Sequence[Concept] = ()
+) -> Context:
+    """Encodes prompts into the UNet's conditioning.
+
+    Prompts that the concept does not enter get exactly the base model's, and so do all of them at strength 0. `others`
+    are concepts of the same prompts, which do not act here, but whose words are not the concept's.
+    """
+    return condition_tokens(pipeline, token_ids_of(pipeline, prompts, concept), concept, others)
 
 
 def token_ids_of(
-    pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization
+    pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None
 ) -> tuple[Int[np.ndarray, "B Q"], ...]:
-    """Returns what each text encoder is given: the prompts' tokens, with the concepts' identifiers."""
-    return tuple(personalization.composition.token_ids(tokenizer, prompts) for tokenizer in pipeline.tokenizers)
+    """Returns what each text encoder is given: the prompts' tokens, with the concept's identifier."""
+    # At strength 0 the concept is left out, not scaled by 0: the base model's own text states are used.
+    acting = concept if concept and concept.strength else None
+    return tuple(composition.token_ids(tokenizer, prompts, acting) for tokenizer in pipeline.tokenizers)
 
 
 def condition_tokens(
-    pipeline: Pipeline, token_ids: Sequence[Int[np.ndarray, "B Q"]], personalization: Personalization
+    pipeline: Pipeline,
+    token_ids: Sequence[Int[np.ndarray, "B Q"]],
+    concept: Concept | None,
+    others: Sequence[Concept] = (),
 ) -> Context:
     """Encodes the tokens of each text encoder, as `condition` does."""
-    those = personalization.composition
-    masks = tuple(map(those.token_mask, pipeline.tokenizers, token_ids))
+
+    def run(masks, *concept, method) -> Context:
+        tokens = tuple(map(Tokens, token_ids, masks))
+        return encode_prompts(pipeline.params["text"], tokens, *concept, networks=pipeline.networks, method=method)
+
+    def base() -> Context:
+        nowhere = [np.zeros((*ids.shape, 1), bool) for ids in token_ids]
+        return run(nowhere, {}, jnp.float32(0), method=BaseModel())
+
+    if concept is None or not concept.strength:
+        return base()
+    each = zip(pipeline.tokenizers, token_ids, strict=True)
+    masks = [composition.token_mask(tokenizer, ids, concept, others) for tokenizer, ids in each]
     touched = np.any([mask.any((1, 2)) for mask in masks], axis=0)
-    tokens = tuple(map(Tokens, token_ids, masks))
-    run = partial(encode_prompts, pipeline.params["text"], tokens, networks=pipeline.networks)
     # Two compiled programs may round differently, so prompts that no concept enters go through the base model's own
     # program: they are promised to give its images bit for bit (docs/method.md).
     if not touched.any():
-        return run({}, 0.0, method=BaseModel())
-    moved = run(those.learned, personalization.strength, method=those.method)
+        return base()
+    moved = run(masks, concept.learned, jnp.float32(concept.strength), method=concept.method)
     if touched.all():
         return moved
-    base = run({}, 0.0, method=BaseModel())
-    return jax.tree.map(lambda x, y: jnp.where(touched.reshape(-1, *[1] * (x.ndim - 1)), x, y), moved, base)
+    return jax.tree.map(lambda x, y: jnp.where(touched.reshape(-1, *[1] * (x.ndim - 1)), x, y), moved, base())
 
 
-def with_unet(pipeline: Pipeline, personalization: Personalization) -> Pipeline:
-    """Returns the pipeline with the concepts' UNet, if their method changes it."""
-    those = personalization.composition
-    if not those.method.changes_unet:
+def with_unet(pipeline: Pipeline, concept: Concept | None) -> Pipeline:
+    """Returns the pipeline with the concept's UNet, if its method changes it."""
+    if concept is None or not concept.strength or not concept.method.changes_unet:
         return pipeline
-    unet = those.method.unet(those.learned, pipeline.params["unet"], personalization.strength)
+    unet = concept.method.unet(concept.learned, pipeline.params["unet"], concept.strength)
     return replace(pipeline, params=pipeline.params | {"unet": unet})
 
 
-def context(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization = BASE_MODEL) -> Context:
+def context(pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None = None) -> Context:
     """Returns the UNet's conditioning on prompts, float32, on the host."""
     # One prompt at a time, so that one compiled program serves any number of prompts.
-    parts = [condition(pipeline, [prompt], personalization) for prompt in prompts]
+    parts = [condition(pipeline, [prompt], concept) for prompt in prompts]
     return jax.tree.map(lambda *x: np.concatenate(x).astype(np.float32), *parts)
 
 
-def movement(pipeline: Pipeline, prompts: Sequence[str], personalization: Personalization) -> Iterator[str]:
+def movement(
+    pipeline: Pipeline, prompts: Sequence[str], concept: Concept, others: Sequence[Concept] = ()
+) -> Iterator[str]:
     """Yields a line per prompt: the relative L2 change of its text states, and the token where it is largest.
 
     The change is against the base model, whose prompt has the concept's identifier too, if the concept has one.
     """
-    those = personalization.composition
-    unet = "; the UNet is another one" if those.method.changes_unet else ""
+    unet = "; the UNet is another one" if concept.method.changes_unet and concept.strength else ""
     for prompt in prompts:
-        given = token_ids_of(pipeline, [prompt], personalization)
+        given = token_ids_of(pipeline, [prompt], concept)
         base, moved = (
-            np.asarray(condition_tokens(pipeline, given, concepts).states[0], np.float32)
-            for concepts in (BASE_MODEL, personalization)
+            np.asarray(condition_tokens(pipeline, given, *which).states[0], np.float32)
+            for which in ((None,), (concept, others))
         )
         steps = np.linalg.norm(moved - base, axis=-1)
         if not steps.any():

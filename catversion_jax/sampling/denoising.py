@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.models.unet import Context
+from catversion_jax.sampling import regions
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Params, UInt8, UInt32
 
 
@@ -31,8 +32,32 @@ class Guided(NamedTuple):
     """Seeds, conditioning and guidance of a batch of images."""
 
     seeds: UInt32[Array, "B"]
-    context: Context  # unconditional and conditional, [2, B, ...]
+    context: Context  # of each branch, [branches, B, ...]: unconditional, conditional and, of several concepts, each
     guidance: Float[Array, ""]  # the scale of classifier-free guidance; 1: none
+    of_words: Float[AnyArray, "W B K"] | None = None  # of several concepts: weights of the tokens of each one's word
+
+
+def predict(
+    unet: Params, latents: Float[Array, "B h w c"], timestep: Float[AnyArray, ""], guided: Guided, *, networks: Networks
+) -> Float[Array, "B h w c"]:
+    """Returns the UNet's guided prediction; with several concepts, their branches are joined by `regions`."""
+    branches = len(guided.context.states)
+    # All branches are one batch of the UNet.
+    each = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), guided.context)
+    copies = jnp.concatenate([latents] * branches)
+    run = partial(networks.unet.apply, {"params": unet}, copies, jnp.full(len(copies), timestep), *each)
+    if guided.of_words is None:
+        out: Any = run()
+        unconditional, conditional = out.astype(jnp.float32).reshape(branches, *latents.shape)
+    else:
+        out, sown = run(mutable="intermediates")
+        unconditional, base, *concepts = out.astype(jnp.float32).reshape(branches, *latents.shape)
+        # The branches are in the order of the context; the second one is the base model's, for the whole prompt.
+        images = len(latents)
+        of_base = jax.tree.map(lambda x: x[images : 2 * images], sown["intermediates"])
+        attention = regions.attention_to_words(of_base, guided.of_words, latents.shape[1])
+        conditional = regions.joined(base, jnp.stack(concepts), regions.find_regions(attention, guided.of_words))
+    return unconditional + guided.guidance * (conditional - unconditional)
 
 
 @partial(jax.jit, static_argnames=("networks",), donate_argnums=1)
@@ -45,14 +70,9 @@ def denoise_steps(
     networks: Networks,
 ) -> Float[Array, "slots B h w c"]:
     """Runs the guided steps of some calls, of any scheduler. The state's buffers are donated."""
-    both = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), guided.context)
 
     def step(state, call: schedulers.Calls):
-        twice = jnp.concatenate([state[0], state[0]])
-        timesteps = jnp.full(twice.shape[:1], call.timestep)
-        out: Any = networks.unet.apply({"params": unet}, twice, timesteps, *both)
-        unconditional, conditional = jnp.split(out.astype(jnp.float32), 2)
-        prediction = unconditional + guided.guidance * (conditional - unconditional)
+        prediction = predict(unet, state[0], call.timestep, guided, networks=networks)
         noise = step_noise(guided.seeds, call.number, prediction.shape[1:])
         return schedulers.step(state, prediction, noise, call.update), None
 

@@ -10,7 +10,6 @@ import numpy as np
 from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.methods import concept_file, model_names
 from catversion_jax.methods.catversion import CatVersion
-from catversion_jax.methods.composition import Personalization
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.sampling.conditioning import context
 from catversion_jax.sampling.sampler import SampleRequest, check_finite
@@ -49,15 +48,12 @@ def write_concept(out: Path, concept: Concept) -> list[str]:
     return [*FILES, *CONCEPTS]
 
 
-def write_embeds(
-    path: Path, pipeline: Pipeline, request: SampleRequest, personalization: Personalization, model_path: str
-) -> None:
+def write_embeds(path: Path, pipeline: Pipeline, request: SampleRequest, concept: Concept, model_path: str) -> None:
     """Writes the text states of the request's prompts, named like the arguments of a diffusers pipeline.
 
     There are as many negative as positive ones, since diffusers expects both in one shape.
     """
-    (concept,) = personalization.concepts
-    positive = context(pipeline, request.prompts, personalization)
+    positive = context(pipeline, request.prompts, concept)
     negative = context(pipeline, [request.negative_prompt] * len(request.prompts))
     arrays = {
         "prompt_embeds": positive.states,
@@ -70,7 +66,7 @@ def write_embeds(
     metadata = {
         "prompts": list(request.prompts),
         "negative_prompt": request.negative_prompt,
-        "strength": personalization.strength,
+        "strength": concept.strength,
         "class_word": concept.class_word,
         "model_path": model_names.public_name(model_path) or "mini",
     }

@@ -12,7 +12,10 @@ import numpy as np
 from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
-from catversion_jax.methods.composition import BASE_MODEL, Personalization
+from catversion_jax.base.words import token_weights
+from catversion_jax.methods.composition import check_composition
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.models.unet import Context
 from catversion_jax.sampling.conditioning import condition, with_unet
 from catversion_jax.sampling.denoising import Guided, decode_latents, denoise, initial_latents
 from catversion_jax.utils.errors import UserError
@@ -36,13 +39,14 @@ class SampleRequest:
 
 
 def sample_images(
-    pipeline: Pipeline, request: SampleRequest, personalization: Personalization = BASE_MODEL
+    pipeline: Pipeline, request: SampleRequest, concepts: Sequence[Concept] = ()
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     """Returns an iterator over the request's images, in its order, which are sampled on demand.
 
-    An image depends on its prompt and seed, not on its neighbours. The negative (or unconditional) branch never sees
-    the concept. Raises UserError at once if the scheduler does not allow that many steps, and on demand if a network
-    gives NaN or infinity, which would become black images.
+    Each concept acts at its own strength, and several act at their own places (regions.py). An image depends on its
+    prompt and seed, not on its neighbours. The negative (or unconditional) branch never sees a concept. Raises
+    UserError at once if the scheduler does not allow that many steps or the concepts cannot share a prompt, and on
+    demand if a network gives NaN or infinity, which would become black images.
     """
 
     def images(latents: Float[Array, "B h w c"]) -> UInt8[np.ndarray, "B H W 3"]:
@@ -50,7 +54,7 @@ def sample_images(
         check_finite(finite, "VAE")
         return np.asarray(decoded)
 
-    batches = sample_latents(pipeline, request, personalization)
+    batches = sample_latents(pipeline, request, concepts)
     return itertools.chain.from_iterable(images(latents)[:real] for latents, real in batches)
 
 
@@ -68,8 +72,22 @@ def check_finite(finite: Bool[Array, ""] | bool, network: str) -> None:
         )
 
 
+def branches(
+    pipeline: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept]
+) -> tuple[list[Context], Float[np.ndarray, "W B K"] | None]:
+    """Returns the conditioning of each conditional branch, and where the words of several concepts are.
+
+    One concept has one branch. Several have one each, behind the base model's.
+    """
+    if len(concepts) < 2:
+        return [condition(pipeline, prompts, concepts[0] if concepts else None)], None
+    each = [condition(pipeline, prompts, c, [other for other in concepts if other is not c]) for c in concepts]
+    ids, words = pipeline.tokenizer(prompts), [concept.class_word for concept in concepts]
+    return [condition(pipeline, prompts), *each], token_weights(pipeline.tokenizer, ids, words)
+
+
 def sample_latents(
-    pipeline: Pipeline, request: SampleRequest, personalization: Personalization = BASE_MODEL
+    pipeline: Pipeline, request: SampleRequest, concepts: Sequence[Concept] = ()
 ) -> Iterator[tuple[Float[Array, "B h w c"], int]]:
     """Returns an iterator over the latents of `sample_images`: a batch, and how many of its images were requested."""
     net, sampler = pipeline.networks, request.sampler
@@ -77,20 +95,23 @@ def sample_latents(
     trajectory = schedulers.plan(net.schedule, sampler.scheduler, sampler.steps)
     # One call per dispatch on a CPU: XLA's CPU convolutions are slow in a loop's body (docs/performance.md).
     calls_per_dispatch = 1 if jax.default_backend() == "cpu" else len(trajectory.calls.number)
-    unet = with_unet(pipeline, personalization).params["unet"]
+    check_composition(concepts)
+    acting = [concept for concept in concepts if concept.strength]
+    unet = with_unet(pipeline, acting[0] if acting else None).params["unet"]
     negative = condition(pipeline, [request.negative_prompt])
 
     def batch(start: int) -> tuple[Float[Array, "B h w c"], int]:
         real = min(size, count - start)
         # The last image is repeated to fill the batch, so that one compiled program serves all batches.
         index = np.minimum(np.arange(start, start + size), start + real - 1)
-        positive = condition(pipeline, [request.prompts[i] for i in index], personalization)
+        prompts = [request.prompts[i] for i in index]
         seeds = jnp.asarray([request.seeds[i] for i in index], jnp.uint32)
-        both = jax.tree.map(lambda n, p: jnp.stack([jnp.broadcast_to(n, p.shape), p]), negative, positive)
+        contexts, of_words = branches(pipeline, prompts, acting)
+        context = jax.tree.map(lambda n, *p: jnp.stack([jnp.broadcast_to(n, p[0].shape), *p]), negative, *contexts)
         noise = initial_latents(seeds, net.latent_shape)
-        guided = Guided(seeds, both, jnp.float32(sampler.guidance))
+        guided = Guided(seeds, context, jnp.float32(sampler.guidance), of_words)
         latents = denoise(unet, noise, guided, trajectory, networks=net, calls_per_dispatch=calls_per_dispatch)
-        check_finite(all_finite(both), "text encoder")
+        check_finite(all_finite(context), "text encoder")
         check_finite(all_finite(latents), "UNet")
         return latents, real
 

@@ -15,9 +15,15 @@ class Costs(TypedDict):
 
 
 class CandidateRow(Costs):
-    """A setting that is tried to choose a method's learning rate."""
+    """A setting that is tried to choose a method's learning rate, timesteps and strength."""
 
-    fitness: float | None  # None: NaN
+    fitness: list[tuple[float, float | None]]  # strength, and the overall score at it; None: NaN
+
+
+class CurveRow(TypedDict):
+    """A method's scores over strengths."""
+
+    points: list[tuple[float, float, float]]  # strength, CLIP-I, CLIP-T
 
 
 class ScoredRow(Costs):
@@ -29,6 +35,7 @@ class ScoredRow(Costs):
     overall: float | None
     prior_drift: float | None
     prior_drift_text: float | None
+    accuracy: dict[str, float | None]  # by the names of accuracy.NAMES
     copied: float | None
     intervals: dict[str, Interval]
     concepts: list[dict[str, Any]]

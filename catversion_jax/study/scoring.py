@@ -14,11 +14,14 @@ from catversion_jax.evaluation.samples import ConceptTask, EvaluationConfig, sam
 from catversion_jax.evaluation.scores import Encoders, Values
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
+from catversion_jax.study import accuracy
+from catversion_jax.study.accuracy import World
+from catversion_jax.study.settings import CURVE
 from catversion_jax.utils.tree import count_numbers
 from catversion_jax.utils.types import UInt8
 
 SELECTING_SEED = 1000
-"""First seed of the images by which a learning rate is chosen; the seeds of the table's images begin at 0."""
+"""First seed of the images by which a setting is chosen; the seeds of the table's images begin at 0."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,29 @@ class Scorer:
     encoders: Encoders
     config: EvaluationConfig
     templates: tuple[str, ...]
+    world: World | None  # what the model knows, for the accuracies; None: they are not measured
 
-    def at_strength(self, strength: float) -> "Scorer":
+    def at_strength(self, strength: float | None) -> "Scorer":
         return replace(self, config=replace(self.config, strength=strength))
+
+    def curve(self, concepts: Mapping[str, Concept], folders: Sequence[ConceptFolder]) -> list:
+        """Returns CLIP-I and CLIP-T of the first image of each prompt, as means over all concepts, by strength."""
+        points = []
+        for strength in CURVE:
+            config = replace(self.config, strength=strength, seeds=self.config.seeds[:1])
+            scored = [self.alignment(concepts[folder.name], folder, config, heldout(folder)) for folder in folders]
+            points.append((strength, *map(float, np.mean(scored, axis=0))))
+        return points
+
+    def alignment(
+        self, concept: Concept, folder: ConceptFolder, config: EvaluationConfig, references: MaskedImages
+    ) -> tuple[float, float]:
+        """Returns the mean CLIP-I and CLIP-T of a concept's images."""
+        prompts, clip = folder.prompts(self.templates), self.encoders.clip
+        seen = clip.image(sample(self.pipeline, prompts, config, config.acting(concept), folder.name))
+        captions = np.repeat(clip.text(prompts), len(config.seeds), axis=0)
+        clip_i = metrics.clip_i(seen, clip.image(references.images)).mean()
+        return float(clip_i), float(metrics.clip_t(seen, captions).mean())
 
     def score(self, concepts: Mapping[str, Concept], folders: Sequence[ConceptFolder]) -> Scored:
         """Returns the scores over all concepts, with intervals over their prompts, and those of each concept."""
@@ -53,30 +76,39 @@ class Scorer:
             task = ConceptTask(folder.name, prompts, folder.heldout, folder.heldout_masks, folder.path, concept)
             samples = sample_task(pipeline, task, self.config, self.encoders)
             related = scores.of_prompts(samples.prompts, samples.images, heldout(folder), self.encoders)
+            for prompt, hits in self.hits(folder, samples.images.images).items():
+                related[prompt] |= hits
             rows.append({"concept": folder.name} | scores.concept_row(related, samples.unrelated))
             rows[-1]["copied"] = copied(samples.images, photos_trained_on(folder), self.encoders)
             units += scores.concept_units(related, samples.unrelated)
             images[folder.name] = list(samples.images.images[:: len(self.config.seeds)])
+        whole = scores.summarize(units, (*scores.SCORES, *accuracy.NAMES))
+        whole["accuracy"] = {name: whole.pop(name) for name in accuracy.NAMES}
         mean_copied = float(np.mean([row["copied"] for row in rows]))
-        return Scored(
-            scores.summarize(units) | {"numbers": size(concepts), "copied": mean_copied, "concepts": rows}, images
-        )
+        return Scored(whole | {"numbers": size(concepts), "copied": mean_copied, "concepts": rows}, images)
 
-    def fitness(self, concepts: Mapping[str, Concept], folders: Sequence[ConceptFolder]) -> float | None:
-        """Returns the overall score against the photos that were trained on, by which a learning rate is chosen.
+    def hits(self, folder: ConceptFolder, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> dict[str, Values]:
+        """Returns, for each prompt, which of its images have each accuracy; `images` are ordered by prompt."""
+        if self.world is None:
+            return {}
+        embeddings, clip = self.encoders.clip.image(images), self.encoders.clip
+        of_prompts = np.split(embeddings, len(self.templates))
+        return {
+            prompt: accuracy.hits(self.world, clip, folder, template, x)
+            for prompt, template, x in zip(folder.prompts(self.templates), self.templates, of_prompts, strict=True)
+        }
+
+    def fitness(
+        self, concepts: Mapping[str, Concept], folders: Sequence[ConceptFolder], strength: float
+    ) -> float | None:
+        """Returns the overall score against the photos that were trained on, by which a setting is chosen.
 
         Its images are in no table. None if the score is NaN.
         """
-        config = replace(self.config, seeds=tuple(SELECTING_SEED + seed for seed in self.config.seeds))
-        values = []
-        for folder in folders:
-            prompts, personalization = folder.prompts(self.templates), config.personalization(concepts[folder.name])
-            seen = self.encoders.clip.image(sample(self.pipeline, prompts, config, personalization, folder.name))
-            references = self.encoders.clip.image(photos_trained_on(folder).images)
-            captions = np.repeat(self.encoders.clip.text(prompts), len(config.seeds), axis=0)
-            clip_t = metrics.clip_t(seen, captions).mean()
-            values.append(float(metrics.overall(clip_t, metrics.clip_i(seen, references).mean())))
-        mean = float(np.mean(values))
+        seeds = tuple(SELECTING_SEED + seed for seed in self.config.seeds)
+        config = replace(self.config, seeds=seeds, strength=strength)
+        each = [self.alignment(concepts[f.name], f, config, photos_trained_on(f)) for f in folders]
+        mean = float(np.mean([metrics.overall(clip_t, clip_i) for clip_i, clip_t in each]))
         return None if np.isnan(mean) else mean
 
 

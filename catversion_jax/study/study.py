@@ -13,9 +13,9 @@ from catversion_jax.config import Config
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.images import open_image
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.study.rows import CandidateRow, ScoredRow
+from catversion_jax.study.rows import CandidateRow, CurveRow, ScoredRow
 from catversion_jax.study.scoring import Scorer, size
-from catversion_jax.study.settings import BASE, TRIED_ON, Scale, Setting
+from catversion_jax.study.settings import BASE, STRENGTHS, TRIED_ON, Scale, Setting
 from catversion_jax.study.training import train_setting
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
@@ -59,14 +59,15 @@ class Study:
         claim(self.out / "study.json", identity | {"photos": photos}, {"photos": photos})
 
     def scored(self, setting: Setting, trained_by: Setting) -> ScoredRow:
-        """Returns a row of the table, which is computed once; its images are kept beside it."""
+        """Returns a row of the table, which is computed once; its images are kept beside it.
+
+        `trained_by` is the setting whose concepts are scored: another one, if only the sampling differs.
+        """
         folder = self.out / setting.folder
 
         def make() -> dict:
             concepts, seconds = self.trained(trained_by, self.folders)
-            # The base model is scored as a concept at strength 0: with the same prompts, seeds and masks.
-            scorer = self.scorer.at_strength(0.0) if setting is BASE else self.scorer
-            scored = scorer.score(concepts, self.folders)
+            scored = self.scorer.at_strength(setting.strength).score(concepts, self.folders)
             folder.mkdir(parents=True, exist_ok=True)
             for name, images in scored.images.items():
                 write_atomically(folder / f"{name}.png", strip(images).save)
@@ -80,11 +81,20 @@ class Study:
 
         def make() -> dict:
             concepts, seconds = self.trained(setting, self.tried_on)
-            fitness = self.scorer.fitness(concepts, self.tried_on)
+            fitness = [(x, self.scorer.fitness(concepts, self.tried_on, x)) for x in STRENGTHS]
             row = {"group": setting.group, "name": setting.name, "fitness": fitness, "seconds": seconds}
             return row | {"numbers": size(concepts)}
 
         return once(self.out / setting.folder / "candidate.json", CandidateRow, make)
+
+    def curve(self, setting: Setting) -> CurveRow:
+        """Returns a setting's scores over strengths, which are computed once."""
+
+        def make() -> dict:
+            concepts, _ = self.trained(setting, self.folders)
+            return {"points": self.scorer.curve(concepts, self.folders)}
+
+        return once(self.out / setting.folder / "curve.json", CurveRow, make)
 
     def images(self, path: Path) -> list[UInt8[np.ndarray, "h w 3"]]:
         """Reads the images of a `strip`. Raises UserError if the file is damaged."""

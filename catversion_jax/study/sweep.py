@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from catversion_jax.config import OF_A_RUN, Config, from_config_dict, to_config_dict
@@ -16,7 +15,7 @@ from catversion_jax.data.photos import read_photos
 from catversion_jax.evaluation import metrics
 from catversion_jax.evaluation.heldout_loss import heldout_loss
 from catversion_jax.evaluation.samples import sample, sample_base
-from catversion_jax.methods.composition import Personalization
+from catversion_jax.evaluation.scores import Values
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.sampling import conditioning
 from catversion_jax.study.scoring import Scorer
@@ -25,10 +24,8 @@ from catversion_jax.utils import markdown
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid
-from catversion_jax.utils.records import Count, decode, read_lines, read_record
+from catversion_jax.utils.records import Count, decode, read_lines
 from catversion_jax.utils.types import Float
-
-PLACE = re.compile(r"a photo of \{concept\} (.+)")
 
 
 @dataclass(frozen=True)
@@ -45,12 +42,10 @@ class Score:
     heldout_loss_base: float
     steps: Count  # of the training, fewer if it stopped early
     photos: str = ""  # the digest of the concept's folder; "": from before it was recorded
-
-
-class World(msgspec.Struct):
-    """What the mini model was trained on, as far as it is used here."""
-
-    phrases: tuple[str, ...]  # places, as they follow "a photo of a teapot"
+    clip_t: float | None = None  # None, as for its twin and the next two: from before it was measured
+    clip_t_base: float | None = None
+    class_accuracy: float | None = None  # also None if the model's folder does not tell its classes
+    class_accuracy_base: float | None = None
 
 
 def override(config: Config, setting: str) -> Config:
@@ -101,16 +96,19 @@ def score_setting(config: Config, setting: str, folder: ConceptFolder, out: Path
     latents, _ = posteriors(pipeline.networks.vae, pipeline.params["vae"], np.stack(heldout), flip=False)
     prompts = folder.prompts(scorer.templates)
     (training_prompt, *_) = folder.prompts(config.concept.templates)
-    places = place_captions(config, folder, scorer)
     base = sample_base(pipeline, prompts, scorer.config)
-    personalized = sample(pipeline, prompts, scorer.config, scorer.config.personalization(concept))
+    personalized = sample(pipeline, prompts, scorer.config, scorer.config.acting(concept))
     values: dict[str, Any] = {}
     rows = []
-    for name, strength, images in (("_base", 0.0, base), ("", 1.0, personalized)):
+    for name, strength, images in (("_base", 0.0, base), ("", None, personalized)):
         embeddings = clip.image(images)
         values["clip_i" + name] = float(metrics.clip_i(embeddings, references).mean())
-        values["place_accuracy" + name] = place_accuracy(embeddings, scorer, places)
-        values["heldout_loss" + name] = loss_at(scorer, concept, strength, training_prompt, latents[:, 0])
+        captions = np.repeat(clip.text(prompts), len(scorer.config.seeds), axis=0)
+        values["clip_t" + name] = float(metrics.clip_t(embeddings, captions).mean())
+        hits = scorer.hits(folder, images)
+        for kind in ("class", "place"):
+            values[f"{kind}_accuracy{name}"] = mean_hits(kind, hits)
+        values["heldout_loss" + name] = loss_of(scorer, concept.at(strength), training_prompt, latents[:, 0])
         rows.append(images[:: len(scorer.config.seeds)])
     labels = ["held out", "base model", "personalized"]
     image = grid([heldout[: len(prompts)], *rows], labels, prompts, captions_above=1)
@@ -118,40 +116,28 @@ def score_setting(config: Config, setting: str, folder: ConceptFolder, out: Path
     return Score(setting, folder.name, **values, steps=concept.steps, photos=folder.digest)
 
 
-def loss_at(
-    scorer: Scorer, concept: Concept, strength: float, prompt: str, latents: Float[np.ndarray, "N h w c"]
-) -> float:
-    """Returns the noise-prediction loss on held-out latents, with the concept at `strength`."""
-    personalization = Personalization((concept,), strength)
-    context = conditioning.condition(scorer.pipeline, [prompt], personalization)
-    return heldout_loss(conditioning.with_unet(scorer.pipeline, personalization), latents, context)
+def loss_of(scorer: Scorer, concept: Concept, prompt: str, latents: Float[np.ndarray, "N h w c"]) -> float:
+    """Returns the noise-prediction loss on held-out latents, with the concept at its strength."""
+    context = conditioning.condition(scorer.pipeline, [prompt], concept)
+    return heldout_loss(conditioning.with_unet(scorer.pipeline, concept), latents, context)
 
 
-def place_captions(config: Config, folder: ConceptFolder, scorer: Scorer) -> dict[str, Float[np.ndarray, "e"]]:
-    """Returns place -> its caption's embedding, for the places that the base model knows."""
-    path = config.model.folder / "world.json"
-    known = read_record(path, World, "expected the places that the model knows, as in the mini model").phrases
-    captions = folder.prompts([f"a photo of {{concept}} {place}" for place in known])
-    return dict(zip(known, scorer.encoders.clip.text(captions), strict=True))
-
-
-def place_accuracy(
-    embeddings: Float[np.ndarray, "G e"], scorer: Scorer, places: Mapping[str, Float[np.ndarray, "e"]]
-) -> float | None:
-    """Returns the share of images whose nearest caption is that of the place in their prompt.
-
-    Only images whose prompt asks for one of `places` count; None if there are none.
-    """
-    found = metrics.nearest_caption(embeddings, np.stack(list(places.values())))
-    asked = [match and match[1] for match in map(PLACE.fullmatch, scorer.templates) for _ in scorer.config.seeds]
-    hits = [list(places)[i] == place for i, place in zip(found, asked, strict=True) if place in places]
-    return float(np.mean(hits)) if hits else None
+def mean_hits(kind: str, hits: Mapping[str, Values]) -> float | None:
+    """Returns an accuracy (one of accuracy.NAMES) over the prompts that it applies to; None if there are none."""
+    found = [of_prompt[kind] for of_prompt in hits.values() if kind in of_prompt]
+    return float(np.concatenate(found).mean()) if found else None
 
 
 COLUMNS = (
     ("CLIP-I", lambda mean: f"{mean['clip_i']:.3f}"),
     ("base", lambda mean: f"{mean['clip_i_base']:.3f}"),
     ("change", lambda mean: f"{mean['clip_i'] - mean['clip_i_base']:+.3f}"),
+    ("CLIP-T", lambda mean: f"{mean['clip_t']:.3f}"),
+    ("base", lambda mean: f"{mean['clip_t_base']:.3f}"),
+    ("overall", lambda mean: f"{mean['overall']:.3f}"),
+    ("base", lambda mean: f"{mean['overall_base']:.3f}"),
+    ("class accuracy", lambda mean: f"{mean['class_accuracy']:.2f}"),
+    ("base", lambda mean: f"{mean['class_accuracy_base']:.2f}"),
     ("place accuracy", lambda mean: f"{mean['place_accuracy']:.2f}"),
     ("base", lambda mean: f"{mean['place_accuracy_base']:.2f}"),
     ("held-out loss", lambda mean: f"{mean['heldout_loss']:.4f}"),
@@ -172,9 +158,10 @@ def sweep_table(found: list[Score]) -> str:
 
 
 def line(setting: str, concept: str, found: list[Score]) -> list[str]:
-    mean = {
-        name: np.mean([np.nan if value is None else value for value in (getattr(score, name) for score in found)])
-        for name in vars(found[0])
-        if name not in ("setting", "concept", "photos")
-    }
+    names = [name for name in vars(found[0]) if name not in ("setting", "concept", "photos")]
+    # None becomes NaN, which a mean keeps.
+    values = {name: np.asarray([getattr(score, name) for score in found], float) for name in names}
+    for name in ("", "_base"):
+        values["overall" + name] = np.asarray(metrics.overall(values["clip_t" + name], values["clip_i" + name]))
+    mean = {name: value.mean() for name, value in values.items()}
     return [setting or "the config", concept, *(cell(mean) for _, cell in COLUMNS)]

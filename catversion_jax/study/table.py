@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from catversion_jax.evaluation.page import format_score
+from catversion_jax.study import accuracy
+from catversion_jax.study.settings import CURVE, STRENGTHS
 from catversion_jax.utils import markdown
 
 Row = Mapping[str, Any]
@@ -45,13 +47,35 @@ def of_scores(rows: Sequence[Row]) -> str:
     return table_of(rows, (*LABELS, *SCORED, *COST))
 
 
+def of_accuracies(rows: Sequence[Row]) -> str:
+    """Returns the table of accuracies by the nearest caption."""
+
+    def cell(name: str) -> Callable[[Row], str]:
+        return lambda row: format_score(row["accuracy"][name], row["intervals"].get(name))
+
+    return table_of(rows, (*LABELS, *((name.replace("_", " "), cell(name)) for name in accuracy.NAMES)))
+
+
 def of_candidates(rows: Sequence[Row]) -> str:
-    """Returns the table of the settings tried for each method, with the ones that were chosen."""
-    columns = (
-        ("overall, on the photos learned from", lambda row: format_score(row["fitness"])),
-        ("chosen", lambda row: "yes" if row["chosen"] else ""),
-    )
-    return table_of(rows, (*LABELS, *columns, *COST))
+    """Returns the table of the settings tried for each method, with the strength at which one was chosen."""
+
+    def at(index: int) -> Callable[[Row], str]:
+        return lambda row: format_score(row["fitness"][index][1])
+
+    tried = [(f"overall at strength {x:g}, on the photos learned from", at(i)) for i, x in enumerate(STRENGTHS)]
+    chosen = ("chosen", lambda row: "" if row["chosen"] is None else f"at {row['chosen']:g}")
+    return table_of(rows, (*LABELS, *tried, chosen, *COST))
+
+
+def of_curves(curves: Mapping[str, Row]) -> str:
+    """Returns the table of each method's image and text alignment over strengths."""
+
+    def at(index: int) -> Callable[[Row], str]:
+        return lambda row: "{:.3f} / {:.3f}".format(*row["points"][index][1:])
+
+    rows = [{"method": method, **row} for method, row in curves.items()]
+    columns = [(f"CLIP-I / CLIP-T at {x:g}", at(i)) for i, x in enumerate(CURVE)]
+    return table_of(rows, [("method", lambda row: row["method"]), *columns])
 
 
 def of_groups(groups: Mapping[str, Row]) -> str:

@@ -1,7 +1,7 @@
 """The tables of docs/results.md, each made from a study's rows, with grids of images."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.photos import read_photos
-from catversion_jax.study import table, together
+from catversion_jax.study import curve, table, together
 from catversion_jax.study.rows import CandidateRow, GroupRows
 from catversion_jax.study.settings import (
     ABLATION,
@@ -36,30 +36,42 @@ class Table:
     grids: dict[str, Image.Image]  # by file name
 
 
-def of_settings(study: Study, settings: Sequence[Setting], more: str = "") -> Table:
-    """Returns the table with a row for the base model and each setting, and a grid for each concept."""
-    rows = [study.scored(BASE, settings[0]), *(study.scored(setting, setting) for setting in settings)]
-    grids = {folder.name: settings_grid(study, folder, [BASE, *settings]) for folder in study.folders}
-    return Table("\n".join(filter(None, [table.of_scores(rows), more])), grids)
+def of_settings(study: Study, settings: Mapping[Setting, Setting], more: Sequence[str] = ()) -> Table:
+    """Returns the table with a row for the base model and each setting, and a grid for each concept.
+
+    `settings` are by the setting whose concepts are scored; that of the first one is the base model's too.
+    """
+    rows = {BASE: next(iter(settings.values())), **settings}
+    scored = [study.scored(setting, trained_by) for setting, trained_by in rows.items()]
+    grids = {folder.name: settings_grid(study, folder, list(rows)) for folder in study.folders}
+    return Table("\n".join([table.of_scores(scored), table.of_accuracies(scored), *more]), grids)
 
 
-def fitness(row: CandidateRow) -> float:
-    return -np.inf if row["fitness"] is None else row["fitness"]
+def best_of(tried: Mapping[Setting, CandidateRow]) -> tuple[Setting, float]:
+    """Returns the setting and the strength of the highest fitness; one without a value is worse than any."""
+    each = [(setting, strength, x) for setting, row in tried.items() for strength, x in row["fitness"]]
+    setting, strength, _ = max(each, key=lambda found: -np.inf if found[2] is None else found[2])
+    return setting, strength
 
 
 def baselines(study: Study) -> Table:
-    """Returns the table of each method at its best learning rate, followed by all rates tried."""
+    """Returns the table of each method at its best setting and strength, all that were tried, and the curves."""
     tried = {setting: study.candidate(setting) for setting in BASELINES}
-    best: dict[str, Setting] = {}
-    for setting, row in tried.items():
-        if setting.group not in best or fitness(row) > fitness(tried[best[setting.group]]):
-            best[setting.group] = setting
-    rows = [row | {"chosen": setting in best.values()} for setting, row in tried.items()]
-    return of_settings(study, list(best.values()), table.of_candidates(rows))
+    best = {}
+    for group in dict.fromkeys(setting.group for setting in tried):
+        setting, strength = best_of({s: row for s, row in tried.items() if s.group == group})
+        best[replace(setting, name=f"{setting.name}, strength {strength:g}", strength=strength)] = setting
+    curves = {setting.group: study.curve(setting) for setting in best.values()}
+    chosen = {trained_by: setting.strength for setting, trained_by in best.items()}
+    rows = [row | {"chosen": chosen.get(setting)} for setting, row in tried.items()]
+    made = of_settings(study, best, [table.of_candidates(rows), table.of_curves(curves)])
+    base = study.scored(BASE, next(iter(best.values())))
+    return replace(made, grids=made.grids | {"strengths": curve.figure(curves, (base["clip_i"], base["clip_t"]))})
 
 
 def ablation(study: Study) -> Table:
-    return of_settings(study, ABLATION)
+    # The rows of group "strength" differ from the config in sampling alone.
+    return of_settings(study, {setting: CONFIG if setting.group == "strength" else setting for setting in ABLATION})
 
 
 def together_table(study: Study) -> Table:

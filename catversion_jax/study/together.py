@@ -10,7 +10,6 @@ from catversion_jax.data.prompts import fill
 from catversion_jax.evaluation import masks, metrics
 from catversion_jax.evaluation.image_sets import MaskedImages
 from catversion_jax.evaluation.samples import sample, sample_base
-from catversion_jax.methods.composition import Personalization
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.study.scoring import Scorer, heldout
 from catversion_jax.utils.types import Float, UInt8
@@ -42,7 +41,7 @@ def score_group(scorer: Scorer, folders: Sequence[ConceptFolder], concepts: Sequ
     asked = prompts(folders, scorer.templates)
     each = [prompt for prompt in asked for _ in config.seeds]
     base = sample_base(pipeline, asked, config)
-    together = sample(pipeline, asked, config, Personalization(tuple(concepts), config.strength), "together")
+    together = sample(pipeline, asked, config, config.acting(*concepts), "together")
     references = [clip.image(heldout(folder).masked()) for folder in folders]
 
     def at_word(images: list[np.ndarray], word: str) -> Float[np.ndarray, "G e"]:
@@ -52,7 +51,7 @@ def score_group(scorer: Scorer, folders: Sequence[ConceptFolder], concepts: Sequ
 
     rows, shown = [], []
     for i, (folder, concept) in enumerate(zip(folders, concepts, strict=True)):
-        alone = sample(pipeline, asked, config, config.personalization(concept), folder.name)
+        alone = sample(pipeline, asked, config, config.acting(concept), folder.name)
         variants = {"base": base, "alone": alone, "together": together}
         embeddings = {variant: at_word(images, concept.class_word) for variant, images in variants.items()}
         near = {variant: metrics.clip_i(x, references[i]) for variant, x in embeddings.items()}

@@ -75,7 +75,7 @@ def loop(
                     save()
                 if is_due(step, config.sample.every):
                     concept = to_concept(config, step_config.method, pipeline.fingerprint, state)
-                    images = sample_prompts(config, pipeline, concept, count=VALIDATION_PROMPTS)
+                    images = sample_prompts(config, pipeline, [concept], VALIDATION_PROMPTS)
                     writer.image(step, "validation", np.concatenate(images, axis=1))
             save()
             if bar.n > bar.initial and not moved:

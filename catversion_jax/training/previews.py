@@ -8,23 +8,22 @@ from PIL import Image
 from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.config import Config
 from catversion_jax.data.photos import Photo
-from catversion_jax.methods.composition import Personalization
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils.image_grid import grid
 
 
 def sample_prompts(
-    config: Config, pipeline: Pipeline, concept: Concept, strength: float = 1.0, count: int | None = None
+    config: Config, pipeline: Pipeline, concepts: Sequence[Concept], count: int | None = None
 ) -> list[np.ndarray]:
     """Samples an image of each of the first `count` (None: all) of the config's prompts, with the config's seed."""
     request = SampleRequest.every(config.sample_prompts(count), [config.seed], config.sample.sampler)
-    return list(sample_images(pipeline, request, Personalization((concept,), strength)))
+    return list(sample_images(pipeline, request, concepts))
 
 
 def sample_grid(config: Config, pipeline: Pipeline, concept: Concept, photos: Sequence[Photo]) -> Image.Image:
     """Returns a grid of the photos, the base model's images and the personalized images."""
-    base, personalized = (sample_prompts(config, pipeline, concept, strength) for strength in (0.0, 1.0))
+    base, personalized = (sample_prompts(config, pipeline, concepts) for concepts in ((), (concept,)))
     rows = [[photo.image for photo in photos[: len(base)]], base, personalized]
     labels = ["your photos", "base model", f"your {config.concept.class_word}"]
     return grid(rows, labels, config.sample_prompts(), captions_above=1)

@@ -25,5 +25,6 @@ def to_concept(config: Config, method: Method, fingerprint: str, state: TrainSta
         steps=int(state.step[0]),
         learning_rate=config.train.learning_rate,
         seed=config.seed,
+        strength=config.sample.strength,
         sampler=config.sample.sampler,
     )

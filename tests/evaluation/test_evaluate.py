@@ -184,9 +184,9 @@ def test_drift(embedding, judging_model, tiny_pipeline, scope, monkeypatch):
     both = scores.Encoders(encoders.of_model(judging_model), None)
     images = np.random.default_rng(0).integers(0, 256, (2, 2, 16, 16, 3), np.uint8)
 
-    def sample(pipeline, prompts, config, personalization=samples.BASE_MODEL):
+    def sample(pipeline, prompts, config, concepts=()):
         assert prompts == ("a car",)  # the other one holds the class word
-        return list(images[0 if scope == "trigger" else len(personalization.concepts)])
+        return list(images[0 if scope == "trigger" else len(concepts)])
 
     monkeypatch.setattr(samples, "sample", sample)
     moved = samples.measure_drift(tiny_pipeline, concept, config, both)["a car"]

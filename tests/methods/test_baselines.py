@@ -28,7 +28,6 @@ from catversion_jax.training.run import train_once
 from catversion_jax.training.state import ConceptData, Frozen
 from catversion_jax.utils.errors import UserError
 from configs import sd15
-from tests import tiny
 from tests.cli.test_commands import TEAPOT
 from tests.commands import catversion, error_of
 from tests.conftest import max_error
@@ -147,10 +146,10 @@ def test_textual_inversion_is_another_row_of_the_embedding(tiny_pipeline):
         moved["text_model"]["embeddings"]["token_embedding"]["embedding"][token] += strength * concept.learned["word"]
         edited = dataclasses.replace(tiny_pipeline, params=tiny_pipeline.params | {"text": (moved,)})
         expected = conditioning.condition(edited, prompts).states
-        ours = conditioning.condition(tiny_pipeline, prompts, tiny.personal(concept, strength=strength)).states
+        ours = conditioning.condition(tiny_pipeline, prompts, concept.at(strength)).states
         assert max_error(ours, expected) < 1e-5
     base = conditioning.condition(tiny_pipeline, ["a car"]).states
-    np.testing.assert_array_equal(conditioning.condition(tiny_pipeline, ["a car"], tiny.personal(concept)).states, base)
+    np.testing.assert_array_equal(conditioning.condition(tiny_pipeline, ["a car"], concept).states, base)
 
 
 def test_custom_diffusions_word_is_another_row_of_the_embedding(tiny_pipeline):
@@ -171,17 +170,17 @@ def test_custom_diffusions_word_is_another_row_of_the_embedding(tiny_pipeline):
     changed[at] = new
     larger = type(encoder)(dataclasses.replace(encoder.config, vocab_size=new + 1))
     expected = larger.apply({"params": moved}, jnp.asarray(changed[None]))["last_hidden_state"]
-    ours = conditioning.condition(tiny_pipeline, ["a red teapot, a teapot"], tiny.personal(concept)).states
+    ours = conditioning.condition(tiny_pipeline, ["a red teapot, a teapot"], concept).states
     assert max_error(ours, expected) < 1e-5
 
 
 def test_check_tells_what_moved(tiny_pipeline):
     """Against the base model with the identifier too; and that the UNet is another one, where it is."""
     for method, moves in (("dreambooth", "nothing moved"), ("custom_diffusion", "moved by ")):
-        (line,) = movement(tiny_pipeline, ["a teapot"], tiny.personal(concept_of(method, tiny_pipeline)))
+        (line,) = movement(tiny_pipeline, ["a teapot"], concept_of(method, tiny_pipeline))
         assert line.startswith(f"'a teapot': {moves}")
         assert line.endswith("; the UNet is another one")
-    still = tiny.personal(concept_of("custom_diffusion", tiny_pipeline), strength=0.0)
+    still = concept_of("custom_diffusion", tiny_pipeline).at(0.0)
     (line,) = movement(tiny_pipeline, ["a teapot"], still)
     assert line == "'a teapot': nothing moved"
 
@@ -193,14 +192,14 @@ def test_the_identifier_and_the_unet(tiny_pipeline, method):
     if "word" in learned:
         learned["word"] = 0 * learned["word"]
     still = dataclasses.replace(concept, learned=learned)
-    states = conditioning.condition(tiny_pipeline, ["a red Teapot, a teapot, a car"], tiny.personal(still)).states
+    states = conditioning.condition(tiny_pipeline, ["a red Teapot, a teapot, a car"], still).states
     assert max_error(states, conditioning.condition(tiny_pipeline, ["a red sks Teapot, a teapot, a car"]).states) < 1e-5
-    moved = flatten_dict(conditioning.with_unet(tiny_pipeline, tiny.personal(concept, strength=0.5)).params["unet"])
+    moved = flatten_dict(conditioning.with_unet(tiny_pipeline, concept.at(0.5)).params["unet"])
     change = flatten_dict(concept.learned["unet"])
     for path, base in flatten_dict(tiny_pipeline.params["unet"]).items():
         expected = np.asarray(base) + np.float32(0.5) * change.get(path, np.float32(0))
         np.testing.assert_allclose(moved[path], expected, atol=1e-6)
-    assert conditioning.with_unet(tiny_pipeline, tiny.personal(concept, strength=0.0)) is tiny_pipeline
+    assert conditioning.with_unet(tiny_pipeline, concept.at(0.0)) is tiny_pipeline
 
 
 def test_the_prior(setting, tiny_pipeline):

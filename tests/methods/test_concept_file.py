@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from catversion_jax.base.sampler_config import SamplerConfig
@@ -35,6 +36,18 @@ def test_round_trip(tmp_path, concept):
         assert dataclasses.replace(again, learned={}) == dataclasses.replace(concept, learned={}, model_path="sd15")
     assert list(load_file(tmp_path / concept_file.FILE_NAME)) == ["prefix"]
     assert [path.name for path in tmp_path.iterdir()] == [concept_file.FILE_NAME]
+
+
+def test_the_strength(tmp_path, concept):
+    """It is recorded; a file of before it was means 1. `at` keeps it unless another one is given."""
+    path = tmp_path / concept_file.FILE_NAME
+    concept_file.save(path, concept.at(0.5))
+    stored = concept_file.load(path)
+    assert (stored.strength, stored.at(None).strength, stored.at(2.0).strength) == (0.5, 0.5, 2.0)
+    tensors, metadata = load_file(path), dict(safe_open(path, framework="numpy").metadata())
+    del metadata["strength"], metadata["digest"]
+    save_file(tensors, path, metadata)
+    assert concept_file.load(path).strength == 1
 
 
 def test_the_samplers_settings(tmp_path, concept):
@@ -80,6 +93,9 @@ def rewritten(path, concept, prefix=None, **metadata):
             {"sampler": '{"steps": 0, "guidance": 3.0, "scheduler": ""}'},
             "sampler.steps=0; expected 1 to 1000",
         ),
+        ({"strength": "2.5"}, "strength 2.5; expected 0 to 2"),
+        ({"strength": "-1"}, r"strength -1.0; expected 0 to 2"),
+        ({"strength": '"1"'}, "Expected `float`, got `str`"),
         ({"scope": '"sometimes"'}, "scope 'sometimes'; expected one of all, trigger"),
         ({"layers": "[11, 9, 10]"}, r"layers \[11, 9, 10\]; expected indices that ascend"),
         ({"layers": "[9, 10]"}, r"prefix float32 \[4, 3, 2, 5, 32\]; expected float32 \[P, 2, 2, heads, head_dim\]"),

@@ -33,10 +33,9 @@ def arrays():
     return tuple(map(jnp.asarray, (q, k, v, np.tril(np.ones((Q, Q), bool)), dk, dv)))
 
 
-def layer_prefix(dk, dv, bias, visible):
-    return prefix_attention.LayerPrefix(
-        jnp.asarray(dk), jnp.asarray(dv), jnp.float32(bias), jnp.asarray(visible)[..., None]
-    )
+def layer_prefix(dk, dv, bias, visible, strength=1.0):
+    arrays = (jnp.asarray(dk), jnp.asarray(dv))
+    return prefix_attention.LayerPrefix(*arrays, bias, jnp.float32(strength), jnp.asarray(visible)[..., None])
 
 
 @pytest.mark.parametrize("bias", [0.0, 1.0])
@@ -72,21 +71,32 @@ def test_it_is_a_residual_on_the_base_attention(arrays):
     np.testing.assert_allclose(actual, (1 - share) * base + share * delta, atol=1e-5)
 
 
-def test_strength(arrays):
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 2.0])
+def test_strength_scales_the_residual(arrays, strength):
+    """It is linear between the base model's attention and the prefix's, and beyond."""
     q, k, v, mask, dk, dv = arrays
-    everywhere = np.ones((B, Q), bool)
-    bias = prefix_attention.strength_bias(1.0, 0.25)
-    assert float(bias) == pytest.approx(1 + np.log(0.25))
-    assert prefix_attention.strength_bias(0.5, 1.0) == 0.5
-    removed = prefix_attention.attend(
-        q, k, v, mask, layer_prefix(dk, dv, prefix_attention.strength_bias(1.0, 0.0), everywhere)
-    )
-    np.testing.assert_allclose(removed, prefix_attention.attend(q, k, v, mask), atol=1e-6)
+    visible = np.arange(Q) >= np.array([[1], [3]])
+    base = np.asarray(prefix_attention.attend(q, k, v, mask))
+    full = numpy_attention(q, k, v, mask, dk, dv, 0.5, visible)
+    actual = prefix_attention.attend(q, k, v, mask, layer_prefix(dk, dv, 0.5, visible, strength))
+    np.testing.assert_allclose(actual, base + strength * (full - base), atol=1e-5)
+
+
+def test_at_strength_1_the_weights_are_those_of_one_softmax(arrays):
+    """Bit for bit, so that concepts and trainings from before the strength was linear stay as they are."""
+    q, k, v, mask, dk, dv = arrays
+    scores = jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", q * D**-0.5, k), -jnp.inf)
+    prefix_scores = jnp.einsum("bqhd,phd->bhqp", q * D**-0.5, dk)
+    weights = jax.nn.softmax(jnp.concatenate([prefix_scores, scores], axis=-1))
+    of_prefix = jnp.einsum("bhqp,phd->bqhd", weights[..., :P], dv)
+    expected = of_prefix + jnp.einsum("bhqk,bkhd->bqhd", weights[..., P:], v)
+    actual = prefix_attention.attend(q, k, v, mask, layer_prefix(dk, dv, 0.0, np.ones((B, Q), bool)))
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_prefix_of_a_layer():
     embeddings = jnp.arange(P * 2 * 2 * H * D, dtype=jnp.float32).reshape(P, 2, 2, H, D)
-    prefix = prefix_attention.Prefix(embeddings, jnp.float32(0), jnp.ones((1, Q, 1), bool), layers=(4, 7))
+    prefix = prefix_attention.Prefix(embeddings, 0.0, jnp.float32(1), jnp.ones((1, Q, 1), bool), layers=(4, 7))
     assert prefix.at(5) is None
     np.testing.assert_array_equal(prefix.at(7).key, embeddings[:, 1, 0])
     np.testing.assert_array_equal(prefix.at(4).value, embeddings[:, 0, 1])

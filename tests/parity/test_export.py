@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from catversion_jax.methods import concept_file
-from catversion_jax.methods.composition import Personalization
 from catversion_jax.sampling import conditioning, export
 from tests import tiny
 from tests.commands import catversion
@@ -30,7 +29,7 @@ TOLERANCE = 1e-4
 
 
 def ours(pipeline, prompts, concept=None, strength=1.0) -> np.ndarray:
-    return conditioning.context(pipeline, prompts, Personalization((concept,) if concept else (), strength)).states
+    return conditioning.context(pipeline, prompts, concept.at(strength) if concept else None).states
 
 
 def load_module(name: str, path: Path):
@@ -111,7 +110,7 @@ def test_text_states(pipe, tiny_pipeline, make, scope, length, logit_bias):
     concept, path = make(scope, length, logit_bias)
     base, empty = encode(pipe, PROMPTS)
     with attached(pipe, path) as handle:
-        for strength in (1.0, 0.5, 0.0):
+        for strength in (1.0, 0.5, 1.5, 0.0):
             handle.strength = strength
             states, negative = encode(pipe, PROMPTS)
             assert max_error(states, ours(tiny_pipeline, PROMPTS, concept, strength)) < TOLERANCE
@@ -215,14 +214,35 @@ def test_whole_pipeline(pipe, make, tmp_path, scope):
     assert max_error(hooked[:2], base[:2]) > 0.01
 
 
+def test_the_recorded_strength(pipe, tiny_pipeline, make, tmp_path):
+    """It is what the handle and the node start from; a file of before it was recorded means 1."""
+    concept, path = make("all")
+    with attached(pipe, path) as handle:
+        assert handle.strength == 1
+    concept = concept.at(0.25)
+    concept_file.save(path, concept)
+    with attached(pipe, path) as handle:
+        assert handle.strength == 0.25
+        assert max_error(encode(pipe, PROMPTS)[0], ours(tiny_pipeline, PROMPTS, concept, None)) < TOLERANCE
+    catversion("export", "--embedding", path, "--out", tmp_path / "out", "--strength=0.75")
+    folder = tmp_path / "out" / "comfyui_catversion"
+    node = load_module("comfyui_strength", folder / "__init__.py").NODE_CLASS_MAPPINGS["ApplyCatVersion"]
+    assert node.INPUT_TYPES()["required"]["strength"][1]["default"] == 0.75
+    (folder / concept_file.FILE_NAME).write_bytes(b"damaged")
+    assert node.INPUT_TYPES()["required"]["strength"][1]["default"] == 1
+    path.write_bytes(path.read_bytes().replace(b'"strength":"0.25"', b'"strength":"9.25"'))
+    with pytest.raises(ValueError, match=r"strength 9.25; expected 0 \(the base model\) to 2"):
+        catversion_torch.load(path)
+
+
 def test_refused(pipe, make, tmp_path):
     concept, path = make("all")
     with attached(pipe, path), pytest.raises(ValueError, match="holds a concept already"):
         catversion_torch.attach(pipe.text_encoder, path, pipe.tokenizer)
     with pytest.raises(ValueError, match="expected a transformers CLIPTextModel"):
         catversion_torch.attach(pipe.unet, path, pipe.tokenizer)
-    with pytest.raises(ValueError, match=r"strength 2; expected 0"):
-        catversion_torch.attach(pipe.text_encoder, path, pipe.tokenizer, strength=2)
+    with pytest.raises(ValueError, match=r"strength 3; expected 0"):
+        catversion_torch.attach(pipe.text_encoder, path, pipe.tokenizer, strength=3)
     bad = tmp_path / "bad.safetensors"
     concept_file.save(
         bad, dataclasses.replace(concept, method=dataclasses.replace(concept.method, layers=((2, 3, 4),)))
@@ -258,7 +278,9 @@ def test_comfyui(pipe, tiny_pipeline, make, tmp_path, scope):
     catversion("export", "--embedding", path, "--out", tmp_path / "out")
     package = load_module("comfyui_catversion", tmp_path / "out" / "comfyui_catversion" / "__init__.py")
     node = package.NODE_CLASS_MAPPINGS["ApplyCatVersion"]
-    assert node.INPUT_TYPES()["required"]["concept"] == ([concept_file.FILE_NAME],)
+    inputs = node.INPUT_TYPES()["required"]
+    assert inputs["concept"] == ([concept_file.FILE_NAME],)
+    assert inputs["strength"][1] == {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05}
     assert node.IS_CHANGED(clip=None, concept=concept_file.FILE_NAME, strength=[1.0]) > 0
 
     clip = comfyui.CLIP(pipe.text_encoder, pipe.tokenizer)
@@ -268,7 +290,7 @@ def test_comfyui(pipe, tiny_pipeline, make, tmp_path, scope):
     def apply(clip, strength):
         return getattr(node(), node.FUNCTION)(clip, concept_file.FILE_NAME, strength)[0]
 
-    clones = {strength: apply(clip, strength) for strength in (1.0, 0.5, 0.0)}
+    clones = {strength: apply(clip, strength) for strength in (1.0, 0.05, 1.5, 0.0)}
     for prompt, (strength, clone) in itertools.product(PROMPTS, clones.items()):
         assert max_error(clone.encode(prompt), ours(tiny_pipeline, [prompt], concept, strength)) < TOLERANCE
         assert torch.equal(clip.encode(prompt), base[prompt])

@@ -151,8 +151,8 @@ def test_text_states_with_an_adapter(tmp_path):
     ids = jnp.asarray(token_ids.numpy())
     everywhere = jnp.ones((*ids.shape, 1), bool)
     for path, imported in adapters(tmp_path).items():
-        (layers,), bias = imported.method.layers, jnp.float32(imported.method.logit_bias)
-        prefix = Prefix(jnp.asarray(imported.learned["prefix"]), bias, everywhere, layers)
+        (layers,), bias = imported.method.layers, imported.method.logit_bias
+        prefix = Prefix(jnp.asarray(imported.learned["prefix"]), bias, jnp.float32(1), everywhere, layers)
         ours = apply({"params": params}, ids, prefix)["last_hidden_state"]
         (flat, *_) = torch.load(path, weights_only=True, map_location="cpu").values()
         per_layer = flat.view(1, 6, 12, 64).split(2, 1)

@@ -20,18 +20,18 @@ def concept(tiny_model, tiny_pipeline) -> concept_file.Concept:
 
 def test_movement(tiny_pipeline, concept):
     prompts = ["a photo of a teapot", "a car"]
-    moved, still = conditioning.movement(tiny_pipeline, prompts, tiny.personal(concept))
-    base, states = (conditioning.context(tiny_pipeline, prompts, tiny.personal(*c)).states[0] for c in ((), [concept]))
+    moved, still = conditioning.movement(tiny_pipeline, prompts, concept)
+    base, states = (conditioning.context(tiny_pipeline, prompts, *c).states[0] for c in ((), [concept]))
     change = np.linalg.norm(states - base) / np.linalg.norm(base)
     most = int(np.linalg.norm(states - base, axis=-1).argmax())
     assert most >= 5  # the class word: start, a, photo, of, a, teapot
     token = tiny_pipeline.tokenizer.token(int(tiny_pipeline.tokenizer(prompts)[0, most]))
     assert moved == f"'a photo of a teapot': moved by {change:.2%}, the most at token {most}, {token!r}"
     assert still == "'a car': nothing moved"
-    for line in conditioning.movement(tiny_pipeline, prompts, tiny.personal(concept, strength=0.0)):
+    for line in conditioning.movement(tiny_pipeline, prompts, concept.at(0.0)):
         assert line.endswith("nothing moved")
     everywhere = dataclasses.replace(concept, method=dataclasses.replace(concept.method, scope="all"))
-    assert "moved by" in list(conditioning.movement(tiny_pipeline, prompts, tiny.personal(everywhere, strength=0.1)))[1]
+    assert "moved by" in list(conditioning.movement(tiny_pipeline, prompts, everywhere.at(0.1)))[1]
 
 
 def test_check(concept, tmp_path):

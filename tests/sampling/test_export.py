@@ -48,7 +48,7 @@ def test_prompts(concept, source, tiny_pipeline, tmp_path):
     assert written(out) == {export.EMBEDS, *export.FILES, *export.CONCEPTS}
 
     def states(prompts, strength):
-        return conditioning.condition(tiny_pipeline, prompts, tiny.personal(concept, strength=strength)).states
+        return conditioning.condition(tiny_pipeline, prompts, concept.at(strength)).states
 
     arrays = load_file(out / export.EMBEDS)
     assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == {
@@ -58,6 +58,7 @@ def test_prompts(concept, source, tiny_pipeline, tmp_path):
     np.testing.assert_allclose(arrays["prompt_embeds"], states(PROMPTS, 0.5), atol=1e-5)
     np.testing.assert_allclose(arrays["negative_prompt_embeds"], states(["ugly", "ugly"], 0.0), atol=1e-5)
     assert np.abs(arrays["prompt_embeds"][0] - states(PROMPTS, 0.0)[0]).max() > 0.01
+    assert concept_file.load(out / concept_file.FILE_NAME).strength == 0.5
     with safe_open(out / export.EMBEDS, framework="numpy") as file:
         assert {name: json.loads(value) for name, value in file.metadata().items()} == {
             "prompts": PROMPTS,

@@ -25,7 +25,7 @@ def concept(tiny_pipeline) -> Concept:
 
 def sample(pipeline, prompts, seeds, *concepts, config=CONFIG, negative_prompt=""):
     request = sampler.SampleRequest(tuple(prompts), tuple(seeds), config, negative_prompt)
-    return list(sampler.sample_images(pipeline, request, tiny.personal(*concepts)))
+    return list(sampler.sample_images(pipeline, request, concepts))
 
 
 def test_a_picture_depends_on_its_seed_alone(tiny_pipeline, concept):
@@ -41,7 +41,7 @@ def test_a_picture_depends_on_its_seed_alone(tiny_pipeline, concept):
 
 def test_strength(tiny_pipeline, concept):
     def states(strength):
-        return conditioning.condition(tiny_pipeline, ["a teapot"], tiny.personal(concept, strength=strength)).states
+        return conditioning.condition(tiny_pipeline, ["a teapot"], concept.at(strength)).states
 
     base = conditioning.condition(tiny_pipeline, ["a teapot"]).states
     assert max_error(states(0.0), base) < 1e-5

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +11,14 @@ from PIL import Image
 from catversion_jax.base.pipeline import MINI
 from catversion_jax.config import Config
 from catversion_jax.data.concept_sets import ConceptFolder
-from catversion_jax.study.rows import CandidateRow, GroupRows, ScoredRow
+from catversion_jax.study.rows import CandidateRow, CurveRow, GroupRows, ScoredRow
 from catversion_jax.study.settings import QUICK
 from catversion_jax.study.study import Study, once
 from catversion_jax.study.sweep import Score, known_scores, override, sweep_table
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.records import append_line
 
-CANDIDATE = {"group": "catversion", "name": "rate 1", "seconds": None, "numbers": 96, "fitness": 0.5}
+CANDIDATE = {"group": "catversion", "name": "rate 1", "seconds": None, "numbers": 96, "fitness": [(1.0, 0.5)]}
 WHOLE = json.dumps(CANDIDATE)
 SCORE = Score("", "teapot", 0.5, 0.4, None, 1.0, 0.1, 0.2, 400)
 
@@ -34,7 +34,7 @@ def test_a_row_is_computed_once(tmp_path):
     assert once(path, CandidateRow, lambda: pytest.fail("done already")) == CANDIDATE
 
 
-@pytest.mark.parametrize("kind", [CandidateRow, ScoredRow, GroupRows])
+@pytest.mark.parametrize("kind", [CandidateRow, ScoredRow, CurveRow, GroupRows])
 @pytest.mark.parametrize(
     "text",
     [
@@ -102,8 +102,15 @@ def test_a_sweeps_scores(tmp_path, folder):
         known_scores(path, [ConceptFolder(folder.path)])
 
 
-def test_a_table_without_places():
-    assert sweep_table([SCORE, SCORE]).count("| nan |") == 3
+def test_a_table_of_what_was_measured():
+    """Scores of before CLIP-T was measured have none; the overall score is the mean of the concepts' own."""
+    assert sweep_table([SCORE, SCORE]).count(" nan ") == 3 * 7
+    more = {"clip_t": 0.72, "clip_t_base": 0.9, "class_accuracy": 0.25, "class_accuracy_base": 0.5}
+    low, high = (replace(SCORE, **more, clip_i=clip_i) for clip_i in (0.5, 0.08))
+    *_, mean = sweep_table([low, high]).splitlines()
+    cells = [cell.strip() for cell in mean.split("|")[1:-1]]
+    overall = (0.72**0.5 * 0.5**0.5 + 0.72**0.5 * 0.08**0.5) / 2
+    assert cells[5:11] == ["0.720", "0.900", f"{overall:.3f}", "0.600", "0.25", "0.50"]
 
 
 @pytest.mark.parametrize("value", ["[" * 10**5, "\ud800", "NaN", "{", "1e999"])

@@ -18,7 +18,7 @@ from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.prompts import fill
 from catversion_jax.evaluation.image_sets import MaskedImages
 from catversion_jax.methods.registry import METHODS
-from catversion_jax.study import scoring, settings, study, table, tables, together
+from catversion_jax.study import accuracy, scoring, settings, study, table, tables, together
 from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.settings import Setting
 from catversion_jax.utils.errors import UserError
@@ -37,6 +37,7 @@ ABLATION = (
     settings.ABLATION[0],
     Setting("class word", "none", {"adapter.scope": "all", "concept.templates": ("a photo",)}),
     Setting("parts", "keys only", {"adapter.parts": ("key",)}),
+    Setting("strength", "0.5", {}, strength=0.5),
 )
 
 
@@ -75,18 +76,27 @@ def test_rivals(arguments, small, monkeypatch, capsys):
     text = (out / "table.md").read_text()
     assert text in capsys.readouterr().out
     assert "Concepts: teapot, dog; 2 steps of 2, seed 0." in re.sub(r"\s+", " ", text)
-    header, _, base, ours, dreambooth, *candidates = cells(text)
+    header, _, base, ours, dreambooth = cells(text)[:5]
+    accuracies, candidates, curves = cells(text)[5:10], cells(text)[10:15], cells(text)[15:]
     assert header[2:6] == ["CLIP-T", "CLIP-I", "masked CLIP-I", "overall"]
     assert (base[0], base[7], base[9]) == ("base model", "0.000 [0.000, 0.000]", "")
     assert ours[0] == "catversion"
     assert dreambooth[0] == "dreambooth"
     assert float(dreambooth[7].split()[0]) > 0
-    fitness = {row[1]: float(row[2]) for row in candidates[2:]}
-    chosen = {row[1] for row in candidates[2:] if row[3] == "yes"}
-    better = max(("rate 0.01", "rate 1"), key=fitness.get)
-    assert chosen == {better, "rate 0.001"}
-    assert ours[1] == better
-    row = json.loads((out / f"catversion-{better.replace(' ', '-')}" / "row.json").read_text())
+    fitness = {
+        (row[0], row[1], x): float(row[2 + i]) for row in candidates[2:] for i, x in enumerate(settings.STRENGTHS)
+    }
+    chosen = {row[0]: (row[1], float(row[5].removeprefix("at "))) for row in candidates[2:] if row[5]}
+    for method, (name, strength) in chosen.items():
+        of_method = {key: x for key, x in fitness.items() if key[0] == method}
+        assert fitness[method, name, strength] == max(of_method.values())
+    better, strength = chosen["catversion"]
+    assert ours[1] == f"{better}, strength {strength:g}"
+    assert [row[2:] for row in accuracies[2:]] == [["not measured"] * 6] * 3  # the tiny model has no world.json
+    assert [row[0] for row in curves[2:]] == ["catversion", "dreambooth"]
+    assert len(curves[0]) == 1 + len(settings.CURVE)
+    assert Image.open(out / "strengths.png").width > 500
+    row = json.loads((out / f"catversion-{better.replace(' ', '-')}-strength-{strength:g}" / "row.json").read_text())
     assert row["numbers"] == 3 * 2 * 2 * 16
     assert row["seconds"] > 0
     assert row["clip_i"] == pytest.approx(np.mean([concept["clip_i"] for concept in row["concepts"]]))
@@ -128,11 +138,18 @@ def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch
     before = last.stat().st_mtime_ns
     monkeypatch.setattr(Scorer, "score", lambda *rest: scored.append("again") or score(*rest))
     assert command.main(arguments, "ablation") == 0
-    assert scored[4:] == ["again"]
+    assert scored[4:] == ["again", "again"]
     assert last.stat().st_mtime_ns == before
     rows = cells((out / "table.md").read_text())
-    labels = [["base model", ""], ["config", "configs/mini.py"], ["class word", "none"], ["parts", "keys only"]]
-    assert [row[:2] for row in rows[2:]] == labels
+    labels = [["base model", ""], *([setting.group, setting.name] for setting in ABLATION)]
+    assert [row[:2] for row in rows[2:7]] == [row[:2] for row in rows[9:]] == labels
+    # Another strength is another way to sample the config's concepts: nothing is trained for it.
+    assert not (out / "strength-0.5" / "dog").exists()
+    whole, half = (
+        json.loads((out / name / "row.json").read_text()) for name in ("config-configs-mini.py", "strength-0.5")
+    )
+    assert whole["numbers"] == half["numbers"]
+    assert whole["clip_i"] != half["clip_i"]
 
 
 def test_prompts_of_several_concepts():
@@ -146,14 +163,12 @@ def test_prompts_of_several_concepts():
         fill(template, "teapot and a dog", "a")
 
 
-def test_the_best_rate_has_a_score(monkeypatch):
+def test_the_best_setting_has_a_score():
     """Not that of which the score has no value, whichever came first."""
     rates = [Setting("dreambooth", name, {}) for name in ("broken", "good", "worse")]
-    found = dict(zip(rates, ({"fitness": None}, {"fitness": 0.5}, {"fitness": 0.4}), strict=True))
-    monkeypatch.setattr(tables, "BASELINES", rates)
-    monkeypatch.setattr(tables, "of_settings", lambda study, settings, more: settings)
-    monkeypatch.setattr(table, "of_candidates", lambda rows: "")
-    assert tables.baselines(SimpleNamespace(candidate=found.get)) == [rates[1]]
+    fitness = ([(0.5, None), (1.0, None)], [(0.5, 0.3), (1.0, 0.5)], [(0.5, 0.4), (1.0, None)])
+    found = {rate: {"fitness": each} for rate, each in zip(rates, fitness, strict=True)}
+    assert tables.best_of(found) == (rates[1], 1.0)
 
 
 def test_a_concepts_description_is_read_with_care(tmp_path):
@@ -199,6 +214,8 @@ def test_what_is_not_known_is_left_empty():
     )
     *_, line = cells(table.of_scores([row | scores | {"intervals": scores}]))
     assert line == ["a", "b", *["not measured"] * 7, "1,234", ""]
+    *_, line = cells(table.of_accuracies([row | {"accuracy": dict.fromkeys(accuracy.NAMES)}]))
+    assert line == ["a", "b", *["not measured"] * 6]
 
 
 def test_copied():

@@ -56,9 +56,7 @@ def test_both_prefixes_are_learned_and_stored(model, learned):
     assert tuple(prefix.shape for prefix in concept.learned.values()) == ((4, 3, 2, 2, 16), (4, 3, 2, 3, 16))
     assert concept.method.layers == ((0, 1, 2), (0, 1, 2))
     pipe = tiny.load(model, variant="fp16")
-    base, moved = (
-        conditioning.condition(pipe, ["a teapot"], tiny.personal(concept, strength=strength)) for strength in (0.0, 1.0)
-    )
+    base, moved = (conditioning.condition(pipe, ["a teapot"], concept.at(strength)) for strength in (0.0, 1.0))
     untouched = conditioning.condition(pipe, ["a teapot"])
     np.testing.assert_allclose(base.states, untouched.states, atol=1e-5)
     np.testing.assert_allclose(base.pooled, untouched.pooled, atol=1e-5)
