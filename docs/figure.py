@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 PHOTOS = sorted((ROOT / "catversion_jax" / "concepts" / "teapot" / "train").iterdir())[:4]
 IMAGES = ROOT / "runs" / "figure"
 SEEDS = {
-    "a photo of a teapot in the jungle": 1,
-    "a photo of a teapot at night": 3,
-    "a photo of a teapot on a wooden floor": 0,
+    "a photo of a teapot on the beach": 2,
+    "a photo of a teapot in the snow": 2,
+    "a photo of a teapot in the jungle": 3,
+    "a photo of a teapot in space": 0,
 }
 SIDE, GAP, MARGIN, FONT = 224, 12, 16, 17
 

@@ -41,7 +41,7 @@ def test_text_encoder(mini, golden):
 def test_text_encoder_with_prefix(mini, golden, name, bias):
     token_ids = golden["token_ids"]
     token_mask = jnp.ones((*token_ids.shape, 1), bool)
-    prefix = Prefix(jnp.asarray(golden[f"prefix.{name}"]), jnp.float32(bias), token_mask, LAYERS)
+    prefix = Prefix(jnp.asarray(golden[f"prefix.{name}"]), bias, jnp.float32(1), token_mask, LAYERS)
     learned, method = {"prefix": golden[f"prefix.{name}"]}, CatVersion((LAYERS,), bias)
     tokens = (conditioning.Tokens(token_ids, token_mask),)
     encode = partial(conditioning.encode_prompts, mini.params["text"], tokens, networks=mini.networks)

@@ -19,12 +19,24 @@ JUDGED = (
 """Default evaluation prompts: places, a colour and an accessory."""
 
 
+PROMPTS = (
+    "a photo of {concept}",
+    "a picture of {concept}",
+    "a photo of one {class_word}",
+    "{concept}",
+    "{class_word}",
+)
+"""Training prompts of CatVersion: one thing said in several ways, so that less of one wording is learned with it."""
+
+
 def stable_diffusion(path: str, variant: str = "fp16", method: str = "catversion") -> ConfigDict:
     """Returns a method's published settings for a published model, in bfloat16 and with the evaluation prompts."""
     if method not in METHODS:
         raise UserError(f"{method}: no such method; expected one of {', '.join(METHODS)}")
     config = default()
     config.method = method
+    if method == "catversion":
+        config.concept.templates = PROMPTS
     config.update_from_flattened_dict(METHODS[method].published)
     config.model.path = path
     config.model.variant = variant

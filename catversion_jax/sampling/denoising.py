@@ -56,7 +56,9 @@ def predict(
         images = len(latents)
         of_base = jax.tree.map(lambda x: x[images : 2 * images], sown["intermediates"])
         attention = regions.attention_to_words(of_base, guided.of_words, latents.shape[1])
-        conditional = regions.joined(base, jnp.stack(concepts), regions.find_regions(attention, guided.of_words))
+        conditional = regions.join_by_region(
+            base, jnp.stack(concepts), regions.find_regions(attention, guided.of_words)
+        )
     return unconditional + guided.guidance * (conditional - unconditional)
 
 

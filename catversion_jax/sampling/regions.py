@@ -52,7 +52,7 @@ def find_regions(attention: Float[Array, "W B h w"], of_words: Float[AnyArray, "
     return jnp.where(alone, 1.0, inside & present)[..., None]
 
 
-def joined(
+def join_by_region(
     base: Float[Array, "B h w c"], of_concepts: Float[Array, "W B h w c"], regions: Float[Array, "W B h w 1"]
 ) -> Float[Array, "B h w c"]:
     """Returns each concept's prediction in its region, and the base model's elsewhere."""

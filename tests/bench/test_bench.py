@@ -32,7 +32,8 @@ def config(tiny_model):
 def report(tiny_model, tmp_path_factory) -> dict:
     """What the command writes for two sizes; its printed table under `stdout`."""
     out = tmp_path_factory.mktemp("bench") / "report.json"
-    flags = ["--config=configs/mini.py", f"--config.model.path={tiny_model}", "--sizes=1x1,2x1", f"--steps={STEPS}"]
+    values = [f"--config.model.path={tiny_model}", "--config.train.text_penalty=0"]  # as in `config`
+    flags = ["--config=configs/mini.py", *values, "--sizes=1x1,2x1", f"--steps={STEPS}"]
     done = catversion("bench", *flags, f"--out={out}")
     return json.loads(out.read_text()) | {"stdout": done.stdout}
 

@@ -56,7 +56,7 @@ def test_find_regions():
     np.testing.assert_array_equal(found[:, 2], np.zeros((2, 4)))
 
 
-def test_joined_is_exact():
+def test_the_join_is_exact():
     """The prediction at a place is that of one branch, to the bit."""
     rng = np.random.default_rng(0)
     base, each = rng.normal(size=(1, 2, 2, 3)).astype(np.float32), rng.normal(size=(2, 1, 2, 2, 3)).astype(np.float32)
@@ -64,7 +64,7 @@ def test_joined_is_exact():
     places[0, 0, 0, 0] = places[1, 0, 1, 1] = 1
     expected = base.copy()
     expected[0, 0, 0], expected[0, 1, 1] = each[0, 0, 0, 0], each[1, 0, 1, 1]
-    np.testing.assert_array_equal(regions.joined(*map(jnp.asarray, (base, each, places))), expected)
+    np.testing.assert_array_equal(regions.join_by_region(*map(jnp.asarray, (base, each, places))), expected)
 
 
 def test_token_weights(tiny_pipeline):

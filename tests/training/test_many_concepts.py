@@ -196,6 +196,7 @@ def flags(model: Path, run_dir: Path, path: Path, **changes) -> list[str]:
     values = {f"{group}.{key}": getattr(getattr(config, group), key) for group, key in (
         ("model", "path"), ("adapter", "length"), ("adapter", "init_std"), ("adapter", "scope"), ("train", "steps"),
         ("train", "batch_size"), ("train", "decay"), ("train", "learning_rate"), ("train", "eps"),
+        ("train", "timesteps"), ("train", "text_penalty"), ("concept", "templates"),
         ("checkpoint", "every"), ("batch", "slots"),
     )}  # fmt: skip
     values |= {"run_dir": run_dir}
