@@ -99,7 +99,7 @@ def read_tensor(entry: dict, data: bytes, layers: int) -> torch.Tensor:
 def checked(strength: float) -> float:
     """A strength in [0, 2]. Raises ValueError for any other."""
     if not 0 <= strength <= MAX_STRENGTH:
-        raise ValueError(f"strength {strength}; expected 0 (the base model) to {MAX_STRENGTH:g} (1 is as trained)")
+        raise ValueError(f"strength {strength:g}; expected 0 (the base model) to {MAX_STRENGTH:g} (1 is as trained)")
     return strength
 
 
