@@ -27,7 +27,8 @@ def get_config(method: str = "catversion"):
     config.train.steps = 200
     # The noisy third: a text state decides shape and layout, and says little about the clean steps.
     config.train.timesteps = (0.65, 1.0)
-    config.train.text_penalty = 0.07
+    if method == "catversion":
+        config.train.text_penalty = 0.07
     config.train.learning_rate = LEARNING_RATES.get(method, config.train.learning_rate)
     config.prior.pictures = 16
     config.sample.scheduler = "dpmpp_2m"

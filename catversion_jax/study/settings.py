@@ -65,11 +65,15 @@ TIMESTEPS = {"noisy timesteps": (0.65, 1.0), "all timesteps": (0.0, 1.0)}
 
 BASELINES = tuple(
     Setting(
-        method, f"rate {rate:g}, {name}", {"method": method, "train.learning_rate": rate, "train.timesteps": range_}
+        method,
+        f"rate {rate:g}, {name}",
+        {"method": method, "train.learning_rate": rate, "train.timesteps": part}
+        # The penalty on the text states is CatVersion's.
+        | ({} if method == "catversion" else {"train.text_penalty": 0.0}),
     )
     for method, rates in RATES.items()
     for rate in rates
-    for name, range_ in TIMESTEPS.items()
+    for name, part in TIMESTEPS.items()
 )
 
 BASE = Setting("base model", "", {}, strength=0.0)
