@@ -23,18 +23,18 @@ def get_config(method: str = "catversion"):
     config.adapter.length = 4
     config.adapter.init_std = 0.1
     config.adapter.scope = "trigger"
-    config.concept.templates = PROMPTS
     config.train.steps = 200
     # The noisy third: a text state decides shape and layout, and says little about the clean steps.
     config.train.timesteps = (0.65, 1.0)
     if method == "catversion":
+        config.concept.templates = PROMPTS
         config.train.text_penalty = 0.07
+        config.sample.strength = 0.7
     config.train.learning_rate = LEARNING_RATES.get(method, config.train.learning_rate)
     config.prior.pictures = 16
     config.sample.scheduler = "dpmpp_2m"
     config.sample.steps = 10
     config.sample.guidance = 5.0
-    config.sample.strength = 0.7
     config.sample.every = 100
     config.sample.prompts = JUDGED
     return config

@@ -3,6 +3,8 @@ r"""Stable Diffusion 1.4.
     catversion train --config=configs/sd14.py \
         --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
+CatVersion is trained with five prompts instead of the paper's one, as in configs/sd15.py.
+
 Result: not measured yet; that needs a GPU or a TPU and the model's weights.
 """
 

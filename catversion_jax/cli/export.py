@@ -43,6 +43,8 @@ def main(arguments: flags.FlagValues) -> int:
     concept = concept.at(given_strength(arguments))
     wanted = arguments.prompt or arguments.prompts_file
     prompts = given_prompts(arguments) if wanted else []
+    if not concept.strength:
+        warn("strength=0: the exported concept does nothing until another strength is set")
     out = make_folder(expand(arguments.out))
     written = []
     if prompts:

@@ -49,8 +49,8 @@ def main(arguments: flags.FlagValues) -> int:
     """Writes `<prompt-slug>_<seed>.png` for every prompt and seed, and a grid of them."""
     given, strength = given_concepts(arguments), given_strength(arguments)
     concepts = {source: concept.at(strength) for source, concept in given.items()}
-    acting = list(concepts.values())
-    check_composition(acting)
+    check_composition(list(concepts.values()))
+    acting = [concept for concept in concepts.values() if concept.strength]
     sampler = SamplerConfig() if arguments.check else given_sampler(arguments, concepts)
     prompts = given_prompts(arguments)
     if not arguments.out:  # a shell variable that is not set
@@ -59,10 +59,10 @@ def main(arguments: flags.FlagValues) -> int:
     if not arguments.check:
         make_folder(out)
     pipeline, unsure = load_for_concepts(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
-    for warning in unsure + warnings(pipeline, prompts, acting):
+    for warning in unsure + warnings(pipeline, prompts, list(concepts.values())):
         warn(warning)
     if arguments.check:
-        for concept in acting:
+        for concept in concepts.values():
             others = [other for other in acting if other is not concept]
             lines = movement(pipeline, prompts, concept, others)
             print(*(f"{concept.class_word}: {line}" if others else line for line in lines), sep="\n")

@@ -93,7 +93,9 @@ def describe(
     tasks: Sequence[ConceptTask | ImagesTask], config: EvaluationConfig, encoders: Encoders, rows: Sequence[dict]
 ) -> dict:
     """Returns what has to be reported with the scores: the encoders, and how images were sampled and masked."""
-    concepts = {task.name: task.concept.metadata() for task in tasks if isinstance(task, ConceptTask)}
+    # Each concept's strength is the one that acted, whether it is its own or that of the config.
+    acting = {task.name: config.acting(task.concept)[0] for task in tasks if isinstance(task, ConceptTask)}
+    concepts = {name: concept.metadata() for name, concept in acting.items()}
     measured = any(row["masked_clip_i"] is not None for row in rows)
     by_attention = "attention, GrabCut" if config.grabcut else "attention"
     return {

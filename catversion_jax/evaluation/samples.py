@@ -3,7 +3,7 @@
 import functools
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -204,7 +204,8 @@ def measure_drift(
     if not prompts:
         return {}
     (acting,) = config.acting(concept)
-    images = (sample_base(pipeline, prompts, config), sample(pipeline, prompts, config, [acting]))
+    base = sample_base(pipeline, prompts, replace(config, strength=None))  # one for all strengths
+    images = (base, sample(pipeline, prompts, config, [acting]))
     of_prompts = (np.split(np.stack(side), len(prompts)) for side in images)
     states = ((context(pipeline, [p]).states, context(pipeline, [p], acting).states) for p in prompts)
     return {

@@ -83,6 +83,8 @@ def parse(data: bytes) -> tuple[Concept, ...]:
         prefix = read_tensor(header[name], data[8 + size :], len(layers))
         bias, strength = float(metadata["logit_bias"]), checked(float(metadata.get("strength", 1.0)))
         concepts.append(Concept(prefix, metadata["class_word"], layers, bias, metadata["scope"], strength))
+    if not concepts:
+        raise ValueError("no tensors; expected a prefix")
     return tuple(concepts)
 
 

@@ -15,7 +15,7 @@ ENCODERS = ("clip_l", "clip_h", "clip_g")
 
 def recorded_strength(files: list[str]) -> float:
     """The strength that the first file records: ComfyUI has one default for all files, and the export writes one."""
-    with suppress(ValueError):  # of a damaged file, which `apply` tells of
+    with suppress(ValueError, OSError):  # of a damaged file or a broken link, which `apply` tells of
         return load(FOLDER / files[0])[0].strength if files else 1.0
     return 1.0
 

@@ -22,7 +22,7 @@ def check_composition(concepts: Sequence[Concept]) -> None:
     words = [concept.class_word.lower() for concept in concepts]
     if "" in words or len(set(words)) < len(words):
         raise UserError(f"class words {words}: expected another one for each concept of a prompt")
-    if odd := [c.method_name for c in concepts if c.method.changes_unet or c.method.identifier]:
+    if odd := [concept.method_name for concept in concepts if concept.method.changes_unet]:
         raise UserError(
             f"the concepts of {', '.join(words)}: cannot share a prompt, because {odd[0]} changes the UNet; expected "
             "all by a method that leaves the UNet as it is, such as catversion"
@@ -50,7 +50,9 @@ def token_mask(
 ) -> Bool[np.ndarray, "T Q 1"]:
     """Returns where a concept's learned parameters enter prompts that it shares with `others`.
 
-    A token belongs to one word: "mug" is not the mug of "coffee mug" if both are concepts.
+    A token belongs to one word: "mug" is not the mug of "coffee mug" if both are concepts. Beside others, a concept
+    enters only prompts that hold its word, whatever its scope: without one it has no place.
     """
     last, *_ = find_words(tokenizer, token_ids, words_of([concept, *others]))
-    return concept.method.token_mask(last, token_ids.shape[1])
+    mask = concept.method.token_mask(last, token_ids.shape[1])
+    return mask & (last >= 0)[:, None, None] if others else mask

@@ -54,8 +54,12 @@ def load_for_concepts(
 def warnings(pipeline: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     """Returns one warning for each likely mistake: a strength of 0, no class word in a prompt, a truncated prompt."""
     lines = []
-    if not any(concept.strength for concept in concepts):
+    idle = [concept for concept in concepts if not concept.strength]
+    if len(idle) == len(concepts):
         lines.append("strength=0 removes the concept: what follows is the base model's")
+    elif idle:
+        lines.append(f"strength=0 removes the concept of {idle[0].class_word!r}")
+    concepts = [concept for concept in concepts if concept.strength] or concepts
     words = [concept.class_word for concept in concepts if concept.class_word]
     lost: list[str] = []
     for word, without in zip(words, without_words(pipeline.tokenizers, words, prompts), strict=True):

@@ -7,7 +7,7 @@ are joined by position (as composed predictions of Liu et al. 2022, arXiv 2206.0
     prediction = base + sum over concepts c of region_c (prediction_c - base)
 
 where base is the base model's prediction for the whole prompt. A region is where the base model's own cross-attention
-sees the concept's word more than the others' words, and at least THRESHOLD times as much as anywhere.
+sees the concept's word more than the others' words, and more than THRESHOLD times as much as anywhere.
 """
 
 import math

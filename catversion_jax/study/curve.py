@@ -1,6 +1,7 @@
 """The figure of text alignment against image alignment, one curve a method over its strengths (Kumari et al. 2022)."""
 
 import io
+import itertools
 from collections.abc import Mapping
 
 from PIL import Image
@@ -16,7 +17,7 @@ def figure(curves: Mapping[str, CurveRow], base: tuple[float | None, float | Non
 
     canvas = Figure(SIZE, DPI, layout="constrained")
     axes = canvas.subplots()
-    for (method, row), marker in zip(curves.items(), "osD^vP", strict=False):
+    for (method, row), marker in zip(curves.items(), itertools.cycle("osD^vP")):
         strengths, images, texts = zip(*row["points"], strict=True)
         (line,) = axes.plot(images, texts, marker=marker, label=method.replace("_", " "))
         for strength, x, y in zip(strengths, images, texts, strict=True):

@@ -28,7 +28,7 @@ TOGETHER = Scale((), None, 2, 8, 0)
 QUICK_TOGETHER = Scale(("teapot", "backpack", "rocket"), None, 2, 4, 0)
 
 TRIED_ON = QUICK.concepts
-"""Concepts by which a method's learning rate is chosen; the others are trained at the best rate only."""
+"""Concepts by which a method's rate, timesteps and strength are chosen; the others are trained at the best only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +63,15 @@ steps. The published ones are for a UNet 64 times as large and for more steps.""
 TIMESTEPS = {"noisy timesteps": (0.65, 1.0), "all timesteps": (0.0, 1.0)}
 """Ranges of timesteps at which each method is tried."""
 
+UNTUNED = {"train.text_penalty": 0.0, "concept.templates": ("a photo of {concept}",)}
+"""What configs/mini.py has for CatVersion alone, as the baselines have it."""
+
 BASELINES = tuple(
     Setting(
         method,
         f"rate {rate:g}, {name}",
         {"method": method, "train.learning_rate": rate, "train.timesteps": part}
-        # The penalty on the text states is CatVersion's.
-        | ({} if method == "catversion" else {"train.text_penalty": 0.0}),
+        | ({} if method == "catversion" else UNTUNED),
     )
     for method, rates in RATES.items()
     for rate in rates

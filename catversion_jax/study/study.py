@@ -45,7 +45,7 @@ class Study:
 
     @property
     def tried_on(self) -> tuple[ConceptFolder, ...]:
-        """The concepts by which a learning rate is chosen."""
+        """The concepts by which a method's setting is chosen."""
         return named(self.folders, TRIED_ON)
 
     def trained(self, setting: Setting, folders: tuple[ConceptFolder, ...]) -> tuple[dict[str, Concept], float | None]:

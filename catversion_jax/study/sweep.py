@@ -36,16 +36,16 @@ class Score:
     concept: str
     clip_i: float
     clip_i_base: float
-    place_accuracy: float | None  # None, as for its twin: no prompt asks for a place
+    clip_t: float
+    clip_t_base: float
+    class_accuracy: float | None  # None, as for the next three: the model does not tell, or no prompt asks
+    class_accuracy_base: float | None
+    place_accuracy: float | None
     place_accuracy_base: float | None
     heldout_loss: float
     heldout_loss_base: float
     steps: Count  # of the training, fewer if it stopped early
     photos: str = ""  # the digest of the concept's folder; "": from before it was recorded
-    clip_t: float | None = None  # None, as for its twin and the next two: from before it was measured
-    clip_t_base: float | None = None
-    class_accuracy: float | None = None  # also None if the model's folder does not tell its classes
-    class_accuracy_base: float | None = None
 
 
 def override(config: Config, setting: str) -> Config:

@@ -68,7 +68,8 @@ class StepConfig:
         """The timesteps that are trained on."""
         total = self.networks.schedule.num_train_timesteps
         start, stop = (round(share * total) for share in self.timesteps)
-        return range(min(start, total - 1), max(stop, start + 1))
+        start = min(start, total - 1)
+        return range(start, max(stop, start + 1))
 
     def init_state(self, seeds: Sequence[int]) -> TrainState:
         """Returns the state before the first step, with one concept for each seed."""

@@ -57,6 +57,26 @@ def test_a_word_within_a_word(tiny_pipeline, concepts):
     assert alone.any((1, 2)).tolist() == [True, True]
 
 
+def test_beside_others_a_concept_needs_its_word(tiny_pipeline, concepts):
+    """Whatever its scope: without its word it has no place in the image."""
+    teapot, dog = concepts
+    everywhere = dataclasses.replace(teapot, method=dataclasses.replace(teapot.method, scope="all"))
+    tokenizer = tiny_pipeline.tokenizer
+    ids = tokenizer(["a car", "a teapot and a dog"])
+    assert token_mask(tokenizer, ids, everywhere).all()
+    assert token_mask(tokenizer, ids, everywhere, [dog]).any((1, 2)).tolist() == [False, True]
+
+
+def test_one_of_two_at_strength_0(tiny_pipeline, concepts):
+    """It is left out, also of the words that the other one is told from."""
+    mug, coffee = (dataclasses.replace(c, class_word=w) for c, w in zip(concepts, ("mug", "coffee mug"), strict=True))
+    assert warnings(tiny_pipeline, ["a coffee mug"], [mug, coffee.at(0.0)]) == [
+        "strength=0 removes the concept of 'coffee mug'"
+    ]
+    (line,) = warnings(tiny_pipeline, ["a mug"], [mug.at(0.0), coffee.at(0.0)][:1])
+    assert line == "strength=0 removes the concept: what follows is the base model's"
+
+
 def test_generate(tmp_path, concepts):
     paths = [tmp_path / f"{concept.class_word}.safetensors" for concept in concepts]
     for path, concept in zip(paths, concepts, strict=True):

@@ -9,6 +9,7 @@ import pytest
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.base.words import token_weights
 from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.textual_inversion import TextualInversion
 from catversion_jax.sampling import regions, sampler
 from tests import tiny
 
@@ -81,6 +82,31 @@ def test_a_prompt_with_one_of_the_words_has_that_concepts_image(tiny_pipeline, c
     both = latents(tiny_pipeline, prompts, *concepts)
     for image, prompt, alone in zip(both, prompts, ([concepts[0]], [concepts[1]], []), strict=True):
         np.testing.assert_allclose(image, latents(tiny_pipeline, [prompt], *alone)[0], atol=1e-4)
+
+
+def test_an_image_depends_on_its_prompt_and_seed_alone(tiny_pipeline, concepts):
+    """Not on its neighbours in the batch, also if those hold other words."""
+    prompts, seeds = ("a teapot and a dog", "a dog", "a dog and a teapot at night"), (7, 8, 9)
+    request = sampler.SampleRequest(prompts, seeds, CONFIG)
+    every = np.concatenate(
+        [np.asarray(x)[:real] for x, real in sampler.sample_latents(tiny_pipeline, request, concepts)]
+    )
+    for prompt, seed, image in zip(prompts, seeds, every, strict=True):
+        alone = sampler.SampleRequest((prompt,), (seed,), CONFIG)
+        ((latents_alone, _),) = sampler.sample_latents(tiny_pipeline, alone, concepts)
+        np.testing.assert_array_equal(np.asarray(latents_alone)[0], image)
+
+
+def test_beside_textual_inversion(tiny_pipeline, concepts):
+    """Each method moves the other's image; together both act."""
+    teapot, dog = concepts
+    method = TextualInversion()
+    word = np.random.default_rng(1).normal(size=32).astype(np.float32)
+    inverted = dataclasses.replace(dog, method=method, learned={"word": word})
+    prompts = ["a teapot and a dog"]
+    together = latents(tiny_pipeline, prompts, teapot, inverted)
+    for others in ([teapot], [inverted]):
+        assert np.abs(together - latents(tiny_pipeline, prompts, *others)).max() > 1e-3
 
 
 def test_both_words(tiny_pipeline, concepts):
