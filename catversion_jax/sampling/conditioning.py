@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +52,17 @@ def condition(
     return condition_tokens(pipeline, token_ids_of(pipeline, prompts, concept), concept, others)
 
 
+def acts(concept: Concept | None) -> TypeGuard[Concept]:
+    """Whether there is a concept to act; at strength 0 it is left out, not scaled by 0: the base model's own states."""
+    return concept is not None and concept.strength > 0
+
+
 def token_ids_of(
     pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None
 ) -> tuple[Int[np.ndarray, "B Q"], ...]:
     """Returns what each text encoder is given: the prompts' tokens, with the concept's identifier."""
-    # At strength 0 the concept is left out, not scaled by 0: the base model's own text states are used.
-    acting = concept if concept and concept.strength else None
-    return tuple(composition.token_ids(tokenizer, prompts, acting) for tokenizer in pipeline.tokenizers)
+    given = concept if acts(concept) else None
+    return tuple(composition.token_ids(tokenizer, prompts, given) for tokenizer in pipeline.tokenizers)
 
 
 def condition_tokens(
@@ -77,7 +81,7 @@ def condition_tokens(
         nowhere = [np.zeros((*ids.shape, 1), bool) for ids in token_ids]
         return run(nowhere, {}, jnp.float32(0), method=BaseModel())
 
-    if concept is None or not concept.strength:
+    if not acts(concept):
         return base()
     each = zip(pipeline.tokenizers, token_ids, strict=True)
     masks = [composition.token_mask(tokenizer, ids, concept, others) for tokenizer, ids in each]
@@ -94,7 +98,7 @@ def condition_tokens(
 
 def with_unet(pipeline: Pipeline, concept: Concept | None) -> Pipeline:
     """Returns the pipeline with the concept's UNet, if its method changes it."""
-    if concept is None or not concept.strength or not concept.method.changes_unet:
+    if not acts(concept) or not concept.method.changes_unet:
         return pipeline
     unet = concept.method.unet(concept.learned, pipeline.params["unet"], concept.strength)
     return replace(pipeline, params=pipeline.params | {"unet": unet})

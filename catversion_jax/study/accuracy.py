@@ -6,7 +6,7 @@ compared with captions that differ in one of them, and the nearest one counts, a
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,6 @@ import numpy as np
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.evaluation import metrics
-from catversion_jax.evaluation.encoders import Clip
 from catversion_jax.evaluation.scores import Values
 from catversion_jax.utils.records import read_record
 from catversion_jax.utils.types import Bool, Float
@@ -30,6 +29,10 @@ ACCESSORIES = ("", "wearing a hat", "wearing sunglasses")
 NAMES = ("class", "place", "colour", "colour_and_class", "accessory", "accessory_and_class")
 """Accuracies: of the images of all prompts, of those with a place, with a colour (and with the class too), and with an
 accessory (and with the class too)."""
+
+
+Embed = Callable[[tuple[str, ...]], Float[np.ndarray, "N e"]]
+"""Embeds captions in CLIP's space."""
 
 
 class World(msgspec.Struct):
@@ -48,12 +51,15 @@ def read_world(model: Path) -> World | None:
 
 
 def hits(
-    world: World, clip: Clip, folder: ConceptFolder, template: str, embeddings: Float[np.ndarray, "G e"]
+    world: World, embed: Embed, folder: ConceptFolder, template: str, embeddings: Float[np.ndarray, "G e"]
 ) -> Values:
-    """Returns, for each accuracy that applies to a prompt, which of its images have it, as 0 and 1."""
+    """Returns, for each accuracy that applies to a prompt, which of its images have it, as 0 and 1.
+
+    `embed` is called with the same captions for many prompts.
+    """
 
     def nearest(captions: Sequence[str], asked: int) -> Bool[np.ndarray, "G"]:
-        return metrics.nearest_caption(embeddings, clip.text(list(captions))) == asked
+        return metrics.nearest_caption(embeddings, embed(tuple(captions))) == asked
 
     def nearest_ending(endings: Sequence[str], asked: str) -> Bool[np.ndarray, "G"]:
         return nearest(folder.prompts([f"{PLAIN} {ending}".strip() for ending in endings]), endings.index(asked))

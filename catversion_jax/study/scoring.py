@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from catversion_jax.study import accuracy
 from catversion_jax.study.accuracy import World
 from catversion_jax.study.settings import CURVE
 from catversion_jax.utils.tree import count_numbers
-from catversion_jax.utils.types import UInt8
+from catversion_jax.utils.types import Float, UInt8
 
 SELECTING_SEED = 1000
 """First seed of the images by which a setting is chosen; the seeds of the table's images begin at 0."""
@@ -45,13 +46,16 @@ class Scorer:
     def at_strength(self, strength: float | None) -> "Scorer":
         return replace(self, config=replace(self.config, strength=strength))
 
-    def curve(self, concepts: Mapping[str, Concept], folders: Sequence[ConceptFolder]) -> list:
+    def curve(
+        self, concepts: Mapping[str, Concept], folders: Sequence[ConceptFolder]
+    ) -> list[tuple[float, float, float]]:
         """Returns CLIP-I and CLIP-T of the first image of each prompt, as means over all concepts, by strength."""
         points = []
         for strength in CURVE:
             config = replace(self.config, strength=strength, seeds=self.config.seeds[:1])
             scored = [self.alignment(concepts[folder.name], folder, config, heldout(folder)) for folder in folders]
-            points.append((strength, *map(float, np.mean(scored, axis=0))))
+            clip_i, clip_t = np.mean(scored, axis=0)
+            points.append((strength, float(clip_i), float(clip_t)))
         return points
 
     def alignment(
@@ -76,7 +80,8 @@ class Scorer:
             task = ConceptTask(folder.name, prompts, folder.heldout, folder.heldout_masks, folder.path, concept)
             samples = sample_task(pipeline, task, self.config, self.encoders)
             related = scores.of_prompts(samples.prompts, samples.images, heldout(folder), self.encoders)
-            for prompt, hits in self.hits(folder, samples.images.images).items():
+            embeddings = self.encoders.clip.image(samples.images.images)
+            for prompt, hits in self.hits(folder, embeddings).items():
                 related[prompt] |= hits
             rows.append({"concept": folder.name} | scores.concept_row(related, samples.unrelated))
             rows[-1]["copied"] = copied(samples.images, photos_trained_on(folder), self.encoders)
@@ -87,14 +92,18 @@ class Scorer:
         mean_copied = float(np.mean([row["copied"] for row in rows]))
         return Scored(whole | {"numbers": size(concepts), "copied": mean_copied, "concepts": rows}, images)
 
-    def hits(self, folder: ConceptFolder, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> dict[str, Values]:
-        """Returns, for each prompt, which of its images have each accuracy; `images` are ordered by prompt."""
+    @cached_property
+    def embed_captions(self) -> accuracy.Embed:
+        """Embeds captions, each tuple of them once: the classes' are those of every prompt."""
+        return cache(lambda captions: self.encoders.clip.text(list(captions)))
+
+    def hits(self, folder: ConceptFolder, embeddings: Float[np.ndarray, "G e"]) -> dict[str, Values]:
+        """Returns, for each prompt, which of its images have each accuracy; the images are ordered by prompt."""
         if self.world is None:
             return {}
-        embeddings, clip = self.encoders.clip.image(images), self.encoders.clip
         of_prompts = np.split(embeddings, len(self.templates))
         return {
-            prompt: accuracy.hits(self.world, clip, folder, template, x)
+            prompt: accuracy.hits(self.world, self.embed_captions, folder, template, x)
             for prompt, template, x in zip(folder.prompts(self.templates), self.templates, of_prompts, strict=True)
         }
 

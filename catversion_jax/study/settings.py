@@ -3,6 +3,9 @@
 import re
 from dataclasses import dataclass
 
+from catversion_jax.config.sections import TrainConfig
+from catversion_jax.data.prompts import ConceptConfig
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -63,7 +66,7 @@ steps. The published ones are for a UNet 64 times as large and for more steps.""
 TIMESTEPS = {"noisy timesteps": (0.65, 1.0), "all timesteps": (0.0, 1.0)}
 """Ranges of timesteps at which each method is tried."""
 
-UNTUNED = {"train.text_penalty": 0.0, "concept.templates": ("a photo of {concept}",)}
+UNTUNED = {"train.text_penalty": TrainConfig.text_penalty, "concept.templates": ConceptConfig.templates}
 """What configs/mini.py has for CatVersion alone, as the baselines have it."""
 
 BASELINES = tuple(
@@ -86,9 +89,9 @@ ABLATION = (
     Setting("timesteps", "all", {"train.timesteps": (0.0, 1.0)}),
     Setting("timesteps", "all but the clean third", {"train.timesteps": (0.3, 1.0)}),
     Setting("timesteps", "the noisy half", {"train.timesteps": (0.5, 1.0)}),
-    Setting("text penalty", "none", {"train.text_penalty": 0.0}),
+    Setting("text penalty", "none", {"train.text_penalty": TrainConfig.text_penalty}),
     Setting("text penalty", "twice as much", {"train.text_penalty": 0.14}),
-    Setting("prompts", "one", {"concept.templates": ("a photo of {concept}",)}),
+    Setting("prompts", "one", {"concept.templates": ConceptConfig.templates}),
     Setting("strength", "as trained", {}, strength=1.0),
     Setting("strength", "0.5", {}, strength=0.5),
     Setting("strength", "0.35", {}, strength=0.35),

@@ -105,7 +105,7 @@ def score_setting(config: Config, setting: str, folder: ConceptFolder, out: Path
         values["clip_i" + name] = float(metrics.clip_i(embeddings, references).mean())
         captions = np.repeat(clip.text(prompts), len(scorer.config.seeds), axis=0)
         values["clip_t" + name] = float(metrics.clip_t(embeddings, captions).mean())
-        hits = scorer.hits(folder, images)
+        hits = scorer.hits(folder, embeddings)
         for kind in ("class", "place"):
             values[f"{kind}_accuracy{name}"] = mean_hits(kind, hits)
         values["heldout_loss" + name] = loss_of(scorer, concept.at(strength), training_prompt, latents[:, 0])

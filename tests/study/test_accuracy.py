@@ -1,7 +1,6 @@
 """Accuracies by the nearest caption, on the mini model's own world."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ def hits(template: str, *shown: str) -> dict[str, list[float]]:
     """The accuracies of images that lie at these captions, and nearest to the first one."""
     clip = Captions()
     embeddings = sum(0.9**i * clip.text([caption]) for i, caption in enumerate(shown))
-    found = accuracy.hits(accuracy.read_world(MINI), clip, TEAPOT, template, embeddings)
+    found = accuracy.hits(accuracy.read_world(MINI), clip.text, TEAPOT, template, embeddings)
     return {name: values.tolist() for name, values in found.items()}
 
 
@@ -66,6 +65,8 @@ def test_what_the_model_does_not_know(tmp_path):
     (tmp_path / "world.json").write_text(json.dumps({"classes": ["teapot"], "phrases": "at night"}))
     with pytest.raises(UserError, match=r"world\.json: .*; expected the classes and places that the model knows"):
         accuracy.read_world(tmp_path)
-    world, clip = accuracy.World(("car",), ("at night",)), SimpleNamespace(text=Captions().text)
-    found = accuracy.hits(world, clip, TEAPOT, "a photo of a blue {class_word}", np.eye(256, dtype=np.float32)[:1])
+    world = accuracy.World(("car",), ("at night",))
+    found = accuracy.hits(
+        world, Captions().text, TEAPOT, "a photo of a blue {class_word}", np.eye(256, dtype=np.float32)[:1]
+    )
     assert found.keys() == {"colour"}  # no class, so none to be shown with it
