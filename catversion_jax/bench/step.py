@@ -17,6 +17,7 @@ from catversion_jax.config import Config
 from catversion_jax.data.latents import bucket
 from catversion_jax.models.clip import CLIPTextModel
 from catversion_jax.models.sharding import sharding
+from catversion_jax.training.concept_data import prompts_room
 from catversion_jax.training.state import ConceptData, Frozen
 from catversion_jax.training.step import StepConfig, compile_chunk
 from catversion_jax.utils.types import Params
@@ -78,7 +79,7 @@ def ours(
 def random_data(config: Config, step_config: StepConfig, text_params: tuple[Params, ...], concepts: int) -> ConceptData:
     """Returns random data in the shapes of `concept_data.prepare` for PHOTOS photos; `text_params` may be shapes."""
     rng, networks = np.random.default_rng(0), step_config.networks
-    templates = len(config.concept.templates)
+    templates, room = len(config.concept.templates), prompts_room(config, bucket(PHOTOS))
 
     def random(leaf) -> np.ndarray:
         shape = (concepts, *leaf.shape)
@@ -86,7 +87,7 @@ def random_data(config: Config, step_config: StepConfig, text_params: tuple[Para
         return (rng.standard_normal(shape, np.float32) if real else np.ones(shape)).astype(leaf.dtype)
 
     def prompts(encoder: CLIPTextModel, params: Params, stop: int) -> PromptStates:
-        ids = jax.ShapeDtypeStruct((bucket(templates), encoder.config.max_position_embeddings), jnp.int32)
+        ids = jax.ShapeDtypeStruct((room, encoder.config.max_position_embeddings), jnp.int32)
         token_mask = jax.ShapeDtypeStruct((*ids.shape, 1), bool)
         lower = partial(lower_layers, encoder, stop=stop)
         return jax.tree.map(random, jax.eval_shape(lower, params, ids, token_mask))
@@ -100,6 +101,7 @@ def random_data(config: Config, step_config: StepConfig, text_params: tuple[Para
             std=np.abs(random(shape)) / 10,
             photos=np.full(concepts, count, np.int32),
             prompts=tuple(prompts(*of_one) for of_one in zip(networks.text, text_params, firsts, strict=True)),
+            first_prompt=np.zeros((concepts, bucket(count)), np.int32),
             prompt_count=np.full(concepts, templates, np.int32),
             steps=np.full(concepts, config.train.steps, np.int32),
             weight=np.ones((concepts, *shape.shape[:-1], 1), np.float32) if weighs else None,

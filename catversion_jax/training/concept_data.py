@@ -21,6 +21,7 @@ from catversion_jax.data.photos import Photo
 from catversion_jax.methods.base import Method
 from catversion_jax.sampling.sampler import SampleRequest, sample_latents
 from catversion_jax.training.state import ConceptData
+from catversion_jax.training.surroundings import find_surroundings
 from catversion_jax.utils.errors import UserError, listed, short
 from catversion_jax.utils.files import read_bytes, write_atomically
 from catversion_jax.utils.log import warn
@@ -56,17 +57,37 @@ def prepare(
     mean, std = posteriors(networks.vae, pipeline.params["vae"], images, config.data.flip)
     if not (np.isfinite(mean).all() and np.isfinite(std).all()):
         raise UserError("the VAE gives NaN or infinity for the photos; check the base model's weights")
-    prompts = config.concept.prompts(config.concept.templates)
     weight = subject_weights(photos, mean.shape, config.train.background_weight)
     prior = None
     if method.prior_weight:
-        prior = class_images(config, method, pipeline, prompts, kept)
+        prior = class_images(config, method, pipeline, kept)
         weight = np.ones((*mean.shape[:-1], 1), np.float32) if weight is None else weight
     tokenizers, word = pipeline.tokenizers, config.concept.class_word
-    token_ids = [prompt_tokens(method, tokenizer, prompts, word) for tokenizer in tokenizers]
+    of_photos, first = prompts_of_photos(config, pipeline, mean[:, 0])
+    token_ids = [prompt_tokens(method, tokenizer, of_photos, word) for tokenizer in tokenizers]
     size = max(size, bucket(len(photos)))
-    data = to_data(config, method, pipeline, Images(mean, std, weight), token_ids, size).replace(prior=prior)
+    data = to_data(config, method, pipeline, Images(mean, std, weight), token_ids, size, prompts_room(config, size))
+    data = data.replace(first_prompt=pad(first, size), prior=prior)
     return jax.tree.map(lambda x: np.asarray(x)[None], data)
+
+
+def prompts_of_photos(
+    config: Config, pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"]
+) -> tuple[list[str], Int[np.ndarray, "N"]]:
+    """Returns the training prompts, and where those of each photo begin; without surroundings all share the same."""
+    prompts, phrases = config.concept.prompts(config.concept.templates), config.concept.surroundings
+    if not phrases:
+        return prompts, np.zeros(len(latents), np.int32)
+    found = find_surroundings(pipeline, prompts[0], phrases, latents)
+    distinct = list(dict.fromkeys(found))
+    first = np.array([distinct.index(phrase) * len(prompts) for phrase in found], np.int32)
+    return [f"{prompt} {phrase}" for phrase in distinct for prompt in prompts], first
+
+
+def prompts_room(config: Config, size: int) -> int:
+    """Returns the number of prompts that any folder of up to `size` photos needs: one compiled step serves all."""
+    count, phrases = len(config.concept.templates), len(config.concept.surroundings)
+    return count * min(size, phrases) if phrases else bucket(count)
 
 
 def check_prompts(config: Config, method: Method, pipeline: Pipeline) -> None:
@@ -126,9 +147,13 @@ def to_data(
     images: Images,
     token_ids: Sequence[Int[np.ndarray, "T Q"]],
     size: int,
+    room: int,
 ) -> ConceptData:
-    """Converts images, and prompts as the tokens of each text encoder, to data without a concept axis."""
-    networks, word, count = pipeline.networks, method.word(config.concept.class_word), len(token_ids[0])
+    """Converts images, and prompts as the tokens of each text encoder, to data without a concept axis.
+
+    They are padded to `size` images and `room` prompts; all images have the first prompts.
+    """
+    networks, word = pipeline.networks, method.word(config.concept.class_word)
     masks = [
         method.token_mask(find_word(tokenizer, ids, word), tokenizer.length)
         for tokenizer, ids in zip(pipeline.tokenizers, token_ids, strict=True)
@@ -141,13 +166,13 @@ def to_data(
     )
     if not all(np.isfinite(np.asarray(states.hidden, np.float32)).all() for states in lowered):
         raise UserError("the text encoder gives NaN or infinity; check the base model's weights and model.dtype")
-    length = bucket(count)
     return ConceptData(
         mean=pad(images.mean, size),
         std=pad(images.std, size),
         photos=np.asarray(len(images.mean), np.int32),
-        prompts=jax.tree.map(lambda x: pad(np.asarray(x), length), lowered),
-        prompt_count=np.asarray(count, np.int32),
+        prompts=jax.tree.map(lambda x: pad(np.asarray(x), room), lowered),
+        first_prompt=np.zeros(size, np.int32),
+        prompt_count=np.asarray(len(config.concept.templates), np.int32),
         steps=np.asarray(config.train.steps, np.int32),
         weight=None if images.weight is None else pad(images.weight, size),
     )
@@ -182,14 +207,12 @@ def subject_weights(
     return np.stack([weights, weights[:, :, ::-1]][:views], axis=1)[..., None]
 
 
-def class_images(
-    config: Config, method: Method, pipeline: Pipeline, prompts: Sequence[str], kept: Path | None
-) -> ConceptData:
+def class_images(config: Config, method: Method, pipeline: Pipeline, kept: Path | None) -> ConceptData:
     """Returns the base model's images of the class, for the training prompts in turn, without the identifier.
 
     They remain latents, so the VAE is not used, and are not sampled again if the file `kept` has them.
     """
-    count = config.prior.pictures
+    count, prompts = config.prior.pictures, config.concept.prompts(config.concept.templates)
     latents = read_latents(kept, (count, *pipeline.networks.latent_shape)) if kept else None
     if latents is None:
         asked = tuple(prompts[i % len(prompts)] for i in range(count))
@@ -200,7 +223,8 @@ def class_images(
     mean = latents[:, None]
     weight = np.full((*mean.shape[:-1], 1), method.prior_weight, np.float32)
     token_ids = [tokenizer(prompts) for tokenizer in pipeline.tokenizers]
-    return to_data(config, method, pipeline, Images(mean, np.zeros_like(mean), weight), token_ids, bucket(count))
+    images = Images(mean, np.zeros_like(mean), weight)
+    return to_data(config, method, pipeline, images, token_ids, bucket(count), bucket(len(prompts)))
 
 
 def sample_class(pipeline: Pipeline, request: SampleRequest) -> Float[np.ndarray, "N h w c"]:

@@ -39,6 +39,7 @@ def config_of(tiny_model: Path, run_dir: Path, **changes) -> Config:
     return Config().replaced({
         "model.path": str(tiny_model), "run_dir": str(run_dir), "adapter.length": 2, "adapter.init_std": 0.1,
         "train.steps": STEPS, "train.batch_size": 2, "train.decay": "cosine", "checkpoint.every": 2, "batch.slots": 3,
+        "concept.surroundings": ("on the beach", "in the snow"),
         **changes,
     })  # fmt: skip
 
