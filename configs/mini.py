@@ -2,12 +2,10 @@
 
     catversion train --config=configs/mini.py --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
-Over the six shipped concepts (4 seeds x the 8 prompts; docs/settings.md), against the base model: CLIP-I to the
-held-out photos 0.340 -> 0.500, higher for each of the six, CLIP-T 0.775 -> 0.702, place accuracy 1.00 -> 1.00, held-out
-loss 0.1336 -> 0.1196, lower for each of the six.
+docs/settings.md says how these values were chosen.
 """
 
-from catversion_jax.config import JUDGED, PROMPTS, default
+from catversion_jax.config import JUDGED, PROMPTS, SURROUNDINGS, default
 
 LEARNING_RATES = {
     "catversion": 0.025,
@@ -28,8 +26,9 @@ def get_config(method: str = "catversion"):
     config.train.timesteps = (0.65, 1.0)
     if method == "catversion":
         config.concept.templates = PROMPTS
-        config.train.text_penalty = 0.07
-        config.sample.strength = 0.7
+        config.concept.surroundings = SURROUNDINGS
+        config.train.text_penalty = 0.05
+        config.sample.strength = 0.5
     config.train.learning_rate = LEARNING_RATES.get(method, config.train.learning_rate)
     config.prior.pictures = 16
     config.sample.scheduler = "dpmpp_2m"

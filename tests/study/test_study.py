@@ -37,7 +37,7 @@ ABLATION = (
     settings.ABLATION[0],
     Setting("class word", "none", {"adapter.scope": "all", "concept.templates": ("a photo",)}),
     Setting("parts", "keys only", {"adapter.parts": ("key",)}),
-    Setting("strength", "0.5", {}, strength=0.5),
+    Setting("strength", "0.3", {}, strength=0.3),
 )
 
 
@@ -144,9 +144,9 @@ def test_ablation_goes_on_where_it_was_interrupted(arguments, small, monkeypatch
     labels = [["base model", ""], *([setting.group, setting.name] for setting in ABLATION)]
     assert [row[:2] for row in rows[2:7]] == [row[:2] for row in rows[9:]] == labels
     # Another strength is another way to sample the config's concepts: nothing is trained for it.
-    assert not (out / "strength-0.5" / "dog").exists()
+    assert not (out / "strength-0.3" / "dog").exists()
     whole, half = (
-        json.loads((out / name / "row.json").read_text()) for name in ("config-configs-mini.py", "strength-0.5")
+        json.loads((out / name / "row.json").read_text()) for name in ("config-configs-mini.py", "strength-0.3")
     )
     assert whole["numbers"] == half["numbers"]
     assert whole["clip_i"] != half["clip_i"]
