@@ -78,6 +78,9 @@ def has_cudnn_flash(capability: str) -> bool:
 
 def fits_splash(query: tuple[int, ...], key: tuple[int, ...], dtype: jnp.dtype) -> bool:
     """Positions must fill whole blocks. The bound of 1024 is not measured; maxdiffusion's is 4096."""
+    # Without the mesh of a training step `on_each_device` cannot split the kernel over the chips that hold the weights.
+    if jax.sharding.get_abstract_mesh().empty and jax.local_device_count() > 1:
+        return False
     return min(query[1], key[1]) >= 1024 and query[1] % BLOCK == 0 == key[1] % BLOCK
 
 

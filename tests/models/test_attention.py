@@ -85,6 +85,7 @@ def test_which_kernel(monkeypatch, backend, shape, keys, dtype, index):
     backend, _, capability = backend.partition(" ")
     device = SimpleNamespace(compute_capability=capability) if capability else SimpleNamespace()
     monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     kernels = tuple(
         attention.Kernel(lambda query, *_, n=n: taken.append(n) or query, kernel.suits)
         for n, kernel in enumerate(attention.KERNELS[backend])
@@ -95,3 +96,14 @@ def test_which_kernel(monkeypatch, backend, shape, keys, dtype, index):
     query = jax.ShapeDtypeStruct(shape, dtype)
     jax.eval_shape(lambda *x: attention.dot_product_attention(*x), query, key, key)  # traced anew each time
     assert taken == [index]
+
+
+def test_on_several_chips_the_tpu_kernel_needs_a_mesh(monkeypatch):
+    """Photos are encoded and images sampled without one; XLA cannot split the kernel over the chips."""
+    shape = (2, 4096, 8, 40)
+    mesh = Mesh(np.asarray(jax.devices()).reshape(1, 2), ("concept", "data"))
+    for count, alone in ((1, True), (4, False)):
+        monkeypatch.setattr(jax, "local_device_count", lambda count=count: count)
+        assert attention.fits_splash(shape, shape, jnp.dtype("bfloat16")) is alone
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            assert attention.fits_splash(shape, shape, jnp.dtype("bfloat16"))
