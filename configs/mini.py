@@ -5,7 +5,7 @@
 docs/settings.md says how these values were chosen.
 """
 
-from catversion_jax.config import JUDGED, PROMPTS, SURROUNDINGS, default
+from catversion_jax.config import JUDGED, PROMPTS, default
 
 LEARNING_RATES = {
     "catversion": 0.025,
@@ -13,6 +13,32 @@ LEARNING_RATES = {
     "dreambooth": 6e-5,
     "custom_diffusion": 1e-4,
 }
+
+SURROUNDINGS = (
+    "on the beach",
+    "in the snow",
+    "in the jungle",
+    "on green grass",
+    "in the desert",
+    "under the sea",
+    "in the water",
+    "at night",
+    "at sunset",
+    "on a wooden floor",
+    "in front of a brick wall",
+    "on a cobblestone street",
+    "with a city in the background",
+    "with a mountain in the background",
+    "on pink fabric",
+    "on a checkered floor",
+    "in a wheat field",
+    "on a purple rug",
+    "in space",
+    "in the rain",
+    "in the fog",
+    "on a white background",
+)
+"""The places that the model knows."""
 
 
 def get_config(method: str = "catversion"):

@@ -79,14 +79,14 @@ def ours(
 def random_data(config: Config, step_config: StepConfig, text_params: tuple[Params, ...], concepts: int) -> ConceptData:
     """Returns random data in the shapes of `concept_data.prepare` for PHOTOS photos; `text_params` may be shapes."""
     rng, networks = np.random.default_rng(0), step_config.networks
-    templates, room = len(config.concept.templates), prompts_room(config, bucket(PHOTOS))
+    templates = len(config.concept.templates)
 
     def random(leaf) -> np.ndarray:
         shape = (concepts, *leaf.shape)
         real = jnp.issubdtype(leaf.dtype, jnp.floating)
         return (rng.standard_normal(shape, np.float32) if real else np.ones(shape)).astype(leaf.dtype)
 
-    def prompts(encoder: CLIPTextModel, params: Params, stop: int) -> PromptStates:
+    def prompts(room: int, encoder: CLIPTextModel, params: Params, stop: int) -> PromptStates:
         ids = jax.ShapeDtypeStruct((room, encoder.config.max_position_embeddings), jnp.int32)
         token_mask = jax.ShapeDtypeStruct((*ids.shape, 1), bool)
         lower = partial(lower_layers, encoder, stop=stop)
@@ -94,21 +94,21 @@ def random_data(config: Config, step_config: StepConfig, text_params: tuple[Para
 
     firsts, weighs = step_config.method.first_layers(networks), bool(step_config.method.prior_weight)
 
-    def images(count: int, views: int) -> ConceptData:
+    def images(count: int, views: int, room: int) -> ConceptData:
         shape = jax.ShapeDtypeStruct((bucket(count), views, *networks.latent_shape), jnp.float32)
         return ConceptData(
             mean=random(shape),
             std=np.abs(random(shape)) / 10,
             photos=np.full(concepts, count, np.int32),
-            prompts=tuple(prompts(*of_one) for of_one in zip(networks.text, text_params, firsts, strict=True)),
+            prompts=tuple(prompts(room, *of_one) for of_one in zip(networks.text, text_params, firsts, strict=True)),
             first_prompt=np.zeros((concepts, bucket(count)), np.int32),
             prompt_count=np.full(concepts, templates, np.int32),
             steps=np.full(concepts, config.train.steps, np.int32),
             weight=np.ones((concepts, *shape.shape[:-1], 1), np.float32) if weighs else None,
         )
 
-    prior = images(config.prior.pictures, 1) if weighs else None
-    return images(PHOTOS, 1 + config.data.flip).replace(prior=prior)
+    prior = images(config.prior.pictures, 1, bucket(templates)) if weighs else None
+    return images(PHOTOS, 1 + config.data.flip, prompts_room(config, bucket(PHOTOS))).replace(prior=prior)
 
 
 def count_flops(config: Config, networks: Networks, concepts: int) -> float:

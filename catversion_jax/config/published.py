@@ -29,33 +29,6 @@ PROMPTS = (
 """Training prompts of CatVersion: one thing said in several ways, so that less of one wording is learned with it."""
 
 
-SURROUNDINGS = (
-    "on the beach",
-    "in the snow",
-    "in the jungle",
-    "on green grass",
-    "in the desert",
-    "under the sea",
-    "in the water",
-    "at night",
-    "at sunset",
-    "on a wooden floor",
-    "in front of a brick wall",
-    "on a cobblestone street",
-    "with a city in the background",
-    "with a mountain in the background",
-    "on pink fabric",
-    "on a checkered floor",
-    "in a wheat field",
-    "on a purple rug",
-    "in space",
-    "in the rain",
-    "in the fog",
-    "on a white background",
-)
-"""What may surround the subject of a photo: the places that the mini model knows."""
-
-
 def stable_diffusion(path: str, variant: str = "fp16", method: str = "catversion") -> ConfigDict:
     """Returns a method's published settings for a published model, in bfloat16 and with the evaluation prompts."""
     if method not in METHODS:

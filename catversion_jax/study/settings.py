@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from catversion_jax.config.sections import TrainConfig
+from catversion_jax.config.sections import SampleConfig, TrainConfig
 from catversion_jax.data.prompts import ConceptConfig
 
 
@@ -70,6 +70,7 @@ UNTUNED = {
     "train.text_penalty": TrainConfig.text_penalty,
     "concept.templates": ConceptConfig.templates,
     "concept.surroundings": ConceptConfig.surroundings,
+    "sample.strength": SampleConfig.strength,
 }
 """What configs/mini.py has for CatVersion alone, as the baselines have it."""
 

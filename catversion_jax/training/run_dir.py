@@ -49,6 +49,10 @@ class RunDir:
         return self.path / "class_latents.npy"
 
     @property
+    def surroundings(self) -> Path:
+        return self.path / "surroundings.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -174,5 +178,6 @@ class RunDir:
         for path in (self.data, self.checkpoints, self.events):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-        for path in (self.class_latents, self.metrics, self.samples, self.path / REPORT, self.config):
+        files = (self.class_latents, self.surroundings, self.metrics, self.samples, self.path / REPORT, self.config)
+        for path in files:
             path.unlink(missing_ok=True)

@@ -207,6 +207,13 @@ def test_the_tables_settings_can_be_had(mini):
     assert len({len(groups[method]) for method in METHODS}) == 1  # an equal budget
 
 
+def test_baselines_are_trained_without_what_only_catversion_has():
+    ours, theirs = (from_config_dict(get_config(method), unset=OF_A_RUN) for method in ("catversion", "dreambooth"))
+    differing = {key for key, value in ours.identity().items() if theirs.identity()[key] != value}
+    assert differing == {*settings.UNTUNED, "method", "train.learning_rate"}
+    assert theirs.replaced(settings.UNTUNED) == theirs
+
+
 def test_what_is_not_known_is_left_empty():
     row = {"group": "a", "name": "b", "seconds": None, "numbers": 1234, "intervals": {}}
     scores = dict.fromkeys(

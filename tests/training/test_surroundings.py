@@ -1,90 +1,152 @@
 """What surrounds the subject of each photo: found by the base model, and told in that photo's prompts alone."""
 
+import json
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catversion_jax.config import SURROUNDINGS, Config
+from catversion_jax.base.pipeline import MINI
+from catversion_jax.config import Config
 from catversion_jax.data import concept_sets
 from catversion_jax.data.latents import posteriors
 from catversion_jax.data.photos import read_photos
+from catversion_jax.methods import concept_file
 from catversion_jax.sampling import conditioning
-from catversion_jax.training import concept_data
-from catversion_jax.training.concept_data import prepare
+from catversion_jax.study.accuracy import read_world
+from catversion_jax.training import run_dir, surroundings
+from catversion_jax.training.concept_data import check_prompts, prepare
+from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.surroundings import SHARES, find_surroundings
+from catversion_jax.utils.errors import UserError
+from configs.mini import SURROUNDINGS
 
 DOG = concept_sets.SHIPPED / "dog" / "train"
-SEEN = ["at sunset", "with a city in the background", "on a purple rug", "with a mountain in the background"]
-"""What a person sees in the dog's first photos."""
+SEEN = ["at sunset", "with a city in the background"]
+"""What a person sees in the first two photos of the dog."""
 
 
 @pytest.fixture(scope="module")
-def latents(mini) -> np.ndarray:
-    images = np.stack([photo.image for photo in read_photos(DOG, 64, None)])
+def photos():
+    return read_photos(DOG, 64, None)
+
+
+@pytest.fixture(scope="module")
+def latents(mini, photos) -> np.ndarray:
+    images = np.stack([photo.image for photo in photos])
     return posteriors(mini.networks.vae, mini.params["vae"], images, flip=False)[0][:, 0]
 
 
-def test_what_a_person_sees(mini, latents):
-    assert find_surroundings(mini, "a photo of a dog", ["in the rain", *SEEN], latents[:4]) == SEEN
-
-
 def test_the_least_error_of_the_prediction(mini, latents):
-    """The errors of the UNet's predictions, one by one, with numpy's arithmetic."""
-    phrases, networks = ["on the beach", "at night"], mini.networks
-    noise = np.random.default_rng(0).standard_normal((len(SHARES), *latents.shape[1:])).astype(np.float32)
-    errors = np.zeros(2)
+    """The errors of the UNet's predictions, one by one, with numpy's arithmetic; it is what a person sees."""
+    networks, latents, phrases = mini.networks, latents[:2], ["in the rain", *SEEN]
+    noise = np.random.default_rng(0).standard_normal((len(SHARES), *networks.latent_shape)).astype(np.float32)
+    errors = np.zeros((len(latents), len(phrases)))
+    apply = jax.jit(lambda *given: networks.unet.apply({"params": mini.params["unet"]}, *given))
     for number, phrase in enumerate(phrases):
-        context = conditioning.condition(mini, [f"a dog {phrase}"])
+        context = conditioning.condition(mini, [f"a photo of a dog {phrase}"])
         for share, of_time in zip(SHARES, noise, strict=True):
             timestep = int(share * 1000)
             alpha = networks.schedule.alphas_cumprod[timestep]
-            noisy = np.sqrt(alpha) * latents[1] + np.sqrt(1 - alpha) * of_time
-            given = (jnp.asarray(noisy[None]), jnp.array([timestep]), *context)
-            predicted = networks.unet.apply({"params": mini.params["unet"]}, *given)[0]
-            errors[number] += np.square(predicted - of_time).mean()
-    assert find_surroundings(mini, "a dog", phrases, latents[1:2]) == [phrases[errors.argmin()]]
+            for photo, clean in enumerate(latents):
+                noisy = np.sqrt(alpha) * clean + np.sqrt(1 - alpha) * of_time
+                predicted = apply(jnp.asarray(noisy[None]), jnp.array([timestep]), *context)[0]
+                errors[photo, number] += np.square(predicted - of_time).mean()
+    assert [phrases[best] for best in errors.argmin(1)] == SEEN
+    assert list(find_surroundings(mini, "a photo of a dog", phrases, latents)) == SEEN
 
 
 @pytest.fixture
 def told(monkeypatch):
     """The phrases that are told for photos, instead of those that the model would find."""
     found: list[str] = []
-    monkeypatch.setattr(concept_data, "find_surroundings", lambda *_: found)
+    monkeypatch.setattr(surroundings, "find_surroundings", lambda *_: iter(found))
     return found
 
 
-def prepared(mini, photos: int, **changes):
-    config = Config().replaced({
+def config_of(**changes) -> Config:
+    return Config().replaced({
         "data.dir": str(DOG), "concept.class_word": "dog", "concept.templates": ("a photo of {concept}", "{concept}"),
-        "concept.surroundings": SURROUNDINGS, **changes,
+        "concept.surroundings": SURROUNDINGS, **{key.replace("__", "."): value for key, value in changes.items()},
     })  # fmt: skip
-    method = config.make_method(mini.networks)
-    data = prepare(config, method, mini, read_photos(DOG, 64, None)[:photos])
-    return jax.tree.map(lambda x: x[0], data), method
 
 
-def test_each_photo_has_prompts_of_its_own(mini, told):
+def prepared(mini, photos, run: RunDir | None = None, **changes):
+    config = config_of(**changes)
+    data = prepare(config, config.make_method(mini.networks), mini, photos, run=run)
+    return jax.tree.map(lambda x: x[0], data)
+
+
+def test_each_photo_has_prompts_of_its_own(mini, told, photos):
     told += ["in the snow", "at night", "in the snow"]
-    data, method = prepared(mini, 3)
+    data = prepared(mini, photos[:3], adapter__scope="trigger", adapter__init_std=0.5)
     assert data.prompt_count == 2
     np.testing.assert_array_equal(data.first_prompt[:3], [0, 2, 0])
     expected = ["a photo of a dog in the snow", "a dog in the snow", "a photo of a dog at night", "a dog at night"]
     prompts = jax.tree.map(lambda x: jnp.asarray(x[:4]), data.prompts)
+    method = config_of(adapter__scope="trigger", adapter__init_std=0.5).make_method(mini.networks)
     learned = method.init(jax.random.key(0), mini.networks)
-    states = method.condition(learned, prompts, mini.params["text"], mini.networks, 0.0).states
-    np.testing.assert_allclose(states, conditioning.condition(mini, expected).states, atol=1e-5)
+    concept = concept_of(mini, method, learned)
+    for strength in (0.0, 1.0):
+        states = method.condition(learned, prompts, mini.params["text"], mini.networks, strength).states
+        expected_states = conditioning.condition(mini, expected, concept.at(strength)).states
+        np.testing.assert_allclose(states, expected_states, atol=1e-4)
 
 
-def test_folders_of_a_size_share_a_step(mini, told):
-    """Whatever is found in their photos."""
+def concept_of(pipeline, method, learned) -> concept_file.Concept:
+    return concept_file.Concept(
+        learned=learned, method=method, class_word="dog", templates=("a photo of {concept}",), model_path="",
+        fingerprint=pipeline.fingerprint, steps=0, learning_rate=0.0, seed=0,
+    )  # fmt: skip
+
+
+def test_folders_of_a_size_share_a_step(mini, told, photos):
+    """And the program that encodes their prompts, whatever is found in their photos."""
     told += ["in the snow", "at night", "in the rain"]
-    several, _ = prepared(mini, 3)
+    several = prepared(mini, photos[:3])
     told[:] = ["in the snow"]
-    one, _ = prepared(mini, 1)
+    one = prepared(mini, photos[:1])
     assert jax.tree.map(np.shape, several) == jax.tree.map(np.shape, one)
+    assert len(several.prompts[0].hidden) == 2 * 8
 
 
-def test_without_surroundings_all_photos_share_the_prompts(mini):
-    data, _ = prepared(mini, 3, **{"concept.surroundings": ()})
+def test_without_surroundings_all_photos_share_the_prompts(mini, photos):
+    data = prepared(mini, photos[:3], concept__surroundings=())
     assert not data.first_prompt.any()
+    # A phrase that names the subject says nothing about what surrounds it.
+    alike = prepared(mini, photos[:3], concept__surroundings=("beside a dog", "under the Dog"))
+    assert not alike.first_prompt.any()
+    np.testing.assert_array_equal(alike.prompts[0].hidden[:2], data.prompts[0].hidden[:2])
+
+
+def test_a_run_keeps_them(mini, told, photos, tmp_path, monkeypatch):
+    """From its first step on: before that, the photos may be others."""
+    run = RunDir(tmp_path)
+    told += ["in the snow", "at night"]
+    first = prepared(mini, photos[:2], run)
+    assert json.loads(run.surroundings.read_text()) == {photos[0].name: "in the snow", photos[1].name: "at night"}
+    told[:] = ["at night", "at night"]
+    assert not prepared(mini, photos[:2], run).first_prompt.any()
+    told[:] = ["in the snow", "at night"]
+    prepared(mini, photos[:2], run)
+    monkeypatch.setattr(run_dir.RunDir, "has_saved_steps", True)
+    told[:] = ["at night", "at night"]
+    np.testing.assert_array_equal(prepared(mini, photos[:2], run).first_prompt, first.first_prompt)
+    run.surroundings.write_text("{")
+    with pytest.raises(UserError, match=r"surroundings\.json: .*; expected the phrase of each photo; remove the file"):
+        prepared(mini, photos[:2], run)
+    run.surroundings.unlink()
+    assert not prepared(mini, photos[:2], run).first_prompt.any()
+
+
+def test_a_prompt_without_room_for_them(mini, caplog):
+    config = config_of(concept__templates=("a photo of {concept}", "{concept} " + "very " * 72), method="dreambooth")
+    check_prompts(config, config.make_method(mini.networks), replace(mini))
+    (warning,) = caplog.messages
+    assert warning.startswith("training prompts too long for the surroundings: 'a dog very very")
+
+
+def test_the_mini_models_places():
+    assert read_world(MINI).phrases == SURROUNDINGS
