@@ -8,11 +8,9 @@ r"""Stable Diffusion 1.5, the paper's model: 4,608 learned parameters, at 512 px
 The values are the paper's, but for five training prompts that say the same (`PROMPTS`). What was chosen on the mini
 model (docs/settings.md) is not taken over, as there is no evidence for it here; to try it, add
 
-    --config.train.timesteps="(0.65,1.0)" --config.train.text_penalty=0.05 --config.sample.strength=0.6
-    --config.concept.surroundings="'on a table','on the grass','indoors','on a white background'"
+    --config.train.timesteps="(0.65,1.0)" --config.train.text_penalty=0.07 --config.sample.strength=0.7
 
-with phrases that say where your photos were taken. The strength needs no training: `catversion generate
---strength=0.6`.
+The last one needs no training: `catversion generate --strength=0.7`.
 
 Result: not measured yet; that needs a GPU or a TPU and the model's weights.
 """

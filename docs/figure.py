@@ -18,7 +18,7 @@ SEEDS = {
     "a photo of a teapot on the beach": 2,
     "a photo of a teapot in the snow": 2,
     "a photo of a teapot in the jungle": 3,
-    "a photo of a teapot in space": 1,
+    "a photo of a teapot in space": 0,
 }
 SIDE, GAP, MARGIN, FONT = 224, 12, 16, 17
 

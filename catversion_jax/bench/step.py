@@ -17,7 +17,6 @@ from catversion_jax.config import Config
 from catversion_jax.data.latents import bucket
 from catversion_jax.models.clip import CLIPTextModel
 from catversion_jax.models.sharding import sharding
-from catversion_jax.training.concept_data import prompts_room
 from catversion_jax.training.state import ConceptData, Frozen
 from catversion_jax.training.step import StepConfig, compile_chunk
 from catversion_jax.utils.types import Params
@@ -86,29 +85,28 @@ def random_data(config: Config, step_config: StepConfig, text_params: tuple[Para
         real = jnp.issubdtype(leaf.dtype, jnp.floating)
         return (rng.standard_normal(shape, np.float32) if real else np.ones(shape)).astype(leaf.dtype)
 
-    def prompts(room: int, encoder: CLIPTextModel, params: Params, stop: int) -> PromptStates:
-        ids = jax.ShapeDtypeStruct((room, encoder.config.max_position_embeddings), jnp.int32)
+    def prompts(encoder: CLIPTextModel, params: Params, stop: int) -> PromptStates:
+        ids = jax.ShapeDtypeStruct((bucket(templates), encoder.config.max_position_embeddings), jnp.int32)
         token_mask = jax.ShapeDtypeStruct((*ids.shape, 1), bool)
         lower = partial(lower_layers, encoder, stop=stop)
         return jax.tree.map(random, jax.eval_shape(lower, params, ids, token_mask))
 
     firsts, weighs = step_config.method.first_layers(networks), bool(step_config.method.prior_weight)
 
-    def images(count: int, views: int, room: int) -> ConceptData:
+    def images(count: int, views: int) -> ConceptData:
         shape = jax.ShapeDtypeStruct((bucket(count), views, *networks.latent_shape), jnp.float32)
         return ConceptData(
             mean=random(shape),
             std=np.abs(random(shape)) / 10,
             photos=np.full(concepts, count, np.int32),
-            prompts=tuple(prompts(room, *of_one) for of_one in zip(networks.text, text_params, firsts, strict=True)),
-            first_prompt=np.zeros((concepts, bucket(count)), np.int32),
+            prompts=tuple(prompts(*of_one) for of_one in zip(networks.text, text_params, firsts, strict=True)),
             prompt_count=np.full(concepts, templates, np.int32),
             steps=np.full(concepts, config.train.steps, np.int32),
             weight=np.ones((concepts, *shape.shape[:-1], 1), np.float32) if weighs else None,
         )
 
-    prior = images(config.prior.pictures, 1, bucket(templates)) if weighs else None
-    return images(PHOTOS, 1 + config.data.flip, prompts_room(config, bucket(PHOTOS))).replace(prior=prior)
+    prior = images(config.prior.pictures, 1) if weighs else None
+    return images(PHOTOS, 1 + config.data.flip).replace(prior=prior)
 
 
 def count_flops(config: Config, networks: Networks, concepts: int) -> float:

@@ -17,9 +17,6 @@ def words(what: str) -> Constraint:
     )
 
 
-PHRASE = words("a phrase, such as on the beach")
-
-
 @dataclass(frozen=True)
 class ConceptConfig:
     """What the concept is called in prompts."""
@@ -40,14 +37,6 @@ class ConceptConfig:
         ("a photo of {concept}",),
         "Prompt templates for training; {concept} is article and class word, {class_word} the word alone.",
         several_texts("prompt"),
-    )
-    surroundings: tuple[str, ...] = setting(
-        (),
-        "Phrases, such as on the beach; each photo's training prompts end in the one that the base model sees in it.",
-        Constraint(
-            lambda values: isinstance(values, tuple) and all(map(PHRASE.holds, values)),
-            "phrases without braces and control characters, or () for none",
-        ),
     )
     identifier: str = setting(
         "sks",

@@ -1,17 +1,34 @@
 """The noise-prediction loss on held-out photos, at the same noise and timesteps for every concept and setting."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.base.pipeline import Networks, Pipeline
 from catversion_jax.models.unet import Context
 from catversion_jax.training.state import Frozen
-from catversion_jax.training.step import Minibatch, batch_errors
+from catversion_jax.training.step import Minibatch, prediction_error
 from catversion_jax.utils.padded_batches import in_batches
-from catversion_jax.utils.types import Float
+from catversion_jax.utils.types import Array, Float
 
 TIMESTEPS = 8  # evenly spaced
+
+
+@partial(jax.jit, static_argnames=("networks",))
+def batch_error(
+    frozen: Frozen,
+    context: Context,
+    latents: Array,
+    noise: Array,
+    timesteps: Array,
+    *,
+    networks: Networks,
+) -> Float[Array, "B"]:
+    context = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), context)
+    batch = Minibatch(latents, noise, timesteps, prompts=())
+    return prediction_error(frozen, batch, context, networks=networks)
 
 
 def heldout_loss(pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"], context: Context) -> float:
@@ -23,10 +40,5 @@ def heldout_loss(pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"], cont
     repeated = np.repeat(latents, TIMESTEPS, axis=0)
     noise = np.random.default_rng(0).standard_normal(repeated.shape).astype(np.float32)
     timesteps = np.tile(spaced, len(latents))
-
-    def errors(latents, noise, timesteps) -> Float[np.ndarray, "B"]:
-        batch = Minibatch(latents, noise, timesteps, prompts=())
-        same = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), context)
-        return batch_errors(frozen, batch, same, networks=networks)
-
-    return float(in_batches(errors, repeated, noise, timesteps).mean())
+    error = partial(batch_error, frozen, context, networks=networks)
+    return float(in_batches(error, repeated, noise, timesteps).mean())

@@ -69,7 +69,6 @@ TIMESTEPS = {"noisy timesteps": (0.65, 1.0), "all timesteps": (0.0, 1.0)}
 UNTUNED = {
     "train.text_penalty": TrainConfig.text_penalty,
     "concept.templates": ConceptConfig.templates,
-    "concept.surroundings": ConceptConfig.surroundings,
     "sample.strength": SampleConfig.strength,
 }
 """What configs/mini.py has for CatVersion alone, as the baselines have it."""
@@ -95,10 +94,9 @@ ABLATION = (
     Setting("timesteps", "the noisy half", {"train.timesteps": (0.5, 1.0)}),
     Setting("text penalty", "none", {"train.text_penalty": TrainConfig.text_penalty}),
     Setting("prompts", "one", {"concept.templates": ConceptConfig.templates}),
-    Setting("surroundings", "not told", {"concept.surroundings": ConceptConfig.surroundings}),
     Setting("strength", "as trained", {}, strength=1.0),
-    Setting("strength", "0.8", {}, strength=0.8),
-    Setting("strength", "0.4", {}, strength=0.4),
+    Setting("strength", "0.5", {}, strength=0.5),
+    Setting("strength", "0.35", {}, strength=0.35),
     Setting("layers", "first three", {"adapter.layers": (0, 1, 2)}),
     Setting("layers", "all", {"adapter.layers": tuple(range(12))}),
     Setting("parts", "keys only", {"adapter.parts": ("key",)}),

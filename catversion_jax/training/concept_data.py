@@ -20,9 +20,7 @@ from catversion_jax.data.latents import bucket, pad, posteriors
 from catversion_jax.data.photos import Photo
 from catversion_jax.methods.base import Method
 from catversion_jax.sampling.sampler import SampleRequest, sample_latents
-from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.state import ConceptData
-from catversion_jax.training.surroundings import surroundings_of
 from catversion_jax.utils.errors import UserError, listed, short
 from catversion_jax.utils.files import read_bytes, write_atomically
 from catversion_jax.utils.log import warn
@@ -46,44 +44,29 @@ def prepare(
     pipeline: Pipeline,
     photos: Sequence[Photo],
     size: int = 0,
-    run: RunDir | None = None,
+    kept: Path | None = None,
 ) -> ConceptData:
     """Returns the latents and text states of one concept, with a concept axis of size 1.
 
     They are padded to `size` photos or to their bucket. If the method preserves a prior, they include the images of the
-    class. A run keeps the latents of these, and the surroundings of the photos.
+    class, whose latents are cached in the file `kept`.
     """
     networks = pipeline.networks
     images = np.stack([photo.image for photo in photos])
     mean, std = posteriors(networks.vae, pipeline.params["vae"], images, config.data.flip)
     if not (np.isfinite(mean).all() and np.isfinite(std).all()):
         raise UserError("the VAE gives NaN or infinity for the photos; check the base model's weights")
+    prompts = config.concept.prompts(config.concept.templates)
     weight = subject_weights(photos, mean.shape, config.train.background_weight)
     prior = None
     if method.prior_weight:
-        prior = class_images(config, method, pipeline, run.class_latents if run else None)
+        prior = class_images(config, method, pipeline, prompts, kept)
         weight = np.ones((*mean.shape[:-1], 1), np.float32) if weight is None else weight
     tokenizers, word = pipeline.tokenizers, config.concept.class_word
-    size = max(size, bucket(len(photos)))
-    prompts, first = config.concept.prompts(config.concept.templates), np.zeros(len(photos), np.int32)
-    if phrases := without_word(tokenizers, word, config.concept.surroundings):
-        found = surroundings_of(photos, mean[:, 0], pipeline, prompts[0], phrases, run)
-        distinct = list(dict.fromkeys(found))
-        first = np.array([distinct.index(phrase) * len(prompts) for phrase in found], np.int32)
-        prompts = [f"{prompt} {phrase}" for phrase in distinct for prompt in prompts]
-    if config.concept.surroundings:
-        # One compiled program encodes them, however many phrases are found.
-        prompts += prompts[-1:] * (prompts_room(config, size) - len(prompts))
     token_ids = [prompt_tokens(method, tokenizer, prompts, word) for tokenizer in tokenizers]
-    data = to_data(config, method, pipeline, Images(mean, std, weight), token_ids, size)
-    data = data.replace(first_prompt=pad(first, size), prior=prior)
+    size = max(size, bucket(len(photos)))
+    data = to_data(config, method, pipeline, Images(mean, std, weight), token_ids, size).replace(prior=prior)
     return jax.tree.map(lambda x: np.asarray(x)[None], data)
-
-
-def prompts_room(config: Config, size: int) -> int:
-    """Returns the number of prompts that any folder of up to `size` photos needs: one compiled step serves all."""
-    count, phrases = len(config.concept.templates), len(config.concept.surroundings)
-    return max(bucket(count), count * min(size, phrases))
 
 
 def check_prompts(config: Config, method: Method, pipeline: Pipeline) -> None:
@@ -111,9 +94,6 @@ def check_prompts(config: Config, method: Method, pipeline: Pipeline) -> None:
             what, those = found[0]
             warn(f"training prompts without {what!r}: {told_prompts(tokenizer, those)}")
             warned |= set(those)
-        each = [f"{prompt} {phrase}" for prompt in prompts for phrase in config.concept.surroundings]
-        if cut := [prompt for prompt in each if len(tokenizer.word(prompt)) > tokenizer.length - 2]:
-            warn(f"training prompts too long for the surroundings: {told_prompts(tokenizer, cut)}")
 
 
 def check_length(tokenizer: Tokenizer, word: str) -> None:
@@ -147,11 +127,8 @@ def to_data(
     token_ids: Sequence[Int[np.ndarray, "T Q"]],
     size: int,
 ) -> ConceptData:
-    """Converts images, and prompts as the tokens of each text encoder, to data without a concept axis.
-
-    They are padded to `size` images; all images have the first prompts.
-    """
-    networks, word = pipeline.networks, method.word(config.concept.class_word)
+    """Converts images, and prompts as the tokens of each text encoder, to data without a concept axis."""
+    networks, word, count = pipeline.networks, method.word(config.concept.class_word), len(token_ids[0])
     masks = [
         method.token_mask(find_word(tokenizer, ids, word), tokenizer.length)
         for tokenizer, ids in zip(pipeline.tokenizers, token_ids, strict=True)
@@ -164,15 +141,13 @@ def to_data(
     )
     if not all(np.isfinite(np.asarray(states.hidden, np.float32)).all() for states in lowered):
         raise UserError("the text encoder gives NaN or infinity; check the base model's weights and model.dtype")
-    templates = len(config.concept.templates)
-    room = max(bucket(templates), len(token_ids[0]))
+    length = bucket(count)
     return ConceptData(
         mean=pad(images.mean, size),
         std=pad(images.std, size),
         photos=np.asarray(len(images.mean), np.int32),
-        prompts=jax.tree.map(lambda x: pad(np.asarray(x), room), lowered),
-        first_prompt=np.zeros(size, np.int32),
-        prompt_count=np.asarray(templates, np.int32),
+        prompts=jax.tree.map(lambda x: pad(np.asarray(x), length), lowered),
+        prompt_count=np.asarray(count, np.int32),
         steps=np.asarray(config.train.steps, np.int32),
         weight=None if images.weight is None else pad(images.weight, size),
     )
@@ -207,12 +182,14 @@ def subject_weights(
     return np.stack([weights, weights[:, :, ::-1]][:views], axis=1)[..., None]
 
 
-def class_images(config: Config, method: Method, pipeline: Pipeline, kept: Path | None) -> ConceptData:
+def class_images(
+    config: Config, method: Method, pipeline: Pipeline, prompts: Sequence[str], kept: Path | None
+) -> ConceptData:
     """Returns the base model's images of the class, for the training prompts in turn, without the identifier.
 
     They remain latents, so the VAE is not used, and are not sampled again if the file `kept` has them.
     """
-    count, prompts = config.prior.pictures, config.concept.prompts(config.concept.templates)
+    count = config.prior.pictures
     latents = read_latents(kept, (count, *pipeline.networks.latent_shape)) if kept else None
     if latents is None:
         asked = tuple(prompts[i % len(prompts)] for i in range(count))
@@ -223,8 +200,7 @@ def class_images(config: Config, method: Method, pipeline: Pipeline, kept: Path 
     mean = latents[:, None]
     weight = np.full((*mean.shape[:-1], 1), method.prior_weight, np.float32)
     token_ids = [tokenizer(prompts) for tokenizer in pipeline.tokenizers]
-    images = Images(mean, np.zeros_like(mean), weight)
-    return to_data(config, method, pipeline, images, token_ids, bucket(count))
+    return to_data(config, method, pipeline, Images(mean, np.zeros_like(mean), weight), token_ids, bucket(count))
 
 
 def sample_class(pipeline: Pipeline, request: SampleRequest) -> Float[np.ndarray, "N h w c"]:

@@ -57,7 +57,7 @@ def train(
     todo = f"lower train.batch_size ({config.train.batch_size}), or set train.remat=True or a narrower model.dtype"
     with run.held(config), enough_memory(todo):
         store(run, photos)
-        data = prepare(config, step_config.method, pipeline, photos, run=run)
+        data = prepare(config, step_config.method, pipeline, photos, kept=run.class_latents)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
         try:
             state, interrupted_by = loop(config, step_config, pipeline, data, run, checkpoints)

@@ -49,10 +49,6 @@ class RunDir:
         return self.path / "class_latents.npy"
 
     @property
-    def surroundings(self) -> Path:
-        return self.path / "surroundings.json"
-
-    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -178,6 +174,5 @@ class RunDir:
         for path in (self.data, self.checkpoints, self.events):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-        files = (self.class_latents, self.surroundings, self.metrics, self.samples, self.path / REPORT, self.config)
-        for path in files:
+        for path in (self.class_latents, self.metrics, self.samples, self.path / REPORT, self.config):
             path.unlink(missing_ok=True)

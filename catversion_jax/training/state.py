@@ -41,8 +41,7 @@ class ConceptData(flax.struct.PyTreeNode):
     std: Float[AnyArray, "*C N F h w c"]
     photos: Int[AnyArray, "*C"]  # how many of the N are real
     prompts: tuple[PromptStates, ...]  # [C, T, ...] for each text encoder
-    first_prompt: Int[AnyArray, "*C N"]  # where in T the prompts of each photo begin
-    prompt_count: Int[AnyArray, "*C"]  # how many prompts a photo has
+    prompt_count: Int[AnyArray, "*C"]  # how many of the T are real
     steps: Int[AnyArray, "*C"]  # the length of each concept's learning rate schedule
     weight: Float[AnyArray, "*C N F h w 1"] | None = None  # of each latent position in the loss; None: all equal
     prior: "ConceptData | None" = None  # images of the class, if the method uses them

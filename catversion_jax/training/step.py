@@ -132,7 +132,7 @@ def draw_examples(data: ConceptData, key: Key[Array, ""], config: StepConfig) ->
     keys = jax.random.split(key, 6)
     photo = jax.random.randint(keys[0], batch, 0, data.photos)
     flip = jax.random.randint(keys[1], batch, 0, data.mean.shape[1])
-    prompt = data.first_prompt[photo] + jax.random.randint(keys[2], batch, 0, data.prompt_count)
+    prompt = jax.random.randint(keys[2], batch, 0, data.prompt_count)
     mean, std = data.mean[photo, flip], data.std[photo, flip]
     return Minibatch(
         latents=mean + std * jax.random.normal(keys[3], mean.shape),
@@ -197,12 +197,6 @@ def prediction_error(frozen: Frozen, batch: Minibatch, context: Context, *, netw
     target = noise_schedule.TARGETS[networks.schedule.prediction_type](batch.latents, batch.noise, alpha)
     errors = jnp.square(prediction.astype(jnp.float32) - target)
     return (errors if batch.weight is None else batch.weight * errors).mean(axis=(1, 2, 3))
-
-
-@partial(jax.jit, static_argnames="networks")
-def batch_errors(frozen: Frozen, batch: Minibatch, context: Context, *, networks: Networks) -> Float[Array, "B"]:
-    """Is `prediction_error`, compiled on its own."""
-    return prediction_error(frozen, batch, context, networks=networks)
 
 
 def finished(state: TrainState, steps: Int[AnyArray, "C"], stop: StopConfig) -> Bool[AnyArray, "C"]:
@@ -275,16 +269,14 @@ def fixed_batch(data: ConceptData, config: StepConfig) -> Minibatch:
     # Always the same batch: the losses of two evaluations differ by what was learned, not by the draw. The maxima below
     # are for empty slots, which have neither photos nor prompts.
     index = jnp.arange(EVALUATED)
-    photo = index % jnp.maximum(1, data.photos)
-    prompt = data.first_prompt[photo] + index % jnp.maximum(1, data.prompt_count)
-    latents = data.mean[photo, 0]
+    latents = data.mean[index % jnp.maximum(1, data.photos), 0]
     within = config.timestep_range
     return Minibatch(
         latents=latents,
         noise=jax.random.normal(jax.random.key(0), latents.shape),
         timesteps=within.start + ((index + 0.5) * len(within) / EVALUATED).astype(jnp.int32),
-        prompts=jax.tree.map(lambda x: x[prompt], data.prompts),
-        weight=None if data.weight is None else data.weight[photo, 0],
+        prompts=jax.tree.map(lambda x: x[index % jnp.maximum(1, data.prompt_count)], data.prompts),
+        weight=None if data.weight is None else data.weight[index % jnp.maximum(1, data.photos), 0],
     )
 
 

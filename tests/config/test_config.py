@@ -20,7 +20,6 @@ BAD = {
     "data.flip": [1, "yes"],
     "concept.class_word": ["", "\t", "mug}", "{concept}", "a\0", "a\x1b[2J", "a\nb", "a\ufffd"],
     "concept.article": ["{the", "a}"],
-    "concept.surroundings": ["on the beach", ("",), ("in {class_word}",), None, ("a\0",)],
     "concept.templates": [(), ("",), "a photo", None, ("a\0",), ("\ud800",)],
     "concept.identifier": ["", " ", "sks}"],
     "method": ["lora", ""],

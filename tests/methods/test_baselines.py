@@ -25,7 +25,6 @@ from catversion_jax.training import step as ts
 from catversion_jax.training.concept_data import check_masks, prepare, subject_weights
 from catversion_jax.training.many_concepts import Share, train_many
 from catversion_jax.training.run import train_once
-from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.state import ConceptData, Frozen
 from catversion_jax.utils.errors import UserError
 from configs import sd15
@@ -238,12 +237,11 @@ def test_the_class_pictures_are_drawn_once(setting, tiny_pipeline, tmp_path, mon
     step_config, data, _ = setting("dreambooth")
     config = config_of("dreambooth")
     photos = read_photos(config.data.dir, tiny_pipeline.networks.resolution)
-    run, drawn, sample = RunDir(tmp_path), [], sampler.sample_latents
-    kept = run.class_latents
+    kept, drawn, sample = tmp_path / "class.npy", [], sampler.sample_latents
     monkeypatch.setattr(concept_data, "sample_latents", lambda *asked: drawn.append(asked) or sample(*asked))
 
     def prepared():
-        found = prepare(config, step_config.method, tiny_pipeline, photos, run=run)
+        found = prepare(config, step_config.method, tiny_pipeline, photos, kept=kept)
         np.testing.assert_array_equal(found.prior.mean, data.prior.mean)
         return len(drawn)
 

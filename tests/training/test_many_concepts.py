@@ -16,7 +16,7 @@ from catversion_jax.cli import batch
 from catversion_jax.config import Config
 from catversion_jax.data import manifest
 from catversion_jax.methods import concept_file
-from catversion_jax.training import many_concepts, surroundings
+from catversion_jax.training import many_concepts
 from catversion_jax.training import step as ts
 from catversion_jax.training.distributed import Process
 from catversion_jax.training.many_concepts import Share, train_many
@@ -39,7 +39,6 @@ def config_of(tiny_model: Path, run_dir: Path, **changes) -> Config:
     return Config().replaced({
         "model.path": str(tiny_model), "run_dir": str(run_dir), "adapter.length": 2, "adapter.init_std": 0.1,
         "train.steps": STEPS, "train.batch_size": 2, "train.decay": "cosine", "checkpoint.every": 2, "batch.slots": 3,
-        "concept.surroundings": ("on the beach", "in the snow"),
         **changes,
     })  # fmt: skip
 
@@ -191,23 +190,6 @@ def test_a_concept_stops_early_as_in_its_solo_run(tiny_model, tmp_path, solo):
     assert_close(prefixes(tmp_path / "out"), {id: concept.learned["prefix"] for id, concept in theirs.items()})
 
 
-def test_each_photo_keeps_its_prompts(tiny_model, tmp_path, solo, monkeypatch):
-    """A random model would see the same in all photos."""
-
-    def see(several: int) -> None:
-        def found(pipeline, prompt, phrases, latents):
-            return itertools.islice(itertools.cycle(phrases[:several]), len(latents))
-
-        monkeypatch.setattr(surroundings, "find_surroundings", found)
-
-    see(2)
-    each = {key: concept.learned["prefix"] for key, concept in solo().items()}
-    assert run(config_of(tiny_model, tmp_path / "out"), write(tmp_path / "list.jsonl", LINES)) == 0
-    assert_close(prefixes(tmp_path / "out"), each)
-    see(1)
-    assert np.abs(solo()["a"].learned["prefix"] - each["a"]).max() > 1e-3
-
-
 def flags(model: Path, run_dir: Path, path: Path, **changes) -> list[str]:
     """The command as config_of has it."""
     config = config_of(model, run_dir, **changes)
@@ -215,7 +197,6 @@ def flags(model: Path, run_dir: Path, path: Path, **changes) -> list[str]:
         ("model", "path"), ("adapter", "length"), ("adapter", "init_std"), ("adapter", "scope"), ("train", "steps"),
         ("train", "batch_size"), ("train", "decay"), ("train", "learning_rate"), ("train", "eps"),
         ("train", "timesteps"), ("train", "text_penalty"), ("concept", "templates"),
-        ("concept", "surroundings"),
         ("checkpoint", "every"), ("batch", "slots"),
     )}  # fmt: skip
     values |= {"run_dir": run_dir}

@@ -37,7 +37,6 @@ def concept(photos: int, seed: int = 0, size: int | None = None) -> ConceptData:
         std=pad(np.abs(mean) / 10, size or bucket(photos)),
         photos=np.int32(photos),
         prompts=(PromptStates(pad(hidden, 8), pad(np.ones((2, 77, 1), bool), 8), np.full(8, 5, np.int32)),),
-        first_prompt=np.zeros(size or bucket(photos), np.int32),
         prompt_count=np.int32(2),
         steps=np.int32(10),
     )
@@ -177,26 +176,6 @@ def test_draws_differ_by_step_and_seed_and_stay_within_the_photos(config):
     assert timesteps.min() < 100
     assert timesteps.max() > 900
     np.testing.assert_array_equal(draw(0, 3).noise, draw(0, 3).noise)
-
-
-def test_each_photo_draws_its_own_prompts(tiny_pipeline, config):
-    """In training and in the evaluations of early stopping."""
-    data = jax.tree.map(lambda x: jnp.asarray(x[0]), concept(5))
-    data = data.replace(
-        mean=jnp.broadcast_to(jnp.arange(8.0)[:, None, None, None, None], data.mean.shape),
-        std=jnp.zeros_like(data.std),
-        prompts=jax.tree.map(lambda x: jnp.arange(8).reshape(8, *[1] * (x.ndim - 1)) + 0 * x, data.prompts),
-        first_prompt=jnp.array([0, 2, 4, 2, 0, 0, 0, 0]),
-    )
-    state = jax.tree.map(lambda x: jnp.asarray(x[0]), start(config))
-    draw = jax.jit(lambda step: ts.draw_minibatch(state.replace(step=step), data, config))
-    seen = set()
-    for batch in [draw(step) for step in range(40)] + [ts.fixed_batch(data, config)]:
-        photos = np.asarray(batch.latents[:, 0, 0, 0]).astype(int)
-        prompts = np.asarray(batch.prompts[0].hidden[:, 0, 0]).astype(int)
-        seen |= set(zip(photos.tolist(), prompts.tolist(), strict=True))
-    first = [0, 2, 4, 2, 0]
-    assert seen == {(photo, first[photo] + number) for photo in range(5) for number in (0, 1)}
 
 
 def test_optimizer_is_optax_adamw(config):
