@@ -11,7 +11,7 @@ from catversion_jax.config import JUDGED, PROMPTS, default
 
 LEARNING_RATES = {
     "catversion": 0.025,
-    "textual_inversion": 1e-3,
+    "textual_inversion": 2e-3,
     "dreambooth": 3e-5,
     "custom_diffusion": 1e-4,
 }
