@@ -15,6 +15,7 @@ LEARNING_RATES = {
     "dreambooth": 3e-5,
     "custom_diffusion": 1e-4,
 }
+"""Learning rate of each method: the better one of docs/results.md."""
 
 
 def get_config(method: str = "catversion"):

@@ -21,7 +21,7 @@ from catversion_jax.cli.flags import (
 )
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_model import load_for_concepts, model_of, warnings
-from catversion_jax.sampling.conditioning import movement
+from catversion_jax.sampling.conditioning import acts, movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
 from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils.errors import UserError
@@ -50,7 +50,7 @@ def main(arguments: flags.FlagValues) -> int:
     given, strength = given_concepts(arguments), given_strength(arguments)
     concepts = {source: concept.at(strength) for source, concept in given.items()}
     check_composition(list(concepts.values()))
-    acting = [concept for concept in concepts.values() if concept.strength]
+    acting = [concept for concept in concepts.values() if acts(concept)]
     sampler = SamplerConfig() if arguments.check else given_sampler(arguments, concepts)
     prompts = given_prompts(arguments)
     if not arguments.out:  # a shell variable that is not set
