@@ -14,7 +14,7 @@ DEMO := --config.run_dir=runs/demo --config.concept.class_word=teapot \
 .PHONY: demo study test parity fuzz kills full-size tpu lint clean
 
 demo: .venv/installed
-	$(BIN)/catversion train --config=configs/mini.py $(DEMO) --resume
+	$(BIN)/catversion train --config=mini $(DEMO) --resume
 
 study: .venv/installed
 	$(BIN)/catversion study rivals --quick

@@ -33,6 +33,7 @@ REQUIRES = [
 
 EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],
+    "cuda13": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "grabcut": ["opencv-python-headless>=4.10"],  # sharper masks of the pictures in `catversion evaluate`
     "test": [
@@ -56,7 +57,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
-    packages=find_packages(include=["catversion_jax*"]),
+    packages=[*find_packages(include=["catversion_jax*"]), "catversion_jax.configs"],
+    package_dir={"catversion_jax.configs": "configs"},  # found by name: config/shipped.py
     package_data={
         "catversion_jax": ["mini/**/*", "mini/*", "concepts/**/*", "exported/*", "py.typed"],
         "catversion_jax.evaluation": ["page.html"],

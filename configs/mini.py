@@ -1,6 +1,6 @@
 """The embedded mini model, on a laptop.
 
-    catversion train --config=configs/mini.py --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
+    catversion train --config=mini --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
 Over the six shipped concepts (4 seeds x the 8 prompts; docs/settings.md), against the base model: CLIP-I to the
 held-out photos 0.340 -> 0.500, higher for each of the six, CLIP-T 0.775 -> 0.702, place accuracy 1.00 -> 1.00, held-out

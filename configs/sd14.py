@@ -1,6 +1,6 @@
 r"""Stable Diffusion 1.4.
 
-    catversion train --config=configs/sd14.py \
+    catversion train --config=sd14 \
         --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
 CatVersion is trained with five prompts instead of the paper's one, as in configs/sd15.py.

@@ -1,9 +1,9 @@
 r"""Stable Diffusion 1.5, the paper's model: 4,608 learned parameters, at 512 px.
 
-    catversion train --config=configs/sd15.py \
+    catversion train --config=sd15 \
         --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
-`--config=configs/sd15.py:dreambooth` (or textual_inversion, custom_diffusion): a baseline with its published settings.
+`--config=sd15:dreambooth` (or textual_inversion, custom_diffusion): a baseline with its published settings.
 
 The values are the paper's, but for five training prompts that say the same (`PROMPTS`). What was chosen on the mini
 model (docs/settings.md) is not taken over, as there is no evidence for it here; to try it, add

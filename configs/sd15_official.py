@@ -1,6 +1,6 @@
 r"""Stable Diffusion 1.5 as the authors' code trains it (logit bias 1, the bare class word as prompt, guidance 10).
 
-    catversion train --config=configs/sd15_official.py \
+    catversion train --config=sd15_official \
         --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
 Result: not measured yet; that needs a GPU or a TPU and the model's weights.

@@ -1,6 +1,6 @@
 r"""Stable Diffusion XL: a prefix in layers 8 to 10 of the first text encoder and 28 to 30 of the second, at 1024 px.
 
-    catversion train --config=configs/sdxl.py \
+    catversion train --config=sdxl \
         --config.data.dir=DIR --config.concept.class_word=mug --config.run_dir=OUT
 
 CatVersion is trained with five prompts instead of the paper's one, as in configs/sd15.py.

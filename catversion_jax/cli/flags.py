@@ -11,6 +11,7 @@ from catversion_jax.base.pipeline import DTYPES, ModelConfig
 from catversion_jax.base.sampler_config import MAX_STRENGTH, SamplerConfig
 from catversion_jax.base.schedulers import SCHEDULERS
 from catversion_jax.config import Config, from_config_dict
+from catversion_jax.config.shipped import config_names
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import recorded_sampler
@@ -24,7 +25,7 @@ MAX_PROMPTS_BYTES = 2**20
 MAX_PROMPTS = 10_000
 MAX_PROMPT_LENGTH = 4096  # characters; a text encoder sees 77 tokens
 MAX_IMAGES = 10_000  # of a prompt
-CONFIG_HELP = "Config file, such as configs/mini.py; --config.KEY=VALUE overrides a key."
+CONFIG_HELP = f"Config: a file, or one of {', '.join(config_names())}; --config.KEY=VALUE overrides a key."
 
 
 def define_config(default: str | None = None, help: str = CONFIG_HELP) -> None:
@@ -34,7 +35,7 @@ def define_config(default: str | None = None, help: str = CONFIG_HELP) -> None:
 def given_config(arguments: flags.FlagValues) -> ConfigDict:
     """Returns the value of --config, unchecked. Raises UserError if it is missing."""
     if arguments.config is None:
-        raise UserError("--config: missing; expected a config file, such as --config=configs/mini.py")
+        raise UserError("--config: missing; expected a config, such as --config=mini")
     return arguments.config
 
 

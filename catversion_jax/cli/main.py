@@ -5,11 +5,11 @@ import importlib
 import io
 import logging
 import os
+import re
 import sys
 import textwrap
 import traceback
 from collections.abc import Iterable
-from pathlib import Path
 from types import ModuleType
 
 import absl.logging
@@ -34,6 +34,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 COMMANDS = {
     "train": "train a concept on a folder of photos",
+    "config": "print a shipped config file, to be edited",
     "generate": "sample images with a learned concept",
     "batch": "train many concepts at once, from a manifest",
     "evaluate": "score images of a concept or a benchmark, sampled here or read from disk",
@@ -125,10 +126,7 @@ def parse_flags(name: str, arguments: list[str], expected: tuple[str, ...] = ())
     """Parses the command's flags and its `expected` positional arguments. Raises UserError for anything else."""
     flags.FLAGS.set_gnu_getopt()  # flags may follow positionals
     # config_flags finds --config.KEY overrides in sys.argv, and nowhere else.
-    sys.argv = [f"catversion {name}", *arguments]
-    for argument in arguments:
-        if argument.startswith("--config=") and not Path(argument.removeprefix("--config=").split(":")[0]).is_file():
-            raise UserError(f"{argument.removeprefix('--config=')}: no such config file; those shipped are in configs/")
+    sys.argv = [f"catversion {name}", *with_config_files(arguments)]
     try:
         rest = flags.FLAGS(sys.argv)[1:]
     except flags.Error as error:
@@ -141,6 +139,19 @@ def parse_flags(name: str, arguments: list[str], expected: tuple[str, ...] = ())
     if len(rest) != len(expected):
         raise UserError(f"{name}: {len(rest)} arguments; expected {len(expected)}: {' '.join(expected)}")
     return flags.FLAGS, rest
+
+
+def with_config_files(arguments: list[str]) -> list[str]:
+    """Puts the config's file in place of its name. Raises UserError if there is no such config."""
+    from catversion_jax.config.shipped import config_source
+
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        if match := re.fullmatch(r"(--?config=)(.*)", argument, re.DOTALL):
+            found[i] = f"{match[1]}{config_source(match[2])}"
+        elif argument in ("--config", "-config") and i + 1 < len(arguments):
+            found[i + 1] = config_source(arguments[i + 1])
+    return found
 
 
 def unknown_key(arguments: list[str]) -> str | None:
@@ -159,7 +170,7 @@ def unknown_key(arguments: list[str]) -> str | None:
 def not_a_config(arguments: list[str], error: Exception) -> str:
     """Returns the error message for a config file, or a value of one of its keys, that raised an error."""
     given = [argument for argument in arguments if argument.startswith("--config")]
-    expected = "expected a file with get_config(), such as configs/mini.py, and values of its types"
+    expected = "expected a file with get_config(), such as catversion config mini prints, and values of its types"
     return f"{listed(given)}: {type(error).__name__}: {short(error)}; {expected}"
 
 

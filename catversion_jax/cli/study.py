@@ -6,13 +6,13 @@ Each row is kept in --out once it is trained and scored: rerun the command to re
 import datetime
 import textwrap
 import time
-from pathlib import Path
 
 import jax
 from absl import flags
 
 from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.config import OF_A_RUN
+from catversion_jax.config.shipped import config_source
 from catversion_jax.data import concept_sets
 from catversion_jax.evaluation import encoders
 from catversion_jax.evaluation.evaluation import UNRELATED, versions
@@ -28,13 +28,12 @@ from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import expand, write_atomically
 
 POSITIONALS = ("TABLE",)
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def define_flags() -> None:
     define_config(
-        str(CONFIGS / "mini.py"),
-        "Config file that every row starts from; --config.KEY=VALUE overrides a key. Default: configs/mini.py.",
+        config_source("mini"),
+        "Config that every row starts from: a file or a shipped one; --config.KEY=VALUE overrides a key. Default: mini.",
     )
     flags.DEFINE_string(
         "concepts", None, "Folder of concepts with train/, heldout/ and their masks. Default: the shipped ones."

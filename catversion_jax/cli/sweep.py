@@ -23,7 +23,7 @@ from catversion_jax.utils.records import append_line, encode
 
 
 def define_flags() -> None:
-    define_config(help="Config file that every row starts from; --config.KEY=VALUE overrides a key.")
+    define_config(help="Config that every row starts from: a file or a shipped one; --config.KEY=VALUE overrides a key.")
     flags.DEFINE_multi_string(
         "try",
         [],
