@@ -26,7 +26,7 @@ settings, from the environment, and their defaults
   PROJECT      gcloud's
   ZONE         gcloud's
   CONCEPTS     concepts: a folder that holds concepts.jsonl and the photos it names
-  CONFIG       configs/sd15.py
+  CONFIG       sd15
   OUT          runs/NAME: where collect puts the results
 END
 }
@@ -54,7 +54,7 @@ require_image() {
     die "IMAGE: not set; expected where to push to, such as IMAGE=us-west4-docker.pkg.dev/PROJECT/images/catversion:1"
 }
 
-: "${ACCELERATOR:=v5litepod-8}" "${CONCEPTS:=concepts}" "${CONFIG:=configs/sd15.py}"
+: "${ACCELERATOR:=v5litepod-8}" "${CONCEPTS:=concepts}" "${CONFIG:=sd15}"
 place=(${PROJECT:+"--project=$PROJECT"} ${ZONE:+"--zone=$ZONE"})
 
 case $command in
@@ -74,7 +74,7 @@ case $command in
     # host is lost or ends with 42 or 127 to 255, so with 143 after a preemption, and gives up at 1, a user's mistake.
     run xpk workload create --cluster="$CLUSTER" --workload="$NAME" "${place[@]}" --tpu-type="$ACCELERATOR" \
       --docker-image="$IMAGE" --max-restarts=100 \
-      --command="cd /catversion && $(fetch_concepts) && hosts=\${TPU_WORKER_HOSTNAMES:-me} && hosts=\${hosts//[!,]/} && \
+      --command="cd /catversion && hosts=\${TPU_WORKER_HOSTNAMES:-me} && hosts=\${hosts//[!,]/} && \
 exec $(worker "\${TPU_WORKER_ID:-0}" "\$((\${#hosts} + 1))" "$@")"
     ;;
   logs)

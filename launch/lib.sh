@@ -78,7 +78,7 @@ require_concepts() {
     die "$CONCEPTS/concepts.jsonl: no such file; set CONCEPTS to the folder that holds concepts.jsonl and the photos"
 }
 
-# --- A run in a bucket: BUCKET/NAME/concepts goes to the hosts, BUCKET/NAME/host-I is what host I has done so far.
+# --- A run in a bucket: BUCKET/NAME/concepts has the photos, BUCKET/NAME/out is the run_dir of all hosts.
 
 # The name becomes part of lines that remote shells read.
 require_name() {
@@ -97,25 +97,14 @@ upload_concepts() {
   run gcloud storage rsync "$CONCEPTS" "$store/concepts" --recursive
 }
 
-# Lines for a host's shell, in the folder of the checkout.
-fetch_concepts() {
-  echo "mkdir -p concepts && gcloud storage rsync $store/concepts concepts --recursive"
-}
-
 # $1, $2: the host's index and how many there are, as its shell sees them; then flags of `catversion batch`.
 worker() {
-  echo "launch/worker.sh runs/$NAME $store/host-$1" \
-    "$(quoted --config="$CONFIG" --manifest=concepts/concepts.jsonl) --num_processes=$2 --process_id=$1" \
-    "$(quoted "${@:3}")"
+  echo "launch/worker.sh runs/$NAME" \
+    "$(quoted --config="$CONFIG" --manifest="$store/concepts/concepts.jsonl" --config.run_dir="$store/out")" \
+    "--num_processes=$2 --process_id=$1 $(quoted "${@:3}")"
 }
 
-# OUT/hosts is a mirror of the bucket. No concept is in the shares of two hosts, so their folders merge.
 collect() {
-  local hosts=$OUT/hosts
-  run mkdir -p "$hosts" &&
-    run gcloud storage rsync "$store" "$hosts" --recursive '--exclude=concepts/.*|.*/checkpoints\.tar$' || return
-  [[ -n $dry_run ]] || compgen -G "$hosts/host-*/report.jsonl" > /dev/null ||
-    die "$store: no host has written a report yet; see the logs, and collect again later"
-  run_line "cp -R $(quoted "$hosts")/host-*/. $(quoted "$OUT")"
-  run_line "cat $(quoted "$hosts")/host-*/report.jsonl > $(quoted "$OUT/report.jsonl")"
+  run mkdir -p "$OUT" &&
+    run gcloud storage rsync "$store/out" "$OUT" --recursive '--exclude=checkpoints/.*|\.claim-.*'
 }

@@ -19,7 +19,7 @@ the rest. SIGTERM and Ctrl-C save the state first.
 settings, from the environment, and their defaults
   CUDA_VISIBLE_DEVICES  all GPUs: which to use, such as 0,1
   CONCEPTS              concepts: a folder that holds concepts.jsonl and the photos it names
-  CONFIG                configs/sd15.py
+  CONFIG                sd15
   OUT                   runs/batch: where the results go
 END
 }
@@ -33,7 +33,7 @@ for argument in "${arguments[@]}"; do
     *) die "$argument: expected --split, --dry-run or a flag of catversion batch; settings are environment variables" ;;
   esac
 done
-: "${CONCEPTS:=concepts}" "${CONFIG:=configs/sd15.py}" "${OUT:=runs/batch}"
+: "${CONCEPTS:=concepts}" "${CONFIG:=sd15}" "${OUT:=runs/batch}"
 require_concepts
 [[ -n $dry_run ]] || command -v catversion > /dev/null ||
   die "catversion: not found; install it and activate its environment: source .venv/bin/activate"

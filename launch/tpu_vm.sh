@@ -30,7 +30,7 @@ settings, from the environment, and their defaults
   PROJECT      gcloud's
   ZONE         gcloud's
   CONCEPTS     concepts: a folder that holds concepts.jsonl and the photos it names
-  CONFIG       configs/sd15.py
+  CONFIG       sd15
   OUT          runs/NAME: where collect puts the results
 END
 }
@@ -51,7 +51,7 @@ case $command in
 esac
 
 require_name
-: "${ACCELERATOR:=v5litepod-8}" "${SPOT:=yes}" "${CONCEPTS:=concepts}" "${CONFIG:=configs/sd15.py}" "${OUT:=runs/$NAME}"
+: "${ACCELERATOR:=v5litepod-8}" "${SPOT:=yes}" "${CONCEPTS:=concepts}" "${CONFIG:=sd15}" "${OUT:=runs/$NAME}"
 case $SPOT in
   yes) spot=(--spot) ;;
   no) spot=() ;;
@@ -95,23 +95,23 @@ setup() {
   run tar --exclude=__pycache__ -czf "$archive" -C "$here/.." \
     setup.py pyproject.toml README.md LICENSE NOTICE catversion_jax configs launch &&
     run gcloud compute tpus tpu-vm scp "$archive" "$NAME:catversion.tar.gz" "${place[@]}" --worker=all &&
-    on_host all 'mkdir -p catversion && tar -xzf catversion.tar.gz -C catversion && catversion/launch/install.sh tpu'
+    on_host all 'mkdir -p catversion && tar -xzf catversion.tar.gz -C catversion && catversion/launch/install.sh tpu,gcs'
 }
 
-# By a host's number in the VM's metadata it takes the same share of the manifest each time. The status of an earlier run goes before the worker starts, unless that run is not over: then the lock is
-# taken, and the new worker ends at once.
+# By a host's number in the VM's metadata it takes the same share of the manifest each time. The status of an earlier
+# run goes before the worker starts, unless one runs already: the lock is then taken, and the new worker ends at once.
 start() {
   local metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes
-  upload_concepts && on_host all "cd catversion && mkdir -p runs/$NAME && $(fetch_concepts) && \
+  upload_concepts && on_host all "cd catversion && mkdir -p runs && \
 host=\$(curl -sf -H Metadata-Flavor:Google $metadata/agent-worker-number) && \
 hosts=\$(curl -sf -H Metadata-Flavor:Google $metadata/worker-network-endpoints) && hosts=\${hosts//[!,]/} && \
 { flock --nonblock runs/$NAME.lock rm -f runs/$NAME.status; \
 PATH=\$PWD/.venv/bin:\$PATH setsid nohup $(worker "\$host" "\$((\${#hosts} + 1))" "$@") \
-< /dev/null >> runs/$NAME/host.log 2>&1 & }"
+< /dev/null >> runs/$NAME.log 2>&1 & }"
 }
 
 logs() {
-  on_host "${1:-all}" "tail -n 100 -F catversion/runs/$NAME/host.log | stdbuf -oL tr '\\r' '\\n' | \
+  on_host "${1:-all}" "tail -n 100 -F catversion/runs/$NAME.log | stdbuf -oL tr '\\r' '\\n' | \
 sed -u \"s/^/\$(hostname): /\""
 }
 
@@ -147,7 +147,7 @@ fix that and keep on, or delete it"
             return
           elif ((status != 255)); then
             collect || true
-            die "a host ended with status $status, see $OUT/hosts/host-*/host.log; the VM is still there and paid for: \
+            die "a host ended with status $status, see the logs; the VM is still there and paid for: \
 fix that and keep on, or delete it"
           fi
         fi

@@ -27,38 +27,44 @@ SETTINGS = {
     "IMAGE": "eu-docker.pkg.dev/p/r/catversion:1",
 }
 TPU_PLACE = "mugs --project=p --zone=us-west4-a --quiet"
-BATCH = "--config=configs/sd15.py --manifest=concepts/concepts.jsonl"
+BATCH = "--config=sd15 --manifest=gs://b/mugs/concepts/concepts.jsonl --config.run_dir=gs://b/mugs/out"
 COUNT = "--num_processes=$((${#hosts} + 1))"
 DRY_RUNS = {
     "tpu_vm.sh create": [
         f"tpu-vm create {TPU_PLACE} --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite --spot"
     ],
     "tpu_vm.sh queue": ["queued-resources create mugs --node-id=mugs", "--runtime-version=v2-alpha-tpuv5-lite --spot"],
-    "tpu_vm.sh setup": [f"mugs:catversion.tar.gz {TPU_PLACE[5:]} --worker=all", "launch/install.sh tpu"],
+    "tpu_vm.sh setup": [f"mugs:catversion.tar.gz {TPU_PLACE[5:]} --worker=all", "launch/install.sh tpu,gcs"],
     "tpu_vm.sh run --config.seed=3": [
         "gcloud storage rsync concepts gs://b/mugs/concepts --recursive",
         f"tpu-vm ssh {TPU_PLACE} --worker=all",
-        f"launch/worker.sh runs/mugs gs://b/mugs/host-$host {BATCH} {COUNT} --process_id=$host --config.seed=3 <",
+        f"launch/worker.sh runs/mugs {BATCH} {COUNT} --process_id=$host --config.seed=3 <",
     ],
-    "tpu_vm.sh logs": ["--worker=all", "tail -n 100 -F catversion/runs/mugs/host.log"],
+    "tpu_vm.sh logs": ["--worker=all", "tail -n 100 -F catversion/runs/mugs.log"],
     "tpu_vm.sh logs 2": ["--worker=2"],
-    "tpu_vm.sh collect": ["gs://b/mugs runs/mugs/hosts --recursive", "> runs/mugs/report.jsonl"],
+    "tpu_vm.sh collect": ["mkdir -p runs/mugs", "rsync gs://b/mugs/out runs/mugs --recursive"],
     "tpu_vm.sh delete": [
         f"queued-resources delete {TPU_PLACE} --force || gcloud compute tpus tpu-vm delete {TPU_PLACE}"
     ],
-    "tpu_vm.sh keep": ["list", "queued-resources create", "install.sh", "worker.sh", "until", "report.jsonl", "delete"],
+    "tpu_vm.sh keep": [
+        "list",
+        "queued-resources create",
+        "install.sh",
+        "worker.sh",
+        "until",
+        "rsync gs://b/mugs/out",
+        "delete",
+    ],
     "gke_xpk.sh image": ["docker build", "Dockerfile --tag=eu-docker.pkg.dev/p/r/catversion:1", "docker push"],
     "gke_xpk.sh run": [
         "xpk workload create --cluster=c --workload=mugs --project=p --zone=us-west4-a --tpu-type=v5litepod-8",
         "--docker-image=eu-docker.pkg.dev/p/r/catversion:1 --max-restarts=100",
-        f"exec launch/worker.sh runs/mugs gs://b/mugs/host-${{TPU_WORKER_ID:-0}} {BATCH} {COUNT}",
+        f"exec launch/worker.sh runs/mugs {BATCH} {COUNT} --process_id=${{TPU_WORKER_ID:-0}}",
     ],
     "gke_xpk.sh logs": ["kubectl logs --follow", "--selector=xpk.google.com/workload=mugs"],
-    "gke_xpk.sh collect": ["gs://b/mugs runs/mugs/hosts --recursive"],
+    "gke_xpk.sh collect": ["rsync gs://b/mugs/out runs/mugs --recursive"],
     "gke_xpk.sh delete": ["xpk workload delete --cluster=c --workload=mugs"],
-    "local_gpu.sh": [
-        "catversion batch --config=configs/sd15.py --manifest=concepts/concepts.jsonl --config.run_dir=runs/batch"
-    ],
+    "local_gpu.sh": ["catversion batch --config=sd15 --manifest=concepts/concepts.jsonl --config.run_dir=runs/batch"],
     "local_gpu.sh --split": ["--num_processes=2 --process_id=1 >> runs/batch/logs/"],
 }
 """Command -> what its --dry-run prints, in this order."""
@@ -83,7 +89,7 @@ ERRORS = [
     ("local_gpu.sh split", {}, "split: expected --split"),
     ("local_gpu.sh", {"CONCEPTS": "nowhere"}, "nowhere/concepts.jsonl: no such file"),
     ("local_gpu.sh --split", {"CUDA_VISIBLE_DEVICES": ""}, "nvidia-smi lists no GPU"),
-    ("worker.sh out", {}, "1 arguments; expected OUT COPY FLAG"),
+    ("worker.sh out", {}, "1 arguments; expected HERE FLAG"),
 ]
 
 
@@ -225,12 +231,7 @@ case "$*" in
   *"queued-resources list"*) next states ;;
   *"until ["*) exit "$(next ends)" ;;
   *install.sh*) exit "$(cat broken 2> /dev/null || echo 0)" ;;
-  *"rsync gs://b/mugs "*)
-    for host in 0 1; do
-      mkdir -p "$4/host-$host/mug-$host"
-      echo "artifact $host" > "$4/host-$host/mug-$host/concept.safetensors"
-      echo "{\\"id\\": \\"mug-$host\\"}" > "$4/host-$host/report.jsonl"
-    done ;;
+  *"rsync gs://b/mugs/out "*) mkdir -p "$4/mug-0" && echo artifact > "$4/mug-0/concept.safetensors" ;;
 esac
 """
 """A gcloud whose queue and hosts behave as the files `states`, `ends` and `broken` say."""
@@ -245,7 +246,7 @@ def keep(place: Place, states: list[str], ends: list[int], status: int = 0) -> t
     (place.path / "ends").write_text("".join(f"{end}\n" for end in ends))
     _, err = finish(place.start("tpu_vm.sh keep"), status)
     known = {"create": "queue", "delete": "delete", "install": "set up", "worker.sh": "run", "until": "await"}
-    known |= {"rsync gs://b/mugs ": "collect"}
+    known |= {"rsync gs://b/mugs/out ": "collect"}
     lines = [" ".join(call) for call in place.calls if call[0] == "gcloud"]
     return err, [what for line in lines for word, what in known.items() if re.search(word, line)]
 
@@ -255,15 +256,13 @@ def test_keep_goes_on_after_a_preemption(place):
     _, did = keep(place, states, ends=[255, 0])
     attempt = ["queue", "set up", "run", "await"]
     assert did == [*attempt, "delete", *attempt, "collect", "delete"]
-    assert place.read("runs/mugs/report.jsonl") == '{"id": "mug-0"}\n{"id": "mug-1"}\n'
-    assert place.read("runs/mugs/mug-0/concept.safetensors") == "artifact 0\n"
-    assert place.read("runs/mugs/mug-1/concept.safetensors") == "artifact 1\n"
+    assert place.read("runs/mugs/mug-0/concept.safetensors") == "artifact\n"
 
 
 def test_keep_stops_at_a_mistake(place):
     err, did = keep(place, ["ACTIVE"], ends=[1], status=1)
     assert did == ["set up", "run", "await", "collect"]
-    assert "a host ended with status 1, see runs/mugs/hosts/host-*/host.log; the VM is still there and paid for" in err
+    assert "a host ended with status 1, see the logs; the VM is still there and paid for" in err
 
 
 def test_keep_stops_where_the_hosts_cannot_be_set_up(place):
@@ -271,12 +270,6 @@ def test_keep_stops_where_the_hosts_cannot_be_set_up(place):
     err, did = keep(place, ["ACTIVE"] * 9, ends=[], status=1)
     assert did == ["set up"] * 3
     assert "not set up in 3 attempts" in err
-
-
-def test_collect_before_there_is_anything(place):
-    place.fake("gcloud", "")
-    _, err = finish(place.start("tpu_vm.sh collect"), status=1)
-    assert "gs://b/mugs: no host has written a report yet" in err
 
 
 WAITS = """
@@ -303,7 +296,7 @@ def process_that_waits(place: Place) -> None:
 def test_one_process_over_all_gpus(place):
     place.fake("catversion", "exit 2")
     finish(place.start("local_gpu.sh --config.seed=3", CUDA_VISIBLE_DEVICES=""), status=2)
-    batch = "catversion batch --config=configs/sd15.py --manifest=concepts/concepts.jsonl --config.run_dir=runs/batch"
+    batch = "catversion batch --config=sd15 --manifest=concepts/concepts.jsonl --config.run_dir=runs/batch"
     assert place.calls == [[*batch.split(), "--config.seed=3"]]
 
 
@@ -332,13 +325,7 @@ def test_split_passes_a_signal_on_once(place, from_terminal):
     assert place.read("saved-1") == "5 SIGTERM"
 
 
-WORKER = "worker.sh out copy --config=x"
-STEPS_OF_ONE_HOST = """
-mkdir -p out/mug out/checkpoints
-echo artifact > out/mug/concept.safetensors
-echo state > out/checkpoints/7
-exit "$(head -n 1 ends; sed -i 1d ends)"
-"""
+WORKER = "worker.sh out --config=x --config.run_dir=gs://b/out"
 
 
 @pytest.mark.parametrize(
@@ -346,66 +333,24 @@ exit "$(head -n 1 ends; sed -i 1d ends)"
 )
 def test_worker_restarts_after_a_crash_only(place, ends, status):
     place.fake("sleep", "exec /bin/sleep 0.01")
-    place.fake("catversion", STEPS_OF_ONE_HOST)
+    place.fake("catversion", 'exit "$(head -n 1 ends; sed -i 1d ends)"')
     (place.path / "ends").write_text("".join(f"{end}\n" for end in ends))
     out, _ = finish(place.start(WORKER), status)
     calls = [call for call in place.calls if call[0] == "catversion"]
-    assert calls == [["catversion", "batch", "--config=x", "--config.run_dir=out"]] * len(ends)
-    assert place.read("copy/mug/concept.safetensors") == "artifact\n"
+    assert calls == [["catversion", "batch", "--config=x", "--config.run_dir=gs://b/out"]] * len(ends)
     assert place.read("out.status") == f"{status}\n"
-    assert ("out/report.jsonl names them" in out) == (ends == [2])
-    assert (place.path / "copy" / "checkpoints.tar").exists() == (status > 2)
-    assert not (place.path / "copy" / "checkpoints").exists()
+    assert ("catversion status lists them" in out) == (ends == [2])
 
 
-def test_a_new_host_goes_on_where_the_lost_one_was(place):
-    process_that_waits(place)
-    (place.path / "out" / "checkpoints").mkdir(parents=True)
-    (place.path / "out" / "checkpoints" / "7").write_text("state")
-    process = place.start(WORKER)
-    place.until(lambda: (place.path / "ready-").exists())
-    process.terminate()
-    finish(process, status=143)
-    assert place.read("saved-") == "3,5 SIGTERM"
-    shutil.rmtree(place.path / "out")  # the host is lost
-    place.fake("catversion", "cat out/checkpoints/7 > found\necho newer > out/checkpoints/7")
-    finish(place.start(WORKER))
-    assert place.read("found") == "state"
-    finish(place.start(WORKER))  # on the same disk
-    assert place.read("found") == "newer\n"
-
-
-def test_worker_copies_while_it_runs(place):
-    place.fake("sleep", "exec /bin/sleep 0.01")
+def test_worker_passes_a_signal_on_and_runs_once(place):
     process_that_waits(place)
     process = place.start(WORKER)
     place.until(lambda: (place.path / "ready-").exists())
-    (place.path / "out" / "report.jsonl").write_text("line\n")
-    place.until(lambda: place.read("copy/report.jsonl") == "line\n")
-    second, _ = place.start(WORKER), process.poll()
-    assert "a worker runs here already" in finish(second, status=1)[1]
+    assert "a worker runs here already" in finish(place.start(WORKER), status=1)[1]
     assert not (place.path / "out.status").exists()
     process.terminate()
     finish(process, status=143)
-
-
-def test_worker_refuses_a_place_that_cannot_be_written(place):
-    _, err = finish(place.start("worker.sh out gs://b/host-0 --config=x"), status=1)
-    assert "gs://b/host-0: cannot be written; give this host's account the right to" in err
-    (place.path / "file").touch()
-    _, err = finish(place.start("worker.sh out file/host-0 --config=x"), status=1)
-    assert "file/host-0" in err
-    assert "catversion" not in [call[0] for call in place.calls]
-
-
-STORAGE = """
-local_path() { case $1 in gs://*) echo "$HOME/gs/${1#gs://}" ;; *) echo "$1" ;; esac; }
-case "$2" in
-  ls) [[ -e $(local_path "$3") ]] ;;
-  rsync) mkdir -p "$(local_path "$4")" && cp -R "$(local_path "$3")/." "$(local_path "$4")" ;;
-esac
-"""
-"""A gcloud whose buckets are folders below gs/."""
+    assert place.read("saved-") == "3,5 SIGTERM"
 
 
 def test_what_a_tpu_host_runs(place):
@@ -413,29 +358,25 @@ def test_what_a_tpu_host_runs(place):
     out, _ = finish(place.start("tpu_vm.sh run --dry-run --config.seed=3"))
     (line,) = [word for word in shlex.split(out) if word.startswith("--command=")]
     shutil.copytree(LAUNCH, place.path / "catversion" / "launch")
-    shutil.copytree(place.path / "concepts", place.path / "gs" / "b" / "mugs" / "concepts")
-    place.fake("gcloud", STORAGE)
     place.fake("curl", "case $* in *-number) echo 3 ;; *-endpoints) echo a:b:1,a:b:2,a:b:3,a:b:4 ;; esac")
-    place.fake("catversion", "cat concepts/concepts.jsonl > $HOME/seen\necho training", "catversion/.venv/bin")
+    place.fake("catversion", "echo training", "catversion/.venv/bin")
     finish(place.shell(line.removeprefix("--command=")))
     place.until(lambda: place.read("catversion/runs/mugs.status") == "0\n")
-    assert '"id": "a"' in place.read("seen")
-    assert "training\n" in place.read("gs/b/mugs/host-3/host.log")
+    assert "training\n" in place.read("catversion/runs/mugs.log")
     share = ["--num_processes=4", "--process_id=3"]
-    run = [*BATCH.split(), *share, "--config.seed=3", "--config.run_dir=runs/mugs"]
-    assert run in [call[2:] for call in place.calls]
+    assert [*BATCH.split(), *share, "--config.seed=3"] in [call[2:] for call in place.calls]
 
 
 def test_install(place):
     """On the host: a new environment, with the extra it was asked for."""
     shutil.copytree(LAUNCH, place.path / "launch")
     place.fake("python3", "[[ $* != *venv\\ --* ]] || { mkdir -p .venv/bin; cp bin/catversion .venv/bin; }")
-    finish(place.shell("launch/install.sh tpu"))
+    finish(place.shell("launch/install.sh tpu,gcs"))
     finish(place.shell("launch/install.sh cuda"))
     uv = "python3 -m pip install --quiet --user uv"
     pip = "python3 -m uv pip install --quiet --python .venv/bin/python -e"
     assert [" ".join(call) for call in place.calls] == [
-        *[uv, "python3 -m uv venv --quiet --python 3.12 .venv", f"{pip} .[tpu]", "catversion --version"],
+        *[uv, "python3 -m uv venv --quiet --python 3.12 .venv", f"{pip} .[tpu,gcs]", "catversion --version"],
         *[uv, f"{pip} .[cuda]", "catversion --version"],
     ]
 
@@ -446,17 +387,15 @@ def test_skypilot_task(place):
     recovered = task["resources"]["job_recovery"]["recover_on_exit_codes"]
     assert {74, 143} <= set(recovered)  # as worker.sh starts again after both
     assert not {0, 1, 2} & set(recovered)
-    assert task["file_mounts"]["~/bucket"] == {"source": "${BUCKET}", "mode": "MOUNT"}
     assert [key for key, value in task["envs"].items() if value is None] == ["NAME", "BUCKET"]
-    assert task["setup"] == 'launch/install.sh "${EXTRA}"'
+    assert task["setup"] == 'launch/install.sh "${EXTRA},gcs,s3"'
     shutil.copytree(LAUNCH, place.path / "launch")
-    place.fake("catversion", "mkdir -p runs/mugs/a\ntouch runs/mugs/a/concept.safetensors", ".venv/bin")
+    place.fake("catversion", "", ".venv/bin")
     settings = {key: value for key, value in task["envs"].items() if value is not None}
     finish(place.shell(task["run"], **settings | {"FLAGS": "--config.seed=3 --config.train.steps=5"}))
     manifest = place.path / "concepts" / "concepts.jsonl"
-    flags = f"--config=configs/sd15.py --manifest={manifest} --config.seed=3 --config.train.steps=5"
-    assert place.calls == [["catversion", "batch", *flags.split(), "--config.run_dir=runs/mugs"]]
-    assert (place.path / "bucket" / "mugs" / "host-0" / "a" / "concept.safetensors").exists()
+    flags = f"--config=sd15 --manifest={manifest} --config.run_dir=gs://b/mugs/part-0"
+    assert place.calls == [["catversion", "batch", *flags.split(), "--config.seed=3", "--config.train.steps=5"]]
 
 
 def test_what_is_copied_to_hosts_and_images_exists(place):

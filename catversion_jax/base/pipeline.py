@@ -22,8 +22,8 @@ from catversion_jax.models.unet import UNet2DConditionModel, UNetConfig
 from catversion_jax.models.vae import AutoencoderKL, VAEConfig
 from catversion_jax.utils import tree
 from catversion_jax.utils.errors import UserError, told
-from catversion_jax.utils.files import expand
 from catversion_jax.utils.json_config import from_json
+from catversion_jax.utils.paths import AnyPath, expand
 from catversion_jax.utils.settings import ANY_TEXT, one_of, setting
 from catversion_jax.utils.types import Params
 from catversion_jax.weights import weight_cache
@@ -61,7 +61,7 @@ class ModelConfig:
     )
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> AnyPath:
         """The model's local path, unless `path` is a name on Hugging Face."""
         return expand(self.path) if self.path else MINI
 

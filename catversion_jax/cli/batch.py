@@ -6,7 +6,7 @@ from catversion_jax.cli.flags import checked_config, define_config, given_config
 from catversion_jax.training.distributed import Process, from_environment, meet
 from catversion_jax.training.many_concepts import BatchOutcome, Share, train_many
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand
+from catversion_jax.utils.paths import expand
 
 FAILED = 2
 """Exit status if a concept failed."""
@@ -67,7 +67,7 @@ def given_process(arguments: flags.FlagValues) -> Process:
 
 def report(outcome: BatchOutcome) -> int:
     """Prints the outcome of a share. Returns 0, FAILED, or 128 + the number of the interrupting signal."""
-    folder = outcome.report.parent
+    folder = outcome.folder
     if outcome.interrupted_by:
         print(f"{folder}: stopped; the same command continues")
         return 128 + outcome.interrupted_by
@@ -75,5 +75,5 @@ def report(outcome: BatchOutcome) -> int:
         print(f"{folder}: all {outcome.concepts} concepts are done already; nothing to do")
         return 0
     done = outcome.concepts - outcome.failed
-    print(f"{folder}: {done} concepts done, {outcome.failed} failed; see {outcome.report}")
+    print(f"{folder}: {done} concepts done, {outcome.failed} failed; see catversion status {folder}")
     return FAILED if outcome.failed else 0

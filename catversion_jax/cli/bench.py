@@ -5,7 +5,6 @@ import json
 import os
 import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,8 @@ from catversion_jax.bench.row import Row, bench_table
 from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.config import OF_A_RUN
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import check_writable, expand, write_atomically
+from catversion_jax.utils.files import check_writable, write_atomically
+from catversion_jax.utils.paths import AnyPath, expand
 
 SIZES = "1x2,4x2,16x2,32x2"
 
@@ -68,7 +68,7 @@ def main(arguments: flags.FlagValues) -> int:
     return 0
 
 
-def write_rows(out: Path, facts: dict[str, Any], rows: list[Row]) -> None:
+def write_rows(out: AnyPath, facts: dict[str, Any], rows: list[Row]) -> None:
     text = json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1)
     write_atomically(out, lambda path: path.write_text(text))
 

@@ -4,8 +4,8 @@ from absl import flags
 
 from catversion_jax.methods import concept_file, official
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import expand, local_copy, make_folder
 
 POSITIONALS = ("SOURCE", "TARGET")
 
@@ -26,8 +26,12 @@ def main(arguments: flags.FlagValues, source: str, target: str) -> int:
         raise UserError(f"{written}: exists already; name another target")
     if is_concept and arguments.class_word:
         raise UserError("--class_word: an authors' adapter cannot hold it; leave it out")
-    concept = concept_file.load(path) if is_concept else official.read_adapter(path, arguments.class_word)
-    written.parent.mkdir(parents=True, exist_ok=True)
+    if is_concept:
+        concept = concept_file.load(path)
+    else:
+        with local_copy(path) as local:
+            concept = official.read_adapter(local, arguments.class_word)
+    make_folder(written.parent)
     if is_concept:
         official.write_adapter(written, concept, path)
         if concept.strength != 1:

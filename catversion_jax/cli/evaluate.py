@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -18,7 +17,7 @@ from catversion_jax.cli.flags import (
     given_sampler,
     given_seeds,
     given_strength,
-    make_folder,
+    make_out,
 )
 from catversion_jax.config import JUDGED
 from catversion_jax.data.prompts import article, fill
@@ -29,7 +28,8 @@ from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.model_names import public_name
 from catversion_jax.utils.errors import UserError, is_storage_error, short
-from catversion_jax.utils.files import check_writable, expand, write_atomically
+from catversion_jax.utils.files import check_writable, write_atomically
+from catversion_jax.utils.paths import AnyPath, expand
 
 
 def define_flags() -> None:
@@ -82,7 +82,7 @@ def main(arguments: flags.FlagValues) -> int:
     out = expand(arguments.out)
     if out.is_dir() or out.suffix == ".html":
         raise UserError(f"--out={out}: expected the name of a JSON file; the report takes the same name with .html")
-    make_folder(out.parent)
+    make_out(out.parent)
     for path in (out, out.with_suffix(".html")):
         check_writable(path)  # now, and not when hours of scores are to be written
     config = evaluation_config(arguments, tasks)
@@ -112,7 +112,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_page(out: Path, result: dict, pictures: dict[str, page.Rows]) -> None:
+def write_page(out: AnyPath, result: dict, pictures: dict[str, page.Rows]) -> None:
     """Writes the HTML report beside the scores in `out`. Raises UserError if it cannot be drawn."""
     path = out.with_suffix(".html")
     try:
@@ -156,7 +156,11 @@ def find_tasks(arguments: flags.FlagValues) -> list[Task]:
 
 
 def subject_task(
-    arguments: flags.FlagValues, subject: benchmarks.Subject, source: Path, masks: Path | None, image_masks: Path | None
+    arguments: flags.FlagValues,
+    subject: benchmarks.Subject,
+    source: AnyPath,
+    masks: AnyPath | None,
+    image_masks: AnyPath | None,
 ) -> Task:
     """Returns the task of a benchmark's subject, whose files are in folders of its name."""
     shared = (subject.name, subject.prompts, subject.photos, masks and masks / subject.name, source / subject.name)

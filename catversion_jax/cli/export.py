@@ -11,14 +11,14 @@ from catversion_jax.cli.flags import (
     given_embedding,
     given_prompts,
     given_strength,
-    make_folder,
+    make_out,
 )
 from catversion_jax.methods.concept_model import load_for_concepts, model_of, warnings
 from catversion_jax.sampling.export import COMFYUI, EMBEDS, check_exportable, write_concept, write_embeds
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import expand
 
 
 def define_flags() -> None:
@@ -45,7 +45,7 @@ def main(arguments: flags.FlagValues) -> int:
     prompts = given_prompts(arguments) if wanted else []
     if not concept.strength:
         warn("strength=0: the exported concept does nothing until another strength is set")
-    out = make_folder(expand(arguments.out))
+    out = make_out(expand(arguments.out))
     written = []
     if prompts:
         model = model_of(concepts, arguments.model or "")
@@ -55,7 +55,7 @@ def main(arguments: flags.FlagValues) -> int:
         request = SampleRequest(tuple(prompts), (), negative_prompt=arguments.negative_prompt)
         write_embeds(out / EMBEDS, pipeline, request, concept, model.path)
         written.append(EMBEDS)
-    make_folder(out / COMFYUI)
+    make_out(out / COMFYUI)
     written += write_concept(out, concept)
     print(f"{', '.join(written)} in {out}")
     return 0

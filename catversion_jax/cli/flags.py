@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -16,7 +15,8 @@ from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import recorded_sampler
 from catversion_jax.utils.errors import UserError, listed, refused
-from catversion_jax.utils.files import expand, read_text
+from catversion_jax.utils.files import read_text
+from catversion_jax.utils.paths import AnyPath, expand, make_folder
 from catversion_jax.utils.settings import broken, is_text
 
 flags.disclaim_key_flags()  # flags that are defined here count as the calling command's
@@ -92,7 +92,7 @@ def given_prompts(arguments: flags.FlagValues) -> list[str]:
     return prompts
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: AnyPath) -> list[str]:
     text = read_text(path, MAX_PROMPTS_BYTES, "--prompts_file takes a text file, one prompt a line")
     # Not splitlines, which also splits at characters that may be in a prompt; files that were joined have marks inside.
     return text.replace("\ufeff", "").replace("\r", "\n").split("\n")
@@ -160,8 +160,8 @@ def given_seeds(arguments: flags.FlagValues) -> tuple[int, ...]:
     return tuple((arguments.seed + i) % 2**32 for i in range(arguments.num))
 
 
-def make_folder(path: Path) -> Path:
+def make_out(path: AnyPath) -> AnyPath:
     """Makes a folder that a flag names. Raises UserError if that fails."""
     with refused(f"{path}: cannot be made", "--out takes a folder"):
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     return path

@@ -1,7 +1,5 @@
 """`catversion generate`: samples images with a learned concept."""
 
-from pathlib import Path
-
 import numpy as np
 from absl import flags
 from PIL import Image
@@ -17,7 +15,7 @@ from catversion_jax.cli.flags import (
     given_sampler,
     given_seeds,
     given_strength,
-    make_folder,
+    make_out,
 )
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_model import load_for_concepts, model_of, warnings
@@ -25,9 +23,10 @@ from catversion_jax.sampling.conditioning import acts, movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
 from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand, write_atomically
+from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid, reduced
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import AnyPath, expand
 
 GRID_COLUMNS = 8
 GRID_IMAGES, GRID_PIXELS = 256, 256
@@ -57,7 +56,7 @@ def main(arguments: flags.FlagValues) -> int:
         raise UserError("--out: empty; expected a folder; . is this one")
     out = expand(arguments.out)
     if not arguments.check:
-        make_folder(out)
+        make_out(out)
     pipeline, unsure = load_for_concepts(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
     for warning in unsure + warnings(pipeline, prompts, list(concepts.values())):
         warn(warning)
@@ -76,7 +75,7 @@ def main(arguments: flags.FlagValues) -> int:
     return 0
 
 
-def write_images(out: Path, request: SampleRequest, images) -> dict[str, list[np.ndarray]]:
+def write_images(out: AnyPath, request: SampleRequest, images) -> dict[str, list[np.ndarray]]:
     """Writes each image as soon as it is sampled; returns the first GRID_IMAGES by prompt, reduced for the grid."""
     prompts = list(dict.fromkeys(request.prompts))
     slugs = dict(zip(prompts, unique_slugs(prompts), strict=True))

@@ -37,6 +37,7 @@ COMMANDS = {
     "config": "print a shipped config file, to be edited",
     "generate": "sample images with a learned concept",
     "batch": "train many concepts at once, from a manifest",
+    "status": "list the concepts of a batch's folder: which are done, and why others failed",
     "evaluate": "score images of a concept or a benchmark, sampled here or read from disk",
     "bench": "time the training step at several sizes, also in PyTorch",
     "study": "make a table of docs/results.md: rivals, ablation or together",

@@ -25,7 +25,8 @@ from catversion_jax.study.study import Study, named
 from catversion_jax.study.training import SLOTS
 from catversion_jax.training.run import load_model
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand, write_atomically
+from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.paths import expand
 
 POSITIONALS = ("TABLE",)
 
@@ -33,7 +34,8 @@ POSITIONALS = ("TABLE",)
 def define_flags() -> None:
     define_config(
         config_source("mini"),
-        "Config that every row starts from: a file or a shipped one; --config.KEY=VALUE overrides a key. Default: mini.",
+        "Config that every row starts from: a file or a shipped one; --config.KEY=VALUE overrides a key. "
+        "Default: mini.",
     )
     flags.DEFINE_string(
         "concepts", None, "Folder of concepts with train/, heldout/ and their masks. Default: the shipped ones."

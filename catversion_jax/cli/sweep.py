@@ -17,13 +17,16 @@ from catversion_jax.study.accuracy import read_world
 from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.sweep import known_scores, override, score_setting, sweep_table
 from catversion_jax.training.run import load_model
-from catversion_jax.utils.files import expand, write_atomically
+from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.identity import claim
+from catversion_jax.utils.paths import expand
 from catversion_jax.utils.records import append_line, encode
 
 
 def define_flags() -> None:
-    define_config(help="Config that every row starts from: a file or a shipped one; --config.KEY=VALUE overrides a key.")
+    define_config(
+        help="Config that every row starts from: a file or a shipped one; --config.KEY=VALUE overrides a key."
+    )
     flags.DEFINE_multi_string(
         "try",
         [],

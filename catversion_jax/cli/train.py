@@ -7,9 +7,10 @@ from absl import flags
 from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.config import Config
 from catversion_jax.data.photos import Photo, describe_masks
-from catversion_jax.training.previews import sample_grid
+from catversion_jax.training.previews import preview_of, sample_grid, sample_prompts
 from catversion_jax.training.run import load_model, train
 from catversion_jax.training.run_dir import RunDir
+from catversion_jax.training.status import DONE, ConceptStatus, write_status
 from catversion_jax.utils.files import write_atomically
 
 
@@ -41,8 +42,11 @@ def run_training(config: Config, resume: bool = False) -> int:
     if outcome.interrupted_by:
         print(f"{run.path}: stopped at step {concept.steps} of {config.train.steps}; continue with --resume")
         return 128 + outcome.interrupted_by
-    image = sample_grid(config, pipeline, concept, outcome.photos)
-    write_atomically(run.samples, image.save)
+    base, personalized = (sample_prompts(config, pipeline, concepts) for concepts in ((), (concept,)))
+    write_atomically(run.preview, preview_of(personalized, config).save)
+    write_status(run.path, ConceptStatus(run.path.name, DONE, photos=len(outcome.photos), steps=concept.steps))
+    # Last, as a run that has it is finished.
+    write_atomically(run.samples, sample_grid(config, outcome.photos, base, personalized).save)
     print(f"concept:  {run.artifact}\nimages:   {run.samples}")
     print(f"curves:   tensorboard --logdir {run.events}")
     return 0

@@ -79,6 +79,9 @@ class BatchConfig:
     """`catversion batch`: many concepts at once."""
 
     slots: int = setting(8, "Number of concepts trained side by side in one step of catversion batch.", at_least(1))
+    previews: int = setting(
+        2, "Number of prompts sampled for each concept's preview.png in catversion batch; 0 turns it off.", at_least(0)
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand
+from catversion_jax.utils.paths import AnyPath, expand
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -13,14 +13,14 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in shipped_folder().glob("*.py"))
 
 
-def shipped_folder() -> Path:
+def shipped_folder() -> AnyPath:
     """Returns the folder of the shipped configs."""
     # A wheel has it inside the package (setup.py); a checkout has it beside the package, where people look for it.
     inside = PACKAGE / "configs"
     return inside if inside.is_dir() else PACKAGE.parent / "configs"
 
 
-def config_file(name: str) -> Path:
+def config_file(name: str) -> AnyPath:
     """Returns the config file that a path or the name of a shipped config stands for. Raises UserError for neither."""
     path = expand(name)
     if path.is_file():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import MIB, expand, open_regular
+from catversion_jax.utils.files import MIB, open_regular
+from catversion_jax.utils.paths import AnyPath, expand, files_below
 from catversion_jax.utils.records import read_record
 
 SHIPPED = Path(__file__).parents[1] / "concepts"
@@ -21,26 +22,26 @@ EXAMPLE = '{"class_word": "teapot", "article": "a"}'
 class ConceptFolder:
     """One concept: photos to train on, held-out photos to evaluate with, and what it is called."""
 
-    path: Path
+    path: AnyPath
 
     @property
     def name(self) -> str:
         return self.path.name
 
     @property
-    def train(self) -> Path:
+    def train(self) -> AnyPath:
         return self.path / "train"
 
     @property
-    def train_masks(self) -> Path:
+    def train_masks(self) -> AnyPath:
         return self.path / "train_masks"
 
     @property
-    def heldout(self) -> Path:
+    def heldout(self) -> AnyPath:
         return self.path / "heldout"
 
     @property
-    def heldout_masks(self) -> Path:
+    def heldout_masks(self) -> AnyPath:
         return self.path / "heldout_masks"
 
     @cached_property
@@ -57,12 +58,13 @@ class ConceptFolder:
     def digest(self) -> str:
         """Hashes the names and contents of all its files, to 16 hexadecimal digits."""
         hashed = hashlib.sha256()
-        for path in sorted(path for path in self.path.rglob("*") if path.is_file()):
+        for path in files_below(self.path):
             contents = hashlib.sha256()
             with open_regular(path) as file:
                 for block in iter(partial(file.read, MIB), b""):
                     contents.update(block)
-            hashed.update(os.fsencode(path.relative_to(self.path)) + b"\0" + contents.digest())
+            name = os.path.relpath(os.fspath(path), os.fspath(self.path))
+            hashed.update(os.fsencode(name) + b"\0" + contents.digest())
         return hashed.hexdigest()[:16]
 
     @property
@@ -84,7 +86,7 @@ class ConceptFolder:
         return {"data.dir": str(self.train)} | {f"concept.{key}": value for key, value in self.description.items()}
 
 
-def find_concepts(root: str | Path) -> list[ConceptFolder]:
+def find_concepts(root: str | AnyPath) -> list[ConceptFolder]:
     """The concepts of a set, sorted by name. Raises UserError if there are none."""
     paths = sorted(path.parent for path in expand(root).glob("*/concept.json"))
     if not paths:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from catversion_jax.utils import records
 from catversion_jax.utils.errors import UserError, short
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.log import silence
+from catversion_jax.utils.paths import AnyPath, local_copy, upload_folder
 
 # It warns of a dataset that is not there yet; what fails is reported by `read_dataset`.
 silence("tensorflow_datasets")
@@ -88,8 +90,14 @@ class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: 
             yield example["name"], example
 
 
-def write_dataset(folder: Path, photos: list[Photo]) -> None:
+def write_dataset(folder: AnyPath, photos: list[Photo]) -> None:
     """Writes the dataset, unless a complete one exists."""
+    if not isinstance(folder, Path):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory() as local:
+                write_dataset(Path(local), photos)
+                upload_folder(Path(local), folder)
+        return
     tfds.disable_progress_bar()
     examples = list(map(to_example, photos))
     builder = Photos(examples, data_dir=folder)
@@ -104,8 +112,14 @@ def write_dataset(folder: Path, photos: list[Photo]) -> None:
         builder.download_and_prepare(download_config=config)
 
 
-def read_dataset(folder: Path) -> list[Photo]:
+def read_dataset(folder: AnyPath) -> list[Photo]:
     """Returns the photos, sorted by name. Raises UserError if there is no complete and undamaged dataset."""
+    # ArrayRecord reads files of this machine alone.
+    with local_copy(folder) as local:
+        return read_local(local)
+
+
+def read_local(folder: Path) -> list[Photo]:
     try:
         for path in folder.rglob("*"):  # a device or a pipe would never end
             if not (path.is_dir() or path.is_file()):
@@ -126,7 +140,7 @@ def are_equal(ours: Iterable[Photo], theirs: Iterable[Photo]) -> bool:
     return digest_of_examples(map(to_example, ours)) == digest_of_examples(map(to_example, theirs))
 
 
-def check_digest(path: Path, examples: list[Example]) -> None:
+def check_digest(path: AnyPath, examples: list[Example]) -> None:
     """Raises UserError if the digest at `path`, if there is one, is not that of the examples."""
     if path.exists():
         expected = records.read_record(path, DatasetDigest, "expected a digest")

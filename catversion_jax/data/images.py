@@ -2,12 +2,10 @@
 
 import contextlib
 import io
-import os
 import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
@@ -15,6 +13,7 @@ from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from catversion_jax.utils.errors import UserError, is_storage_error, short
 from catversion_jax.utils.files import MIB, open_regular
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import AnyPath, size_of
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_FILE_BYTES = 64 * MIB
@@ -48,18 +47,18 @@ SAME_COLOUR = 2
 PILLOW = threading.Lock()
 
 
-def open_photo(path: Path) -> Image.Image:
+def open_photo(path: AnyPath) -> Image.Image:
     """Opens a photo as 8-bit sRGB, upright; transparency is composited over white. Raises UserError as `open_image`."""
     image = open_image(path)
     with damage_named(path), our_limits():
         return to_rgb(to_srgb(image, path))
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: AnyPath) -> Image.Image:
     """Opens an image, decoded and turned upright (EXIF). Raises UserError, naming the file, for anything else."""
     expected = f"expected a {', '.join(FORMATS)} image"
     with open_regular(path, expected) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = size_of(path)
         if size == 0:
             raise UserError(f"{path}: empty file; {expected}; remove or replace it")
         if size > MAX_FILE_BYTES:
@@ -93,7 +92,7 @@ def our_limits() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: AnyPath) -> Iterator[None]:
     """Raises UserError, naming the file, for whatever Pillow raises; a storage failure stays one."""
     try:
         yield
@@ -122,7 +121,7 @@ def halved(image: Image.Image) -> Image.Image:
     return small
 
 
-def upright(image: Image.Image, path: Path) -> Image.Image:
+def upright(image: Image.Image, path: AnyPath) -> Image.Image:
     """Turns an image as its EXIF or XMP data says; warns if they cannot be read."""
     # Not ImageOps.exif_transpose: it writes the other EXIF fields anew, and fails if one of them is damaged.
     try:
@@ -153,7 +152,7 @@ def exif_orientation(exif: bytes) -> int | None:
     return None
 
 
-def to_srgb(image: Image.Image, path: Path) -> Image.Image:
+def to_srgb(image: Image.Image, path: AnyPath) -> Image.Image:
     """Converts an image with an ICC profile to sRGB, in mode RGB or RGBA; one without, or of sRGB, is returned.
 
     A profile that cannot be used is ignored with a warning.

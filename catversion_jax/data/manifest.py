@@ -5,7 +5,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -13,7 +12,8 @@ from msgspec import Meta
 
 from catversion_jax.utils import records
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand, open_regular
+from catversion_jax.utils.files import open_regular
+from catversion_jax.utils.paths import SCHEME, AnyPath, is_remote, named_in
 
 MAX_LINE_BYTES = 2**16
 RESERVED = ("checkpoints", "config.json", "report.jsonl")
@@ -40,17 +40,17 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: Seed | None = None
     steps: Steps | None = None  # also the length of its learning rate schedule
 
-    def changes(self, folder: Path) -> dict[str, Any]:
+    def changes(self, folder: AnyPath) -> dict[str, Any]:
         """The config's values, by dotted key, that the line gives; `folder` is the manifest's."""
         changes = {
-            "data.dir": str(folder / expand(self.dir)),
-            "data.masks_dir": str(folder / expand(self.masks)) if self.masks else "",
+            "data.dir": str(named_in(folder, self.dir)),
+            "data.masks_dir": str(named_in(folder, self.masks)) if self.masks else "",
             "concept.class_word": self.class_word,
         }
         given = {"concept.article": self.article or None, "seed": self.seed, "train.steps": self.steps}
         return changes | {key: value for key, value in given.items() if value is not None}
 
-    def resolved(self, folder: Path, seed: int, steps: int) -> "Line":
+    def resolved(self, folder: AnyPath, seed: int, steps: int) -> "Line":
         """Returns the line with the config's `seed` and `steps` if it has none, and with its paths in one spelling."""
         masks = self.masks and same_spelling(self.masks, folder)
         seed, steps = (own if own is not None else other for own, other in ((self.seed, seed), (self.steps, steps)))
@@ -70,14 +70,17 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return hashlib.sha256(records.encode(values).encode()).hexdigest()[:16]
 
 
-def same_spelling(path: str, folder: Path) -> str:
+def same_spelling(path: str, folder: AnyPath) -> str:
     """Returns a path without . and a slash at its end, and relative if it is in the manifest's folder."""
+    if SCHEME.match(path) or is_remote(folder):
+        whole, own = path.rstrip("/").removeprefix("./"), os.fspath(folder).rstrip("/")
+        return whole.removeprefix(f"{own}/")
     whole = os.path.normpath(path)
     own = os.path.abspath(folder)
     return os.path.relpath(whole, own) if whole.startswith(f"{own}{os.sep}") else whole
 
 
-def read_manifest(path: Path) -> Iterator[Line]:
+def read_manifest(path: AnyPath) -> Iterator[Line]:
     """Yields the lines of a manifest, holding one in memory at a time.
 
     Raises UserError, naming the line, if a line is not valid or repeats an id.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from catversion_jax.utils.errors import UserError, refused
+from catversion_jax.utils.paths import AnyPath, entries
 
 IGNORED = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "zbthumbnail.info")
 """Left in folders by file managers; names that begin with a dot are ignored too."""
@@ -37,12 +38,12 @@ LABELS = ("masklabel", "condlabel")
 class FolderFiles(NamedTuple):
     """The files of a folder of photos, each sorted by name."""
 
-    photos: list[Path]
-    masks: list[Path]  # beside their photos
-    others: list[Path]
+    photos: list[AnyPath]
+    masks: list[AnyPath]  # beside their photos
+    others: list[AnyPath]
 
 
-def stem_of(path: Path) -> str:
+def stem_of(path: AnyPath) -> str:
     """Returns a file's stem, by which photos and masks meet: composed (NFC), with bytes that are no UTF-8 escaped.
 
     File systems keep accents as one character or as two, and a disk may have been written on the other kind.
@@ -50,24 +51,26 @@ def stem_of(path: Path) -> str:
     return unicodedata.normalize("NFC", os.fsencode(path.stem).decode(errors="backslashreplace"))
 
 
-def is_hidden(path: Path) -> bool:
+def is_hidden(path: AnyPath) -> bool:
     # The last is what Windows notes beside a downloaded file, and WSL copies.
     name = path.name.lower()
     return name.startswith(".") or name in IGNORED or name.endswith(":zone.identifier")
 
 
-def list_files(folder: Path) -> list[Path]:
+def list_files(folder: AnyPath) -> list[AnyPath]:
     """Returns the regular files of a folder, sorted by name. Sub-folders and hidden files are left out.
 
     Raises UserError for a folder that cannot be listed, for a link to nothing, and for a device or a pipe.
     """
     with refused(f"{folder}: cannot be listed", "expected a folder that you may read"):
-        paths = sorted(path for path in folder.iterdir() if not is_hidden(path))
-    return [path for path in paths if is_regular(path)]
+        found = entries(folder)
+    return [path for path, is_folder in found if not is_folder and not is_hidden(path) and is_regular(path)]
 
 
-def is_regular(path: Path) -> bool:
+def is_regular(path: AnyPath) -> bool:
     """Whether a path is a regular file; False for a folder. Raises UserError for anything else."""
+    if not isinstance(path, Path):
+        return True  # a bucket has nothing else
     with refused(f"{path}: cannot be read", "if it is a link, restore what it names, or remove the link"):
         mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -75,7 +78,7 @@ def is_regular(path: Path) -> bool:
     return stat.S_ISREG(mode)
 
 
-def split_folder(folder: Path, keep: Callable[[Path], bool] = lambda _: True) -> FolderFiles:
+def split_folder(folder: AnyPath, keep: Callable[[AnyPath], bool] = lambda _: True) -> FolderFiles:
     """Sorts the files of a folder for which `keep` holds. Raises UserError as `list_files`.
 
     A file with another ending than a photo's is none if it belongs to a photo, of whose name or stem it is, or if its
@@ -92,12 +95,12 @@ def split_folder(folder: Path, keep: Callable[[Path], bool] = lambda _: True) ->
     return FolderFiles(photos, sorted(masks), sorted(others))
 
 
-def is_other(path: Path, names: Collection[str]) -> bool:
+def is_other(path: AnyPath, names: Collection[str]) -> bool:
     """Whether a file without a photo's ending is no photo; `names` are those of photos, with and without endings."""
     return path.suffix.lower() in OTHER_ENDINGS or stem_of(path).casefold() in names
 
 
-def is_mask(path: Path, stems: Collection[str]) -> bool:
+def is_mask(path: AnyPath, stems: Collection[str]) -> bool:
     """Whether a file beside photos is a mask by its name; PHOTO-mask and the like only if that photo is there."""
     match = MASK_NAME.fullmatch(stem_of(path))
     if match is None:
@@ -106,7 +109,7 @@ def is_mask(path: Path, stems: Collection[str]) -> bool:
     return is_label or (match["photo"] or match["after"]).casefold() in {stem.casefold() for stem in stems}
 
 
-def photo_of_mask(path: Path, photos: Collection[str]) -> str | None:
+def photo_of_mask(path: AnyPath, photos: Collection[str]) -> str | None:
     """Returns the stem of a mask's photo: its own or, without -masklabel or -mask, the rest; None if none has it.
 
     The same in another case counts if no photo has it as it is; so does a photo's whole name ("a.png" of a.png.png).

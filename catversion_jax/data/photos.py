@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -12,8 +11,8 @@ from catversion_jax.data.images import FORMATS, open_photo
 from catversion_jax.data.photo_folder import split_folder, stem_of
 from catversion_jax.data.subject_masks import HALF, find_masks, open_mask, warn_of_masks
 from catversion_jax.utils.errors import UserError, listed, one_line
-from catversion_jax.utils.files import expand
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import AnyPath, expand
 from catversion_jax.utils.settings import ANY_TEXT, YES_OR_NO, setting, text
 from catversion_jax.utils.types import Bool, UInt8
 
@@ -43,8 +42,8 @@ class Photo:
 class PhotoFile:
     """A photo that has not been read yet, and the file of its mask."""
 
-    path: Path
-    mask: Path | None
+    path: AnyPath
+    mask: AnyPath | None
 
     @property
     def name(self) -> str:
@@ -67,7 +66,7 @@ class FolderRules:
 
     keys: tuple[str, str] = ("data.dir", "data.masks_dir")
     most: int = MAX_PHOTOS
-    keep: Callable[[Path], bool] = lambda _: True
+    keep: Callable[[AnyPath], bool] = lambda _: True
 
 
 def fit(image: Image.Image, resolution: int | None, resample: Image.Resampling) -> np.ndarray:
@@ -77,7 +76,9 @@ def fit(image: Image.Image, resolution: int | None, resample: Image.Resampling) 
     return np.asarray(ImageOps.fit(image, (resolution, resolution), resample))
 
 
-def find_photos(folder: str | Path, masks_dir: str | Path = "", rules: FolderRules = FolderRules()) -> list[PhotoFile]:
+def find_photos(
+    folder: str | AnyPath, masks_dir: str | AnyPath = "", rules: FolderRules = FolderRules()
+) -> list[PhotoFile]:
     """Returns a folder's photos, sorted by name, with their masks, as files that have not been opened.
 
     Masks have the stem of their photo. They are in `masks_dir` or, if that is "", in `<folder>/masks` or beside the
@@ -94,7 +95,7 @@ def find_photos(folder: str | Path, masks_dir: str | Path = "", rules: FolderRul
         raise UserError(f"{folder}: {len(files.photos)} photos{others}; {expected}")
     if files.others:
         warn(f"{folder}: files that are no photos are not used: {listed(path.name for path in files.others)}")
-    by_stem: dict[str, Path] = {}
+    by_stem: dict[str, AnyPath] = {}
     for path in files.photos:
         if other := by_stem.get(stem_of(path)):
             raise UserError(f"{other}, {path}: another photo has the same name but for its ending; rename one of them")
@@ -109,7 +110,7 @@ def find_photos(folder: str | Path, masks_dir: str | Path = "", rules: FolderRul
 
 
 def read_photos(
-    folder: str | Path, resolution: int | None, masks_dir: str | Path = "", rules: FolderRules = FolderRules()
+    folder: str | AnyPath, resolution: int | None, masks_dir: str | AnyPath = "", rules: FolderRules = FolderRules()
 ) -> list[Photo]:
     """Reads the photos that `find_photos` finds, cropped to squares of `resolution` pixels (None: as they are).
 
@@ -134,7 +135,7 @@ def describe_masks(photos: Sequence[Photo]) -> list[str]:
     ]
 
 
-def count_photos(folder: str | Path) -> int:
+def count_photos(folder: str | AnyPath) -> int:
     """Returns how many photos a folder has, at most MAX_PHOTOS; 0 if it cannot be listed."""
     with contextlib.suppress(UserError, OSError):
         return min(MAX_PHOTOS, len(split_folder(expand(folder)).photos))

@@ -6,7 +6,6 @@ subject.
 """
 
 from collections.abc import Collection, Iterable
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,8 +13,8 @@ from PIL import Image
 from catversion_jax.data.images import damage_named, eight_bits, open_image, our_limits
 from catversion_jax.data.photo_folder import FolderFiles, photo_of_mask, split_folder
 from catversion_jax.utils.errors import UserError, listed, refused
-from catversion_jax.utils.files import expand
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import AnyPath, entries, expand, is_same
 
 FOLDER_NAMES = ("mask", "masks")
 """Names of a folder of masks inside the folder of photos, in any case."""
@@ -26,8 +25,8 @@ HALF = 127
 
 
 def find_masks(
-    folder: Path, files: FolderFiles, masks_dir: str | Path, key: str, photos: Collection[str]
-) -> dict[str, Path] | None:
+    folder: AnyPath, files: FolderFiles, masks_dir: str | AnyPath, key: str, photos: Collection[str]
+) -> dict[str, AnyPath] | None:
     """Returns the masks by their photos' stems; None if there are none.
 
     They are in `masks_dir` or, if that is "", in a sub-folder of FOLDER_NAMES and beside the photos. `key` is the name
@@ -40,24 +39,25 @@ def find_masks(
         return paired(paths, photos) or None
     if not masks_folder.is_dir():
         raise UserError(f"{masks_folder}: no such folder; {key} takes a folder with a mask for each photo")
-    if masks_folder.samefile(folder):
+    if is_same(masks_folder, folder):
         raise UserError(f"{masks_folder}: the folder of the photos themselves; {key} takes one of masks alone")
     inside = split_folder(masks_folder)
     return paired([*paths, *inside.photos, *inside.masks], photos)
 
 
-def mask_folder(folder: Path) -> Path | None:
+def mask_folder(folder: AnyPath) -> AnyPath | None:
     """Returns the folder of masks inside a folder of photos, if there is one. Raises UserError for several."""
     with refused(f"{folder}: cannot be listed", "expected a folder that you may read"):
-        found = sorted(path for path in folder.iterdir() if path.name.lower() in FOLDER_NAMES and path.is_dir())
+        inside = entries(folder)
+    found = [path for path, is_folder in inside if is_folder and path.name.lower() in FOLDER_NAMES]
     if len(found) > 1:
         raise UserError(f"{found[0]}, {found[1]}: two folders of masks; expected one; remove or rename the other")
     return found[0] if found else None
 
 
-def paired(paths: Iterable[Path], photos: Collection[str]) -> dict[str, Path]:
+def paired(paths: Iterable[AnyPath], photos: Collection[str]) -> dict[str, AnyPath]:
     """Returns the masks by their photos' stems. Raises UserError if a photo has two."""
-    found: dict[str, Path] = {}
+    found: dict[str, AnyPath] = {}
     alone = []
     for path in paths:
         stem = photo_of_mask(path, photos)
@@ -72,7 +72,7 @@ def paired(paths: Iterable[Path], photos: Collection[str]) -> dict[str, Path]:
     return found
 
 
-def open_mask(path: Path, size: tuple[int, int], photo: Path) -> Image.Image:
+def open_mask(path: AnyPath, size: tuple[int, int], photo: AnyPath) -> Image.Image:
     """Opens a mask as 8-bit grey, in which more than HALF is the subject.
 
     Raises UserError, naming the file, if it is not of `size`, which is the photo's.
@@ -90,7 +90,7 @@ def open_mask(path: Path, size: tuple[int, int], photo: Path) -> Image.Image:
         return image.convert("RGB").convert("L")
 
 
-def warn_of_masks(folder: Path, shares: dict[str, float]) -> None:
+def warn_of_masks(folder: AnyPath, shares: dict[str, float]) -> None:
     """Warns of masks that cover all or nothing of their photos; `shares` has what each covers, by name."""
     says = {
         "all of their photos, so they say nothing": lambda covered: covered >= ALMOST_ALL,

@@ -4,10 +4,10 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from catversion_jax.utils.errors import UserError, listed
-from catversion_jax.utils.files import MIB, expand, read_text
+from catversion_jax.utils.files import MIB, read_text
+from catversion_jax.utils.paths import AnyPath, expand
 from catversion_jax.utils.records import read_record
 
 IMAGES_PER_PROMPT = 4
@@ -21,7 +21,7 @@ class Subject:
 
     name: str
     class_word: str
-    photos: Path
+    photos: AnyPath
     prompts: tuple[str, ...]
 
 
@@ -105,7 +105,7 @@ LIVE_PROMPTS = (
 that its own prompts have before the class."""
 
 
-def dreambench(folder: Path) -> list[Subject]:
+def dreambench(folder: AnyPath) -> list[Subject]:
     """Returns the subjects of `<subject>/*.jpg`, by prompts_and_classes.txt if the folder has it."""
     path = folder / "prompts_and_classes.txt"
     classes, objects, live = read_dreambench(path) if path.is_file() else (CLASSES, OBJECT_PROMPTS, LIVE_PROMPTS)
@@ -115,7 +115,7 @@ def dreambench(folder: Path) -> list[Subject]:
     ]
 
 
-def read_dreambench(path: Path) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+def read_dreambench(path: AnyPath) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
     """Reads subject -> class, the prompts for objects and those for live subjects from DreamBench's own file."""
     expected = "expected DreamBench's table of classes and two lists of prompts; download it again"
     content = "\n".join(read_text(path, MOST_BYTES, expected).splitlines()) + "\n"
@@ -138,7 +138,7 @@ class Entry:
     prompt_filename: str
 
 
-def customconcept101(folder: Path) -> list[Subject]:
+def customconcept101(folder: AnyPath) -> list[Subject]:
     """Returns the subjects of `dataset.json`, `prompts/*.txt` and `benchmark_dataset/<subject>/`, as published."""
     path = folder / "dataset.json"
     entries = read_record(path, list[Entry], "expected CustomConcept101's dataset.json, beside prompts/ and its photos")
@@ -157,13 +157,13 @@ def filled(templates, class_word: str) -> tuple[str, ...]:
     return tuple(template.strip().replace("{}", class_word) for template in templates)
 
 
-BENCHMARKS: dict[str, Callable[[Path], list[Subject]]] = {
+BENCHMARKS: dict[str, Callable[[AnyPath], list[Subject]]] = {
     "dreambench": dreambench,
     "customconcept101": customconcept101,
 }
 
 
-def read_subjects(benchmark: str, folder: Path, names: list[str]) -> list[Subject]:
+def read_subjects(benchmark: str, folder: AnyPath, names: list[str]) -> list[Subject]:
     """Returns all subjects of a benchmark's public folder, or those in `names`. Raises UserError if one is missing."""
     subjects = BENCHMARKS[benchmark](folder)
     known = {subject.name: subject for subject in subjects}

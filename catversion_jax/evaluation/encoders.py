@@ -18,12 +18,13 @@ from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVision
 from catversion_jax.models.vit import FIXED as VIT_FIXED
 from catversion_jax.models.vit import ViTConfig, ViTModel
 from catversion_jax.utils.errors import UserError, told
-from catversion_jax.utils.files import expand
 from catversion_jax.utils.json_config import Width, from_json
 from catversion_jax.utils.padded_batches import in_batches, streamed
+from catversion_jax.utils.paths import AnyPath, expand, is_remote
 from catversion_jax.utils.records import convert, read_record
 from catversion_jax.utils.types import Float, Params, UInt8
 from catversion_jax.weights import hub, rules
+from catversion_jax.weights.bucket_files import fetch_from_bucket
 from catversion_jax.weights.conversion import from_torch, shapes_of
 from catversion_jax.weights.source import TOKENIZER_FILES, open_source
 from catversion_jax.weights.weight_files import FORMATS, file_patterns, find_weights, open_weights
@@ -137,7 +138,7 @@ class Clip:
     text: TextEncoder
 
 
-def of_model(path: str | Path) -> Clip:
+def of_model(path: str | AnyPath) -> Clip:
     """Loads CLIP from a base model's folder that has an image encoder beside the text encoder, like the mini model's.
 
     Raises UserError if it has none.
@@ -192,9 +193,12 @@ def load_dino(name: str) -> ImageEncoder:
     return ImageEncoder(name, module, params, dino_preprocessing(size))
 
 
-def locate(name: str, what: str, files: Sequence[str] = ()) -> Path:
+def locate(name: str, what: str, files: Sequence[str] = ()) -> AnyPath:
     """Returns the folder of a model's config.json, weights and `files`, which are downloaded if `name` is no folder."""
     folder = expand(name)
+    if is_remote(folder):
+        patterns = [pattern for form in TORCH_FORMATS for pattern in file_patterns(form, "")]
+        return fetch_from_bucket(folder, ["config.json", *files, *patterns])
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or folder.exists():
@@ -206,7 +210,7 @@ def locate(name: str, what: str, files: Sequence[str] = ()) -> Path:
     return folder
 
 
-def typed_config(folder: Path, what: str, kind: str, expected: str) -> dict:
+def typed_config(folder: AnyPath, what: str, kind: str, expected: str) -> dict:
     """Reads a model's config.json. Raises UserError if its model_type is not `kind`."""
     path = folder / "config.json"
     config = read_record(path, dict[str, Any]) if path.is_file() else {}
@@ -216,7 +220,7 @@ def typed_config(folder: Path, what: str, kind: str, expected: str) -> dict:
     return config
 
 
-def read_weights(folder: Path, table: list[rules.Rule], expected: Params) -> Params:
+def read_weights(folder: AnyPath, table: list[rules.Rule], expected: Params) -> Params:
     """Reads a folder's weights in float32 onto the default device."""
     form, tensors = open_weights(folder)
     if form.is_flax:

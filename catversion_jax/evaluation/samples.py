@@ -4,7 +4,6 @@ import functools
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -27,6 +26,7 @@ from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.padded_batches import groups
+from catversion_jax.utils.paths import AnyPath
 from catversion_jax.utils.types import Bool, UInt8
 
 MAX_IMAGES = 10_000
@@ -40,9 +40,9 @@ class EvaluationTask:
 
     name: str
     prompts: tuple[str, ...]
-    references: Path
-    masks: Path | None  # of the references; None: the references' own masks folder, if it exists
-    source: Path  # of the concept, or the folder of images
+    references: AnyPath
+    masks: AnyPath | None  # of the references; None: the references' own masks folder, if it exists
+    source: AnyPath  # of the concept, or the folder of images
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ConceptTask(EvaluationTask):
 class ImagesTask(EvaluationTask):
     """A concept whose images exist already."""
 
-    image_masks: Path | None = None
+    image_masks: AnyPath | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def find_references(task: EvaluationTask) -> StoredImages:
     )
 
 
-def is_no_grid(path: Path) -> bool:
+def is_no_grid(path: AnyPath) -> bool:
     return not GRID.fullmatch(path.name)
 
 

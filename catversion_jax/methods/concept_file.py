@@ -19,6 +19,7 @@ from catversion_jax.methods.base import Method, check_keys
 from catversion_jax.methods.registry import METHODS, name_of
 from catversion_jax.utils import records, tree
 from catversion_jax.utils.errors import UserError, listed, short
+from catversion_jax.utils.paths import SCHEME, AnyPath, expand, local_copy
 from catversion_jax.utils.settings import broken, is_text
 from catversion_jax.utils.types import Params
 from catversion_jax.weights import foreign, safetensors
@@ -86,7 +87,7 @@ DEFAULT_METHOD = "catversion"
 """The method of a file that names none."""
 
 
-def save(path: Path, concept: Concept) -> None:
+def save(path: AnyPath, concept: Concept) -> None:
     """Writes the file completely or not at all; equal concepts give equal files.
 
     Raises StorageError or UserError if that fails.
@@ -107,14 +108,24 @@ def content_digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str
     return hashed.hexdigest()
 
 
-def load(path: str | Path) -> Concept:
+def load(path: str | AnyPath) -> Concept:
     """Reads a concept from its file or its run directory. Raises UserError for anything else."""
-    path = Path(path)
+    path = expand(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         what = "not a regular file" if path.exists() else "not found"
         folder = foreign.what_folder(path.parent) if path.name == FILE_NAME and path.parent.is_dir() else ""
         raise UserError(f"{path}: {folder}{what}; expected a learned concept; run catversion train first")
+    with local_copy(path) as local:
+        concept = load_local(local, keeps=local is path)
+    return dataclasses.replace(concept, model_path=model_names.local(concept.model_path, path))
+
+
+def load_local(path: Path, keeps: bool) -> Concept:
+    """Reads a concept's file of this machine; `keeps`: it stays there, so that large arrays may be mapped.
+
+    `model_path` is as the file has it.
+    """
     texts, names = read_header(path)
     kind = foreign_files.kind_of_tensors(names)
     if kind or "format_version" not in texts:
@@ -131,18 +142,18 @@ def load(path: str | Path) -> Concept:
     # A concept that changes the UNet takes gigabytes, and a benchmark opens many: these are memory-mapped.
     check_size(path, MAX_UNET_BYTES if method.changes_unet else MAX_BYTES)
     opened = safetensors.open_safetensors(path).items()
-    tensors = {name: x.mapped() if method.changes_unet else x.read() for name, x in opened}
+    tensors = {name: x.mapped() if method.changes_unet and keeps else x.read() for name, x in opened}
     recorded = metadata.pop("digest", None)  # older files have none
     if recorded is not None and recorded != content_digest(tensors, {k: v for k, v in texts.items() if k != "digest"}):
         raise UserError(f"{path}: damaged: its contents are not those that were written; copy it again")
     try:
-        return parse_concept(method, metadata, tensors, path)
+        return parse_concept(method, metadata, tensors)
     # A file without a digest may name and shape its arrays in any way.
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, msgspec.ValidationError) as error:
         raise UserError(f"{path}: {short(error)}; {again}") from error
 
 
-def read_header(path: Path) -> tuple[dict[str, str], list[str]]:
+def read_header(path: AnyPath) -> tuple[dict[str, str], list[str]]:
     """Returns a file's metadata and the names of its tensors. Raises UserError if it is no safetensors file."""
     try:
         with safe_open(path, framework="numpy") as file:
@@ -156,9 +167,7 @@ def read_header(path: Path) -> tuple[dict[str, str], list[str]]:
     return texts, names
 
 
-def parse_concept(
-    method: type[Method], metadata: dict[str, Any], tensors: Mapping[str, np.ndarray], path: Path
-) -> Concept:
+def parse_concept(method: type[Method], metadata: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> Concept:
     """Builds the concept of a file's metadata and tensors. Raises an error that says what is wrong with them."""
     values = {name: metadata.pop(name) for name in FIELDS if name in metadata}
     sampler = metadata.pop("sampler", None)
@@ -170,9 +179,8 @@ def parse_concept(
         raise ValueError(f"strength {fields['strength']}; expected 0 to {MAX_STRENGTH:g}")
     if not (is_text(fields["model_path"]) and is_text(fields["class_word"])):
         raise ValueError("class_word or model_path with a NUL or half of a character; expected text")
-    if fields["model_path"].startswith("~"):
+    if fields["model_path"].startswith("~") or SCHEME.match(fields["model_path"]):
         raise ValueError(f"model_path {fields['model_path']!r}; expected a model's name")
-    fields["model_path"] = model_names.local(fields["model_path"], path)
     fields["sampler"] = None if sampler is None else read_sampler(sampler)
     if odd := [f"{name} {x.dtype}" for name, x in tensors.items() if x.dtype != np.float32]:
         raise ValueError(f"{odd[0]}; expected float32")
@@ -195,7 +203,7 @@ def read_sampler(values: Any) -> SamplerConfig:
     return sampler
 
 
-def check_size(path: Path, most: int) -> None:
+def check_size(path: AnyPath, most: int) -> None:
     if path.stat().st_size > most:
         size = "a few kilobytes" if most == MAX_BYTES else f"at most {most >> 30} GiB"
         raise UserError(f"{path}: {path.stat().st_size >> 20} MiB; expected a concept of {size}")

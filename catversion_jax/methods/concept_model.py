@@ -10,7 +10,7 @@ from catversion_jax.methods.composition import prompt_ids
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.model_names import is_on_hub
 from catversion_jax.utils.errors import UserError, listed
-from catversion_jax.utils.files import expand
+from catversion_jax.utils.paths import expand
 from catversion_jax.weights import hub
 
 

@@ -1,9 +1,9 @@
 """What a file is that is no concept: embeddings, adapters and models of other programs, told by their tensors."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from catversion_jax.utils.files import open_regular
+from catversion_jax.utils.paths import AnyPath
 from catversion_jax.weights.foreign import ADAPTERS, kind_of_names
 
 TENSORS = (
@@ -33,7 +33,7 @@ def kind_of_tensors(names: Iterable[str]) -> str | None:
     return kind_of_names(list(names), TENSORS)
 
 
-def kind_of_file(path: Path) -> str | None:
+def kind_of_file(path: AnyPath) -> str | None:
     """Names what a file that is not safetensors is by its first bytes, None if they tell nothing."""
     with open_regular(path) as file:
         head = file.read(8)

@@ -5,11 +5,10 @@ config of the run, which stays where the model is: `config.json` beside the conc
 """
 
 import re
-from pathlib import Path
 
 from catversion_jax.utils import records
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand
+from catversion_jax.utils.paths import AnyPath, expand
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -24,7 +23,7 @@ def public_name(model: str) -> str:
     return model if not model or is_on_hub(model) else expand(model).absolute().name
 
 
-def local(recorded: str, concept: Path) -> str:
+def local(recorded: str, concept: AnyPath) -> str:
     """Returns the path of the model that a concept's file records, by the config of the run that wrote it.
 
     It is the recorded name itself if the config is not there, or is of another model.

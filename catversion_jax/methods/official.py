@@ -6,7 +6,6 @@ names. The format does not record class word, layers, bias and scope, which are 
 
 import struct
 import zipfile
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.paths import AnyPath
 from catversion_jax.weights import torch_zip
 
 FIXED = CatVersion(layers=((9, 10, 11),), logit_bias=1.0, scope="all")
@@ -27,7 +27,7 @@ NAMES = (
 )
 
 
-def read_adapter(path: Path, class_word: str = "") -> Concept:
+def read_adapter(path: AnyPath, class_word: str = "") -> Concept:
     """Reads an authors' adapter as a concept; unknown fields are empty. Raises UserError for any other file."""
     contents = torch_zip.read_zip(path)
     if contents.foreign:
@@ -54,7 +54,7 @@ def read_adapter(path: Path, class_word: str = "") -> Concept:
     )
 
 
-def write_adapter(path: Path, concept: Concept, source: Path) -> None:
+def write_adapter(path: AnyPath, concept: Concept, source: AnyPath) -> None:
     """Writes the concept of `source` as an authors' adapter, or nothing. Raises UserError if that cannot hold it."""
     if not isinstance(concept.method, CatVersion):
         raise UserError(f"{source}: learned by {concept.method_name}; the authors' format holds catversion's alone")
@@ -71,7 +71,7 @@ def write_adapter(path: Path, concept: Concept, source: Path) -> None:
         "version": b"3\n",
     }
 
-    def write_zip(temporary: Path) -> None:
+    def write_zip(temporary: AnyPath) -> None:
         with zipfile.ZipFile(temporary, "w") as file:
             for name, data in entries.items():
                 # A bare ZipInfo has a fixed date, so equal concepts give equal files.

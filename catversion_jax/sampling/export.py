@@ -15,6 +15,7 @@ from catversion_jax.sampling.conditioning import context
 from catversion_jax.sampling.sampler import SampleRequest, check_finite
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.paths import AnyPath
 from catversion_jax.weights import safetensors
 
 FOLDER = Path(__file__).parents[1] / "exported"
@@ -39,7 +40,7 @@ def check_exportable(concept: Concept, source: str) -> None:
         raise UserError(f"{source}: learned by {concept.method_name}; only catversion's can be exported")
 
 
-def write_concept(out: Path, concept: Concept) -> list[str]:
+def write_concept(out: AnyPath, concept: Concept) -> list[str]:
     """Writes the concept and the code that uses it; returns the names of the files in `out`."""
     for name, source in FILES.items():
         write_atomically(out / name, partial(shutil.copyfile, FOLDER / source))
@@ -48,7 +49,7 @@ def write_concept(out: Path, concept: Concept) -> list[str]:
     return [*FILES, *CONCEPTS]
 
 
-def write_embeds(path: Path, pipeline: Pipeline, request: SampleRequest, concept: Concept, model_path: str) -> None:
+def write_embeds(path: AnyPath, pipeline: Pipeline, request: SampleRequest, concept: Concept, model_path: str) -> None:
     """Writes the text states of the request's prompts, named like the arguments of a diffusers pipeline.
 
     There are as many negative as positive ones, since diffusers expects both in one shape.

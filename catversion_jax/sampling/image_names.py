@@ -4,7 +4,8 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+
+from catversion_jax.utils.paths import AnyPath
 
 SLUG_LENGTH = 80
 SLUG_BYTES = 200
@@ -35,7 +36,7 @@ def unique_slugs(prompts: Sequence[str]) -> list[str]:
     return [s if count[s] == 1 else f"{s}-{short_hash(prompt)}" for s, prompt in zip(slugs, prompts, strict=True)]
 
 
-def free_grid_name(folder: Path) -> Path:
+def free_grid_name(folder: AnyPath) -> AnyPath:
     """Returns grid.png or, if it exists, the first free grid_N.png."""
     names = (folder / (f"grid_{i}.png" if i else "grid.png") for i in range(10**6))
     return next(path for path in names if not path.exists())

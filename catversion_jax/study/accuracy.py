@@ -7,7 +7,6 @@ compared with captions that differ in one of them, and the nearest one counts, a
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -16,6 +15,7 @@ from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.evaluation import metrics
 from catversion_jax.evaluation.scores import Values
+from catversion_jax.utils.paths import AnyPath
 from catversion_jax.utils.records import read_record
 from catversion_jax.utils.types import Bool, Float
 
@@ -42,7 +42,7 @@ class World(msgspec.Struct):
     phrases: tuple[str, ...]  # places, as they follow "a photo of a teapot"
 
 
-def read_world(model: Path) -> World | None:
+def read_world(model: AnyPath) -> World | None:
     """Reads what a model knows; None if its folder does not tell."""
     path = model / "world.json"
     if not path.is_file():

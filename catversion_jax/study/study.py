@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +19,7 @@ from catversion_jax.study.training import train_setting
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.identity import claim
+from catversion_jax.utils.paths import AnyPath, make_folder
 from catversion_jax.utils.records import read_record
 from catversion_jax.utils.types import UInt8
 
@@ -33,7 +33,7 @@ class Study:
     config: Config
     folders: tuple[ConceptFolder, ...]
     scale: Scale
-    out: Path
+    out: AnyPath
     scorer: Scorer
 
     def config_of(self, setting: Setting) -> Config:
@@ -68,7 +68,7 @@ class Study:
         def make() -> dict:
             concepts, seconds = self.trained(trained_by, self.folders)
             scored = self.scorer.at_strength(setting.strength).score(concepts, self.folders)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             for name, images in scored.images.items():
                 write_atomically(folder / f"{name}.png", strip(images).save)
             row = {"group": setting.group, "name": setting.name, "seconds": seconds, **scored.row}
@@ -96,7 +96,7 @@ class Study:
 
         return once(self.out / setting.folder / "curve.json", CurveRow, make)
 
-    def images(self, path: Path) -> list[UInt8[np.ndarray, "h w 3"]]:
+    def images(self, path: AnyPath) -> list[UInt8[np.ndarray, "h w 3"]]:
         """Reads the images of a `strip`. Raises UserError if the file is damaged."""
         image, side = np.asarray(open_image(path)), self.scorer.pipeline.networks.resolution
         if image.ndim != 3 or image.shape[0] != side or image.shape[1] % side or image.shape[2] != 3:
@@ -104,7 +104,7 @@ class Study:
         return np.split(image, image.shape[1] // side, axis=1)
 
 
-def once(path: Path, kind: type[RowT], make: Callable[[], dict]) -> RowT:
+def once(path: AnyPath, kind: type[RowT], make: Callable[[], dict]) -> RowT:
     """Returns the result of `make`, which is called only the first time; the file keeps it.
 
     Raises UserError if the file does not hold a record of this kind.

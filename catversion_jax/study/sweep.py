@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from catversion_jax.utils import markdown
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid
+from catversion_jax.utils.paths import AnyPath
 from catversion_jax.utils.records import Count, decode, read_lines
 from catversion_jax.utils.types import Float
 
@@ -67,7 +67,7 @@ def override(config: Config, setting: str) -> Config:
     return from_config_dict(values, unset=OF_A_RUN)
 
 
-def known_scores(path: Path, folders: Sequence[ConceptFolder]) -> list[Score]:
+def known_scores(path: AnyPath, folders: Sequence[ConceptFolder]) -> list[Score]:
     """Returns the scores in a file. Raises UserError if one is of other photos of a concept than its folder has now."""
     found = list(read_lines(path, Score))
     digests = {folder.name: folder.digest for folder in folders}
@@ -82,7 +82,7 @@ def folder_of(setting: str) -> str:
     return re.sub(r"[^\w.=]+", "_", setting) or "config"
 
 
-def score_setting(config: Config, setting: str, folder: ConceptFolder, out: Path, scorer: Scorer) -> Score:
+def score_setting(config: Config, setting: str, folder: ConceptFolder, out: AnyPath, scorer: Scorer) -> Score:
     """Trains a concept on its photos, unless that is done, and scores it against its held-out photos.
 
     `scorer` must use the setting's sampler.

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from catversion_jax.base.pipeline import Pipeline
 from catversion_jax.config import Config
@@ -16,6 +15,7 @@ from catversion_jax.training.many_concepts import Share, train_many
 from catversion_jax.training.run import train_once
 from catversion_jax.utils.errors import Interrupted, UserError
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.paths import AnyPath, make_folder
 from catversion_jax.utils.records import read_record
 from catversion_jax.utils.settings import check_settings
 
@@ -25,7 +25,7 @@ SLOTS = len(TRIED_ON)
 
 
 def train_setting(
-    config: Config, folders: Sequence[ConceptFolder], out: Path, pipeline: Pipeline
+    config: Config, folders: Sequence[ConceptFolder], out: AnyPath, pipeline: Pipeline
 ) -> tuple[dict[str, Concept], float | None]:
     """Returns the concept of each folder, by its name, and the seconds per concept.
 
@@ -43,12 +43,12 @@ def train_setting(
     return {folder.name: concept_file.load(out / folder.name) for folder in folders}, taken
 
 
-def side_by_side(config: Config, folders: Sequence[ConceptFolder], out: Path, pipeline: Pipeline) -> None:
+def side_by_side(config: Config, folders: Sequence[ConceptFolder], out: AnyPath, pipeline: Pipeline) -> None:
     lines = [
         {"id": folder.name, "dir": str(folder.train), "masks": str(folder.train_masks), **folder.description}
         for folder in folders
     ]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     manifest = out / "manifest.jsonl"
     write_atomically(manifest, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
     config = config.replaced({"run_dir": str(out), "batch.slots": SLOTS})
@@ -56,16 +56,16 @@ def side_by_side(config: Config, folders: Sequence[ConceptFolder], out: Path, pi
     if outcome.interrupted_by:
         raise Interrupted(outcome.interrupted_by)
     if outcome.failed:
-        raise UserError(f"{out}: a concept was not learned; its report.jsonl says why")
+        raise UserError(f"{out}: a concept was not learned; catversion status {out} says why")
 
 
-def separately(config: Config, folders: Sequence[ConceptFolder], out: Path, pipeline: Pipeline) -> None:
+def separately(config: Config, folders: Sequence[ConceptFolder], out: AnyPath, pipeline: Pipeline) -> None:
     for folder in folders:
         with_masks = config.replaced({"data.masks_dir": str(folder.train_masks)})
         train_alone(with_masks, folder, out, pipeline)
 
 
-def train_alone(config: Config, folder: ConceptFolder, out: Path, pipeline: Pipeline) -> Concept:
+def train_alone(config: Config, folder: ConceptFolder, out: AnyPath, pipeline: Pipeline) -> Concept:
     """Trains a concept in a run of its own in `out`, unless it exists; returns it."""
     config = config.replaced(folder.changes() | {"run_dir": str(out / folder.name)})
     check_settings(config)

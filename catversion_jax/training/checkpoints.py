@@ -1,7 +1,8 @@
 """Orbax checkpoints of the training state, in folders named by step; kilobytes, unless the method trains the UNet.
 
 `Checkpoints` writes to its own folder and cleans it up. `read_newest` only reads, so that the folder may belong to
-another process, which may be saving at this moment.
+another process, which may be saving at this moment. In a bucket a checkpoint is one object, STEP.zip with Orbax's
+folder in it, which arrives whole or not at all: Orbax's own twenty files would not (and it takes no s3:// URL).
 """
 
 import contextlib
@@ -11,9 +12,12 @@ import json
 import os
 import shutil
 import sys
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -32,6 +36,7 @@ from catversion_jax.utils.errors import (
     short,
 )
 from catversion_jax.utils.log import silence, warn
+from catversion_jax.utils.paths import AnyPath, entries, local_copy, upload
 from catversion_jax.utils.records import read_record
 
 MOST_DIGITS = 18
@@ -62,8 +67,39 @@ class Saved(NamedTuple):
     note: dict[str, Any]  # what `Checkpoints.save` was given
 
 
-class Checkpoints:
-    """The checkpoints in `folder`, which no other process writes to. Saves run in the background; `close` waits."""
+class Checkpoints(Protocol):
+    """The checkpoints in a folder, which no other process writes to. Saves run in the background; `close` waits."""
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest one; None if there is none."""
+
+    def save(self, step: int, state: TrainState, note: Mapping[str, Any]) -> None:
+        """Saves the state and a note under `step`, unless it is there. Earlier checkpoints are kept if the save fails.
+
+        Raises UserError if access is denied, StorageError for other failures.
+        """
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """Returns the newest readable state, with the sharding of `like`; None if nothing was saved yet.
+
+        Newer ones, which are damaged, are renamed: the run will save those steps again. Raises as `read_newest`.
+        """
+
+    def close(self) -> None:
+        """Waits for pending saves. Raises UserError or StorageError, as `save` does, if one of them failed."""
+
+
+def open_checkpoints(folder: AnyPath, keep: int, check: Callable[[], None]) -> Checkpoints:
+    """Returns the checkpoints in a folder of this machine or of a bucket.
+
+    At most `keep` of them are kept. `check` raises StorageError if this process may no longer write there.
+    """
+    return LocalCheckpoints(folder, keep) if isinstance(folder, Path) else BucketCheckpoints(folder, keep, check)
+
+
+class LocalCheckpoints:
+    """The checkpoints in a folder of this machine."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder.absolute()
@@ -80,10 +116,6 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, note: Mapping[str, Any]) -> None:
-        """Saves the state and a note under `step`, unless it is there. Earlier checkpoints are kept if the save fails.
-
-        Raises UserError if access is denied, StorageError for other failures.
-        """
         if step == self.latest:
             return
         with_digest = {**note, DIGEST: digest_of(state, note)}
@@ -92,40 +124,103 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """Returns the newest readable state, with the sharding of `like`; None if nothing was saved yet.
-
-        Newer ones, which are damaged, are renamed: the run will save those steps again. Raises as `read_newest`.
-        """
-        saved = read_newest(self.folder, lambda _: like)
-        if saved is None:
-            return None
-        for step in saved_steps(self.folder):
-            if step > saved.step:
-                set_aside(self.folder / str(step))
+        state = restore_newest(self.folder, like)
         self._manager.reload()
-        return saved.state
+        return state
 
     def close(self) -> None:
-        """Waits for pending saves. Raises UserError or StorageError, as `save` does, if one of them failed."""
         try:
-            with explained(f"{self.folder}: could not save the last checkpoint"):
-                self._manager.wait_until_finished()
+            self.wait()
         finally:
             # It raises the same error again, which is being reported.
             with contextlib.suppress(Exception):
                 self._manager.close()
 
+    def wait(self) -> None:
+        """Waits for pending saves, and raises as `close`."""
+        with explained(f"{self.folder}: could not save the last checkpoint"):
+            self._manager.wait_until_finished()
 
-def saved_steps(folder: Path) -> list[int]:
+
+class BucketCheckpoints:
+    """The checkpoints in a folder of a bucket; each is written to this machine first."""
+
+    def __init__(self, folder: AnyPath, keep: int, check: Callable[[], None]):
+        self.folder, self._keep, self._check = folder, keep, check
+        self._scratch = tempfile.TemporaryDirectory()
+        self._local = LocalCheckpoints(Path(self._scratch.name), 1)
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self.latest = next(iter(saved_steps(folder)), None)
+
+    def save(self, step: int, state: TrainState, note: Mapping[str, Any]) -> None:
+        if step == self.latest:
+            return
+        self._finish()
+        self._local.save(step, state, note)
+        self._pending = self._pool.submit(self._put, step)
+        self.latest = step
+
+    def _put(self, step: int) -> None:
+        self._local.wait()
+        self._check()
+        folder = self._local.folder / str(step)
+        with explained(f"{self.folder / str(step)}: could not save the checkpoint"):
+            packed = shutil.make_archive(str(folder), "zip", folder)
+            upload(Path(packed), checkpoint_path(self.folder, step))
+            Path(packed).unlink()
+            for old in saved_steps(self.folder)[self._keep :]:
+                checkpoint_path(self.folder, old).unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        state = restore_newest(self.folder, like)
+        self.latest = next(iter(saved_steps(self.folder)), None)
+        return state
+
+    def close(self) -> None:
+        try:
+            self._finish()
+            self._local.close()
+        finally:
+            self._pool.shutdown()
+            self._scratch.cleanup()
+
+
+def restore_newest(folder: AnyPath, like: TrainState) -> TrainState | None:
+    """Returns the newest readable state; newer ones, which are damaged, are renamed."""
+    saved = read_newest(folder, lambda _: like)
+    if saved is None:
+        return None
+    for step in saved_steps(folder):
+        if step > saved.step:
+            set_aside(checkpoint_path(folder, step))
+    return saved.state
+
+
+def checkpoint_path(folder: AnyPath, step: int) -> AnyPath:
+    """Returns the path of a step's checkpoint: a folder of this machine, or an object of a bucket."""
+    return folder.absolute() / str(step) if isinstance(folder, Path) else folder / f"{step}.zip"
+
+
+def saved_steps(folder: AnyPath) -> list[int]:
     """Returns the steps of the checkpoints in a folder, newest first; none if there is no folder."""
     if not folder.is_dir():
         return []
     with refused(f"{folder}: cannot be read", "grant access to the checkpoints"):
-        names = [path.name for path in folder.iterdir() if path.is_dir()]
+        found = entries(folder)
+    if isinstance(folder, Path):
+        names = [path.name for path, is_folder in found if is_folder]
+    else:
+        names = [path.stem for path, _ in found if path.suffix == ".zip"]
     return sorted((int(name) for name in names if name.isdecimal() and len(name) <= MOST_DIGITS), reverse=True)
 
 
-def read_newest(folder: Path, like: Callable[[dict[str, Any]], TrainState]) -> Saved | None:
+def read_newest(folder: AnyPath, like: Callable[[dict[str, Any]], TrainState]) -> Saved | None:
     """Returns the newest readable checkpoint in a folder, None if there is none; nothing is written or removed.
 
     `like` gives the state's arrays, or shapes with shardings, for a checkpoint's note. Damaged checkpoints are passed
@@ -133,9 +228,10 @@ def read_newest(folder: Path, like: Callable[[dict[str, Any]], TrainState]) -> S
     """
     damaged: dict[str, str] = {}  # by path
     for step in saved_steps(folder):
-        path = folder.absolute() / str(step)
+        path = checkpoint_path(folder, step)
         try:
-            saved = read_checkpoint(path, like)
+            with unpacked(path) as local:
+                saved = Saved(step, *read_checkpoint(local, like))
         # Not OSError alone: a damaged file raises whatever its reader stumbles over.
         except Exception as error:
             if not path.exists():  # its owner has replaced it by a newer one meanwhile
@@ -155,12 +251,28 @@ def read_newest(folder: Path, like: Callable[[dict[str, Any]], TrainState]) -> S
     return None
 
 
-def set_aside(path: Path) -> None:
+@contextlib.contextmanager
+def unpacked(path: AnyPath) -> Iterator[Path]:
+    """Gives the folder of a checkpoint, from a bucket as a temporary copy."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with local_copy(path) as packed, tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(packed) as archive:
+            archive.extractall(folder)
+        yield Path(folder)
+
+
+def set_aside(path: AnyPath) -> None:
     """Renames a damaged checkpoint, so that nothing takes it for one; it is kept, as it may be of use."""
     target = path.with_name(f"{path.name}.damaged")
     with explained(f"{path}: could not rename the damaged checkpoint"):
-        shutil.rmtree(target, ignore_errors=True)
-        path.rename(target)
+        if isinstance(target, Path):
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+        else:
+            path.copy(target, overwrite=True)
+            path.unlink()
 
 
 def damage_of(damaged: Mapping[str, str]) -> str:
@@ -168,7 +280,7 @@ def damage_of(damaged: Mapping[str, str]) -> str:
     return f"{listed(damaged)}: not a readable checkpoint ({next(iter(damaged.values()))})"
 
 
-def read_checkpoint(path: Path, like: Callable[[dict[str, Any]], TrainState]) -> Saved:
+def read_checkpoint(path: Path, like: Callable[[dict[str, Any]], TrainState]) -> tuple[TrainState, dict[str, Any]]:
     """Reads one checkpoint. Raises ValueError if its digest is another, and anything else if a file is damaged."""
     # Item by item, as CheckpointManager lays them out: it would also read all other checkpoints' metadata.
     note = read_record(path / "config" / "metadata", dict[str, Any], "expected a checkpoint's note")
@@ -182,7 +294,7 @@ def read_checkpoint(path: Path, like: Callable[[dict[str, Any]], TrainState]) ->
         raise ValueError("its digest is not that of its contents")
     if digest is None and wanted.kept is not None:
         state = state.replace(kept=state.learned)
-    return Saved(int(path.name), state, note)
+    return state, note
 
 
 def digest_of(state: TrainState, note: Mapping[str, Any]) -> str:

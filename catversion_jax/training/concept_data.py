@@ -4,7 +4,6 @@ import hashlib
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from catversion_jax.training.state import ConceptData
 from catversion_jax.utils.errors import UserError, listed, short
 from catversion_jax.utils.files import read_bytes, write_atomically
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import AnyPath
 from catversion_jax.utils.types import Float, Int
 
 MOST_HEADER = 4096
@@ -44,7 +44,7 @@ def prepare(
     pipeline: Pipeline,
     photos: Sequence[Photo],
     size: int = 0,
-    kept: Path | None = None,
+    kept: AnyPath | None = None,
 ) -> ConceptData:
     """Returns the latents and text states of one concept, with a concept axis of size 1.
 
@@ -183,7 +183,7 @@ def subject_weights(
 
 
 def class_images(
-    config: Config, method: Method, pipeline: Pipeline, prompts: Sequence[str], kept: Path | None
+    config: Config, method: Method, pipeline: Pipeline, prompts: Sequence[str], kept: AnyPath | None
 ) -> ConceptData:
     """Returns the base model's images of the class, for the training prompts in turn, without the identifier.
 
@@ -232,7 +232,7 @@ def latents_from_npy(data: bytes, shape: tuple[int, ...]) -> Float[np.ndarray, "
     return np.frombuffer(data[start:end], np.float32).reshape(shape)
 
 
-def read_latents(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."] | None:
+def read_latents(path: AnyPath, shape: tuple[int, ...]) -> Float[np.ndarray, "..."] | None:
     """Returns the file's latents; None if there is no file or, with a warning, if it is damaged or has others."""
     if not path.exists():
         return None

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from catversion_jax.training.state import TrainState
 from catversion_jax.training.step import StepConfig
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import AnyPath
 from catversion_jax.utils.records import convert
 
 
@@ -38,7 +38,7 @@ def note_of(lines: Sequence[Line | None]) -> dict[str, Any]:
     return msgspec.to_builtins(note)
 
 
-def read_interrupted(folders: Iterable[Path], step_config: StepConfig) -> dict[str, InterruptedConcept]:
+def read_interrupted(folders: Iterable[AnyPath], step_config: StepConfig) -> dict[str, InterruptedConcept]:
     """Returns the interrupted concepts by id, from the folders of checkpoints of all processes.
 
     What is damaged is left out with a warning: its concepts begin anew.

@@ -52,6 +52,7 @@ def loop(
         return bool(finished(state, data.steps, stop)[0])
 
     def save() -> None:
+        writer.flush()
         checkpoints.save(step, state, config.identity())
 
     try:

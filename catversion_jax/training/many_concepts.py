@@ -11,10 +11,10 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,20 +26,34 @@ from catversion_jax.data.latents import bucket
 from catversion_jax.data.manifest import Line
 from catversion_jax.data.photos import Photo, count_photos, read_photos
 from catversion_jax.methods import concept_file
-from catversion_jax.training.checkpoints import Checkpoints, explained
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.training.checkpoints import explained, open_checkpoints
 from catversion_jax.training.concept_data import check_masks, check_prompts, prepare
 from catversion_jax.training.distributed import Process
 from catversion_jax.training.interrupted import note_of, read_interrupted
 from catversion_jax.training.loop import enough_memory, not_finite, signals, started
-from catversion_jax.training.report import DONE, FAILED, Report, ReportEntry
+from catversion_jax.training.previews import sample_preview
 from catversion_jax.training.run import load_model
-from catversion_jax.training.run_dir import RunDir
+from catversion_jax.training.run_dir import PREVIEW, Check, RunDir
 from catversion_jax.training.slots import Slots
 from catversion_jax.training.state import ConceptData, Frozen, TrainState
+from catversion_jax.training.status import (
+    DONE,
+    FAILED,
+    ConceptStatus,
+    read_statuses,
+    remove_status,
+    write_status,
+)
+from catversion_jax.training.status import (
+    FILE_NAME as STATUS,
+)
 from catversion_jax.training.step import StepConfig, steps_per_dispatch, warn_of_idle_devices
 from catversion_jax.training.trained_concept import to_concept
 from catversion_jax.utils.errors import UserError, is_out_of_memory, listed, short
+from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import AnyPath, make_folder
 from catversion_jax.utils.settings import check_settings
 
 
@@ -48,11 +62,11 @@ class Share:
     """One process's share of a manifest."""
 
     config: Config  # settings that the lines do not give
-    manifest: Path
+    manifest: AnyPath
     process: Process = Process()
 
     @classmethod
-    def of(cls, config: Config, manifest: Path, process: Process = Process()) -> "Share":
+    def of(cls, config: Config, manifest: AnyPath, process: Process = Process()) -> "Share":
         """Returns the share. `config` gives what the lines do not; each line has its own photos and class word."""
         return cls(config.replaced({"data.dir": "", "concept.class_word": "thing"}), manifest, process)
 
@@ -84,14 +98,35 @@ class Share:
 class BatchOutcome:
     """The outcome of one process's share of a manifest."""
 
+    folder: AnyPath
     concepts: int  # lines of the share
     attempted: int  # of them, those that were not done before this call
     failed: int
-    report: Path
     interrupted_by: signal.Signals | None
 
 
+class Ended(NamedTuple):
+    """A concept that is done, or one that failed."""
+
+    status: ConceptStatus
+    concept: Concept | None
+
+
+Endings = Generator[Ended, None, BatchOutcome]
+"""Yields concepts as they end, in any order, and returns the outcome."""
+
+
 def train_many(share: Share, pipeline: Pipeline | None = None) -> BatchOutcome:
+    """Trains a share of a manifest, as `each_trained` does, to its end."""
+    endings = each_trained(share, pipeline)
+    while True:
+        try:
+            next(endings)
+        except StopIteration as end:
+            return end.value
+
+
+def each_trained(share: Share, pipeline: Pipeline | None = None) -> Endings:
     """Trains a share of a manifest on the config's base model, which is loaded unless it is given as `pipeline`.
 
     Raises UserError for a mistake in the config or the manifest, before anything is compiled.
@@ -100,44 +135,51 @@ def train_many(share: Share, pipeline: Pipeline | None = None) -> BatchOutcome:
     run = RunDir.of(config)
     run.check(config, resume=True)
     size = bucket(share.most_photos)
-    with run.shared(config, share.process):
-        return train_share(share, run, size, pipeline)
+    with run.shared(config, share.process) as check:
+        return (yield from train_share(share, run, check, size, pipeline))
 
 
-def train_share(share: Share, run: RunDir, size: int, pipeline: Pipeline | None) -> BatchOutcome:
+def train_share(share: Share, run: RunDir, check: Check, size: int, pipeline: Pipeline | None) -> Endings:
     """Trains a share in a folder that is held for it; a slot has room for `size` photos."""
-    config, report = share.config, Report(run.path)
-    done = {line.id: artifact_path(run, line).is_file() for line in share.lines()}
-    refuse_changed_lines(share, run, report)
-    report.reconcile(done)
+    config = share.config
+    # Two listings, and not a question for each concept: a bucket takes some ten milliseconds for each.
+    learned, told = found_ids(run, concept_file.FILE_NAME), found_ids(run, STATUS)
+    done = {line.id: line.id in learned for line in share.lines()}
+    refuse_changed_lines(share, run, learned & told)
+    for concept_id in [concept_id for concept_id, is_done in done.items() if not is_done and concept_id in told]:
+        remove_status(run.path / concept_id)  # it failed, and is tried again
+    for concept_id in [concept_id for concept_id, is_done in done.items() if is_done and concept_id not in told]:
+        write_status(run.path / concept_id, ConceptStatus(concept_id, DONE))  # a crash came between the two files
     left = len(done) - sum(done.values())
     if not left:
-        return BatchOutcome(len(done), 0, 0, report.path, None)
+        return BatchOutcome(run.path, len(done), 0, 0, None)
     todo = f"lower batch.slots ({config.batch.slots}) or train.batch_size ({config.train.batch_size})"
     with enough_memory(todo):
-        batch = ManyConcepts(share, pipeline or load_model(config, config.batch.slots), report, size)
+        batch = ManyConcepts(share, pipeline or load_model(config, config.batch.slots), check, size)
         with tqdm(total=len(done), initial=len(done) - left, unit=" concepts", desc="compiling") as bar:
-            interrupted_by = batch.train((line for line in share.lines() if not done[line.id]), bar)
-    return BatchOutcome(len(done), left, batch.failed, report.path, interrupted_by)
+            interrupted_by = yield from batch.train((line for line in share.lines() if not done[line.id]), bar)
+    return BatchOutcome(run.path, len(done), left, batch.failed, interrupted_by)
 
 
-def refuse_changed_lines(share: Share, run: RunDir, report: Report) -> None:
+def found_ids(run: RunDir, file: str) -> set[str]:
+    """Returns the ids of the concepts that have a file of that name."""
+    return {path.parent.name for path in run.path.glob(f"*/{file}")}
+
+
+def refuse_changed_lines(share: Share, run: RunDir, done: Collection[str]) -> None:
     """Raises UserError if a concept is done that was learned with other values than its line has now."""
-    learned_with = {entry.id: entry.digest for entry in report.entries() if entry.status == DONE and entry.digest}
+    lines = {line.id: line.digest for line in share.lines() if line.id in done}
+    statuses = read_statuses(run.path / concept_id / STATUS for concept_id in lines)
     changed = [
-        line.id
-        for line in share.lines()
-        if learned_with.get(line.id, line.digest) != line.digest and artifact_path(run, line).is_file()
+        concept_id
+        for (concept_id, digest), status in zip(lines.items(), statuses, strict=True)
+        if status.digest not in (None, digest)
     ]
     if changed:
         raise UserError(
             f"{share.manifest}: concepts that are done already have other values here ({listed(changed)}); give the "
             f"old values or another id, or remove {run.path}/ID to learn it anew"
         )
-
-
-def artifact_path(run: RunDir, line: Line) -> Path:
-    return run.path / line.id / concept_file.FILE_NAME
 
 
 Prepared = tuple[Line, Future]
@@ -166,15 +208,16 @@ class Entered:
 
     line: Line
     config: Config
+    photos: int
     since: float  # time.monotonic() when it entered
 
 
 class ManyConcepts:
     """The slots of one process, and the concepts that pass through them."""
 
-    def __init__(self, share: Share, pipeline: Pipeline, report: Report, size: int):
+    def __init__(self, share: Share, pipeline: Pipeline, check: Check, size: int):
         """Loads the saved states and sets up empty slots; `size` is the number of photos that a slot has room for."""
-        self.share, self.pipeline, self.report, self.size = share, pipeline, report, size
+        self.share, self.pipeline, self.size = share, pipeline, size
         config, networks = share.config, pipeline.networks
         self.config, self.stop, self.run = config, config.stop, RunDir.of(config)
         count, resolution = config.batch.slots, networks.resolution
@@ -192,12 +235,13 @@ class ManyConcepts:
             self.length,
         )
         self.saved = read_interrupted(self.run.of_processes, self.step_config)
-        self.checkpoints = Checkpoints(self.run.of_process(share.process), config.checkpoint.keep)
+        self.checkpoints = open_checkpoints(self.run.of_process(share.process), config.checkpoint.keep, check)
         self.clock = self.kept = self.checkpoints.latest or 0  # steps of the slots, whoever was in them
         self.entered: dict[int, Entered] = {}  # by slot
         self.failed = 0
+        self.ended: deque[Ended] = deque()
 
-    def train(self, lines: Iterable[Line], bar: tqdm) -> signal.Signals | None:
+    def train(self, lines: Iterable[Line], bar: tqdm) -> Generator[Ended, None, signal.Signals | None]:
         """Trains until no line is left. Returns the signal that ended the training early, if one did."""
         queue = ahead(lines, self.prepare, self.config.batch.slots)
         try:
@@ -208,12 +252,18 @@ class ManyConcepts:
                     self.harvest(bar)
                     if self.clock - self.kept >= self.config.checkpoint.every:
                         self.save()
+                    yield from self.take_ended()
                 if self.entered:
                     self.save()
+            yield from self.take_ended()
             return received[0] if received and bar.n < (bar.total or 0) else None
         finally:
             queue.close()
             self.checkpoints.close()
+
+    def take_ended(self) -> Iterator[Ended]:
+        while self.ended:
+            yield self.ended.popleft()
 
     def prepare(self, line: Line) -> ConceptData:
         """Reads and encodes a line's photos and prompts for the step."""
@@ -237,7 +287,7 @@ class ManyConcepts:
             line, data = found
             config = self.share.config_of(line)
             self.slots.put(index, self.state_of(line, config), data)
-            self.entered[index] = Entered(line, config, time.monotonic())
+            self.entered[index] = Entered(line, config, int(data.photos[0]), time.monotonic())
         return bool(self.entered)
 
     def state_of(self, line: Line, config: Config) -> TrainState:
@@ -280,21 +330,40 @@ class ManyConcepts:
 
     def fail(self, line: Line, error: str, bar: tqdm) -> None:
         self.failed += 1
-        self.report.add(ReportEntry(line.id, FAILED, error))
+        status = ConceptStatus(line.id, FAILED, error)
+        write_status(self.run.path / line.id, status)
+        self.ended.append(Ended(status, None))
         bar.update()
 
     def finish(self, entered: Entered, state: TrainState, loss: float, bar: tqdm) -> None:
         """Writes the concept and reports it as done."""
-        path = artifact_path(self.run, entered.line)
+        line, folder = entered.line, self.run.path / entered.line.id
+        path = folder / concept_file.FILE_NAME
         concept = to_concept(entered.config, self.step_config.method, self.pipeline.fingerprint, state)
         with explained(f"{path}: could not write the concept"):
-            path.parent.mkdir(exist_ok=True)
+            make_folder(folder)
             concept_file.save(path, concept)
         seconds = round(time.monotonic() - entered.since, 1)
-        line = entered.line
-        done = ReportEntry(line.id, DONE, steps=concept.steps, loss=loss, seconds=seconds, digest=line.digest)
-        self.report.add(done)
+        steps, photos = concept.steps, entered.photos
+        status = ConceptStatus(line.id, DONE, None, photos, steps, loss, seconds, line.digest)
+        write_status(folder, status)
+        self.preview(entered, concept)
+        self.ended.append(Ended(status, concept))
         bar.update()
+
+    def preview(self, entered: Entered, concept: Concept) -> None:
+        """Samples a few prompts with a concept that is done; one that gives no images is done all the same."""
+        count = self.config.batch.previews
+        if count == 0:
+            return
+        try:
+            image = sample_preview(entered.config, self.pipeline, concept, count)
+        except UserError as error:
+            warn(f"{entered.line.id}: no {PREVIEW}: {error}")
+            return
+        path = self.run.path / entered.line.id / PREVIEW
+        with explained(f"{path}: could not write the preview"):
+            write_atomically(path, image.save)
 
     def save(self) -> None:
         """Saves the states of the concepts in the slots, and which concepts they are."""

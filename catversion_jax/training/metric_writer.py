@@ -1,7 +1,9 @@
 """Writes the metrics of a run to metrics.jsonl and TensorBoard events, which a resumed run continues seamlessly."""
 
+import contextlib
 import os
 import struct
+import tempfile
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +17,7 @@ from tensorboardX.record_writer import masked_crc32c
 from catversion_jax.training.checkpoints import explained
 from catversion_jax.utils import records
 from catversion_jax.utils.files import open_own, refuse_link, write_atomically
+from catversion_jax.utils.paths import AnyPath, download_file, upload
 from catversion_jax.utils.types import UInt8
 
 
@@ -36,17 +39,28 @@ class MetricRow(msgspec.Struct, omit_defaults=True):
 class MetricWriter:
     """Appends to a run's metrics and events. What an interrupted run wrote after step `start` is dropped.
 
-    Every method raises UserError or StorageError if a file cannot be written.
+    Nothing can be appended to an object of a bucket: both files are then written to this machine, and `flush` puts
+    them there. Every method raises UserError or StorageError if a file cannot be written.
     """
 
-    def __init__(self, metrics: Path, events: Path, start: int):
+    def __init__(self, metrics: AnyPath, events: AnyPath, start: int):
         self._path = metrics
+        self._remote: dict[Path, AnyPath] = {}
+        self._scratch = contextlib.ExitStack()
         with self._explained():
+            if not isinstance(metrics, Path):
+                folder = Path(self._scratch.enter_context(tempfile.TemporaryDirectory()))
+                self._remote[folder / metrics.name] = metrics
+                if metrics.exists():
+                    download_file(metrics, folder / metrics.name)
+                metrics = folder / metrics.name
             refuse_link(metrics)
             if metrics.exists():
                 write_atomically(metrics, lambda path: copy_rows(path, metrics, start))
             self._metrics = os.fdopen(open_own(metrics, os.O_WRONLY | os.O_APPEND), "ab")
-            self._events = EventFile(events, start)
+            self._events = EventFile(events if isinstance(events, Path) else metrics.parent / events.name, start)
+            if not isinstance(events, Path):
+                self._remote[self._events.path] = events / self._events.path.name
 
     def row(self, row: MetricRow) -> None:
         with self._explained():
@@ -59,10 +73,17 @@ class MetricWriter:
         with self._explained():
             self._events.add(step, summary.image(name, image, dataformats="HWC"))
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """Puts what was written into the bucket; on this machine, every row is written at once."""
         with self._explained():
+            for path, target in self._remote.items():
+                upload(path, target)
+
+    def close(self) -> None:
+        with self._scratch, self._explained():
             self._metrics.close()
             self._events.close()
+            self.flush()
 
     def _explained(self) -> AbstractContextManager[None]:
         return explained(f"{self._path}: could not write the metrics")
@@ -87,7 +108,8 @@ class EventFile:
         """Events that other files have after step `start` are dropped when they are shown."""
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files in the order of their names.
-        self._file = (folder / f"events.out.tfevents.{time.time_ns()}").open("xb")
+        self.path = folder / f"events.out.tfevents.{time.time_ns()}"
+        self._file = self.path.open("xb")
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 

@@ -1,6 +1,7 @@
 """Images that show how a run is going: validation images of the config's prompts, and the sample grid at its end."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -21,9 +22,22 @@ def sample_prompts(
     return list(sample_images(pipeline, request, concepts))
 
 
-def sample_grid(config: Config, pipeline: Pipeline, concept: Concept, photos: Sequence[Photo]) -> Image.Image:
-    """Returns a grid of the photos, the base model's images and the personalized images."""
-    base, personalized = (sample_prompts(config, pipeline, concepts) for concepts in ((), (concept,)))
+def sample_preview(config: Config, pipeline: Pipeline, concept: Concept, count: int) -> Image.Image:
+    """Returns the images of the first `count` of the config's prompts, in a row."""
+    sampler = replace(config.sample, batch_size=min(count, config.sample.batch_size))
+    images = sample_prompts(replace(config, sample=sampler), pipeline, [concept], count)
+    return preview_of(images, config)
+
+
+def preview_of(images: Sequence[np.ndarray], config: Config) -> Image.Image:
+    """Returns images of the config's first prompts in a row, each under its prompt."""
+    return grid([images], [f"your {config.concept.class_word}"], config.sample_prompts(len(images)))
+
+
+def sample_grid(
+    config: Config, photos: Sequence[Photo], base: Sequence[np.ndarray], personalized: Sequence[np.ndarray]
+) -> Image.Image:
+    """Returns a grid of the photos, the base model's images and the personalized images of the config's prompts."""
     rows = [[photo.image for photo in photos[: len(base)]], base, personalized]
     labels = ["your photos", "base model", f"your {config.concept.class_word}"]
     return grid(rows, labels, config.sample_prompts(), captions_above=1)

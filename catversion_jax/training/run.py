@@ -1,7 +1,6 @@
 """A run: trains one concept on a folder of photos, in a run folder from which an interrupted run resumes."""
 
 import contextlib
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from catversion_jax.data import dataset
 from catversion_jax.data.photos import Photo, count_photos, read_photos
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.training.checkpoints import Checkpoints, explained
+from catversion_jax.training.checkpoints import explained, open_checkpoints
 from catversion_jax.training.concept_data import check_masks, check_prompts, prepare
 from catversion_jax.training.loop import enough_memory, loop
 from catversion_jax.training.run_dir import RunDir
@@ -21,6 +20,7 @@ from catversion_jax.training.step import StepConfig, warn_of_idle_devices
 from catversion_jax.training.trained_concept import to_concept
 from catversion_jax.utils.errors import Interrupted, UserError
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import remove_folder
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,17 @@ def train(
     check_prompts(config, step_config.method, pipeline)
     warn_of_idle_devices(config, step_config.mesh)
     todo = f"lower train.batch_size ({config.train.batch_size}), or set train.remat=True or a narrower model.dtype"
-    with run.held(config), enough_memory(todo):
+    with run.held(config) as check, enough_memory(todo):
         store(run, photos)
         data = prepare(config, step_config.method, pipeline, photos, kept=run.class_latents)
-        checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+        checkpoints = open_checkpoints(run.checkpoints, config.checkpoint.keep, check)
         try:
             state, interrupted_by = loop(config, step_config, pipeline, data, run, checkpoints)
         finally:
             checkpoints.close()
         concept = to_concept(config, step_config.method, pipeline.fingerprint, state)
         if interrupted_by is None:
+            check()
             with explained(f"{run.artifact}: could not write the concept"):
                 concept_file.save(run.artifact, concept)
     return Outcome(concept, photos, interrupted_by)
@@ -101,7 +102,7 @@ def store(run: RunDir, photos: list[Photo]) -> None:
     """Stores the photos, unless the run has them; what is left of others, with which no step was taken, is replaced."""
     if not run.has_saved_steps and run.data.is_dir() and not is_stored(run, photos):
         warn(f"{run.data}: damaged, or not the photos of now; as no step was taken, they are stored anew")
-        shutil.rmtree(run.data)
+        remove_folder(run.data)
     with explained(f"{run.data}: could not store the photos"):
         dataset.write_dataset(run.data, photos)
 

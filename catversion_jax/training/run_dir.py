@@ -1,8 +1,7 @@
 """A run's folder: its files, the config that it belongs to, who works in it, and whether it is finished."""
 
 import contextlib
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,32 @@ from catversion_jax.config import Config
 from catversion_jax.methods import concept_file
 from catversion_jax.training.checkpoints import saved_steps
 from catversion_jax.training.distributed import Process
-from catversion_jax.training.report import FILE_NAME as REPORT
+from catversion_jax.training.status import FILE_NAME as STATUS
+from catversion_jax.utils.claims import Claim, found_claims, is_held
 from catversion_jax.utils.errors import UserError, refused
-from catversion_jax.utils.files import expand
 from catversion_jax.utils.identity import claim, differences, refuse_another
 from catversion_jax.utils.locks import SHARED, FileLock, lock_file
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import AnyPath, expand, remove_folder, size_of
 from catversion_jax.utils.records import read_record
 
 LOCK = ".lock"
+ALONE = "run"
+"""The name of the claim on a bucket's folder of who works there alone."""
+Check = Callable[[], None]
+"""Raises StorageError if another process has taken the folder over."""
 PATIENCE = 10.0
 """Seconds that a process of a batch waits for a sibling that is claiming the folder, which takes milliseconds."""
 OTHER = "choose another run_dir"
+PREVIEW = "preview.png"
+"""The images of a few prompts, beside each concept."""
 OF_EVERY_RUN = {"model.path", "train.steps"}
 """Keys that config.json has held from the first."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    path: Path
+    path: AnyPath
 
     @classmethod
     def of(cls, config: Config) -> "RunDir":
@@ -37,47 +43,51 @@ class RunDir:
         return cls(expand(config.run_dir))
 
     @property
-    def config(self) -> Path:
+    def config(self) -> AnyPath:
         return self.path / "config.json"
 
     @property
-    def data(self) -> Path:
+    def data(self) -> AnyPath:
         return self.path / "data"
 
     @property
-    def class_latents(self) -> Path:
+    def class_latents(self) -> AnyPath:
         return self.path / "class_latents.npy"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> AnyPath:
         return self.path / "checkpoints"
 
     @property
-    def events(self) -> Path:
+    def events(self) -> AnyPath:
         return self.path / "events"
 
     @property
-    def metrics(self) -> Path:
+    def metrics(self) -> AnyPath:
         return self.path / "metrics.jsonl"
 
     @property
-    def artifact(self) -> Path:
+    def artifact(self) -> AnyPath:
         return self.path / concept_file.FILE_NAME
 
     @property
-    def samples(self) -> Path:
+    def samples(self) -> AnyPath:
         return self.path / "samples.png"
+
+    @property
+    def preview(self) -> AnyPath:
+        return self.path / PREVIEW
 
     @property
     def finished(self) -> bool:
         return self.artifact.is_file() and self.samples.is_file()
 
-    def of_process(self, process: Process) -> Path:
+    def of_process(self, process: Process) -> AnyPath:
         """Returns the folder of checkpoints of one process of a batch."""
         return self.checkpoints / f"{process.index}-of-{process.count}"
 
     @property
-    def of_processes(self) -> list[Path]:
+    def of_processes(self) -> list[AnyPath]:
         """The folders of checkpoints of a batch, whichever process made them."""
         return sorted(self.checkpoints.glob("*-of-*"))
 
@@ -93,7 +103,7 @@ class RunDir:
     @property
     def has_progress(self) -> bool:
         """Whether a step was taken here; the folder then belongs to its config for good."""
-        return self.has_saved_steps or (self.metrics.is_file() and self.metrics.stat().st_size > 0)
+        return self.has_saved_steps or (self.metrics.is_file() and size_of(self.metrics) > 0)
 
     def belongs_to(self, config: Config) -> bool:
         """Returns whether the folder was claimed for this config."""
@@ -125,20 +135,30 @@ class RunDir:
         return ours and bool(self.differences(config)) and not self.has_progress
 
     @contextlib.contextmanager
-    def held(self, config: Config) -> Iterator[None]:
-        """Claims the folder for a run, and keeps it until the end of the context.
+    def held(self, config: Config) -> Iterator[Check]:
+        """Claims the folder for a run, and keeps it until the end of the context; gives a check that it still does.
 
         Raises UserError if another process is at work there, or if it cannot be written.
         """
+        if not isinstance(self.path, Path):
+            with self.claimed(ALONE) as check:
+                self.claim(config, alone=True)
+                yield check
+            return
         with self.lock(LOCK) as lock:
             if not lock.take():
                 raise UserError(f"{self.path}: another process trains here; wait for it, or {OTHER}")
             self.claim(config, alone=True)
-            yield
+            yield lambda: None
 
     @contextlib.contextmanager
-    def shared(self, config: Config, process: Process) -> Iterator[None]:
+    def shared(self, config: Config, process: Process) -> Iterator[Check]:
         """Claims the folder for one of the processes of a batch, as `held` does; other processes may join in."""
+        if not isinstance(self.path, Path):
+            with self.claimed(f"{process.index}-of-{process.count}", f"-of-{process.count}") as check:
+                self.claim(config, alone=False)
+                yield check
+            return
         with self.lock(LOCK) as folder, self.lock(f"{LOCK}-{process.index}-of-{process.count}") as own:
             alone = folder.take()
             if not alone and not folder.take(SHARED, PATIENCE):
@@ -148,7 +168,26 @@ class RunDir:
                 raise UserError(f"{self.path}: {which}; wait for it, or give this one another --process_id")
             self.claim(config, alone)
             folder.take(SHARED, PATIENCE)
-            yield
+            yield lambda: None
+
+    @contextlib.contextmanager
+    def claimed(self, name: str, with_ending: str = "\0") -> Iterator[Check]:
+        """Claims a bucket's folder by a name; others may be at work there whose names have that ending.
+
+        Raises UserError if another process is at work there.
+        """
+        claim = Claim(self.path, name)
+        if not claim.take():
+            raise UserError(f"{self.path}: another process trains here (claim {name}); wait for it, or {OTHER}")
+        try:
+            for other, number in found_claims(self.path):
+                if other != name and not other.endswith(with_ending) and is_held(self.path, other, number):
+                    raise UserError(
+                        f"{self.path}: another process trains here (claim {other}); wait for it, or {OTHER}"
+                    )
+            yield claim.check
+        finally:
+            claim.release()
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[FileLock]:
@@ -171,8 +210,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Removes what a run leaves before its first step."""
-        for path in (self.data, self.checkpoints, self.events):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-        for path in (self.class_latents, self.metrics, self.samples, self.path / REPORT, self.config):
+        for folder in (self.data, self.checkpoints, self.events):
+            remove_folder(folder)
+        for path in (self.class_latents, self.metrics, self.samples, self.path / STATUS, self.config):
             path.unlink(missing_ok=True)

@@ -1,37 +1,27 @@
 """Files that are read within limits, and files that are written completely or not at all."""
 
+import io
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from catversion_jax.utils.errors import UserError, refused
+from catversion_jax.utils.paths import AnyPath, explained_access, upload
 
 BOM = b"\xef\xbb\xbf"
 MIB = 2**20
 
 
-def expand(path: str | Path) -> Path:
-    """Expands a leading ~, which a shell leaves alone inside --flag=~/folder.
-
-    Raises UserError for a text that no file system takes as a path.
-    """
-    try:
-        expanded = Path(path).expanduser()
-        os.fsencode(expanded)
-    except RuntimeError as error:  # ~ of an unknown user, or of a user without a home
-        raise UserError(f"{path}: {str(error).rstrip('.')}; write the folder out") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{path}: not a path, as it holds half of a character; write it in UTF-8") from None
-    if "\0" in str(expanded):
-        raise UserError(f"{path}: not a path, as it holds a NUL; remove that")
-    return expanded
-
-
-def open_regular(path: Path, expected: str = "expected a file") -> BinaryIO:
+def open_regular(path: AnyPath, expected: str = "expected a file") -> BinaryIO | IO[Any]:
     """Opens a regular file for reading. Raises UserError for anything else: a device or a pipe may never end."""
+    if not isinstance(path, Path):
+        with explained_access(path), refused(f"{path}: cannot be read", expected):
+            # fsspec's own file has no limit for a line.
+            return io.BufferedReader(path.open("rb"))
     with refused(f"{path}: cannot be read", expected):
         # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -41,11 +31,12 @@ def open_regular(path: Path, expected: str = "expected a file") -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_bytes(path: Path, limit: int, expected: str) -> bytes:
+def read_bytes(path: AnyPath, limit: int, expected: str) -> bytes:
     """Returns the contents of a regular file. Raises UserError if it cannot be read or has more than `limit` bytes."""
     with open_regular(path, expected) as file, refused(f"{path}: cannot be read", expected):
         try:
-            data = file.read(limit + 1)
+            with explained_access(path):
+                data = file.read(limit + 1)
         except OSError as error:  # of reading, which does not name the file
             raise OSError(error.errno, error.strerror, str(path)) from error
     if len(data) > limit:
@@ -54,7 +45,7 @@ def read_bytes(path: Path, limit: int, expected: str) -> bytes:
     return data
 
 
-def read_text(path: Path, limit: int, expected: str) -> str:
+def read_text(path: AnyPath, limit: int, expected: str) -> str:
     """Returns the text of a UTF-8 file, with or without a byte order mark. Raises UserError for anything else."""
     try:
         return read_bytes(path, limit, expected).removeprefix(BOM).decode()
@@ -62,12 +53,19 @@ def read_text(path: Path, limit: int, expected: str) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; {expected}; save it as UTF-8") from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: AnyPath, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary file beside `path`, flushes it to disk and renames it to `path`.
 
     A crash or a full disk leaves the old file, or none. A symbolic link stays, and the file that it names is replaced.
-    An OSError names `path`. Raises UserError if `path` is something else than a regular file.
+    In a bucket it is one object, put from a temporary file of this machine. An OSError names `path`. Raises UserError
+    if `path` is something else than a regular file.
     """
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            write(temporary)
+            upload(temporary, path)
+        return
     target = checked_output(path)
     temporary = unused_name(target)
     try:
@@ -103,8 +101,14 @@ def checked_output(path: Path) -> Path:
     return target
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: AnyPath) -> None:
     """Raises an error, as `write_atomically` would, unless a file can be written at `path`; leaves it as it is."""
+    if not isinstance(path, Path):
+        probe = path.parent / f".{secrets.token_hex(8)}"
+        write_atomically(probe, Path.touch)
+        with explained_access(probe):
+            probe.unlink()
+        return
     target = checked_output(path)
     with refused(f"{path}: cannot be written", "choose another folder"):
         os.close(os.open(temporary := unused_name(target), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))

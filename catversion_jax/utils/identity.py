@@ -2,15 +2,15 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from catversion_jax.utils.errors import UserError, listed
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.paths import AnyPath, make_folder
 from catversion_jax.utils.records import read_record
 
 
-def differences(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> list[str]:
+def differences(path: AnyPath, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> list[str]:
     """Returns how the identity in the file at `path` differs from this one, a phrase for each key.
 
     Keys that the file lacks have the values in `defaults`. Raises UserError if it is no file of this kind.
@@ -25,17 +25,17 @@ def differences(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, 
     ]
 
 
-def refuse_another(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+def refuse_another(path: AnyPath, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
     """Raises UserError if the file at `path` says that its folder belongs to another run; see `differences`."""
     if path.is_file() and (found := differences(path, identity, defaults)):
         what = f"belongs to another config ({listed(found, between='; ')})"
         raise UserError(f"{path.parent}: {what}; give the same one, or another folder")
 
 
-def claim(path: Path, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+def claim(path: AnyPath, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
     """Creates a run's folder and writes its identity as JSON. Raises UserError if it belongs to another run."""
     refuse_another(path, identity, defaults)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if not path.is_file():
         write_atomically(path, lambda file: file.write_text(json.dumps(identity, indent=1) + "\n"))
 

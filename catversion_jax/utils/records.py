@@ -15,6 +15,7 @@ import msgspec
 from catversion_jax.utils.errors import UserError, short
 from catversion_jax.utils.files import BOM, MIB, open_own, open_regular, read_bytes
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import AnyPath, size_of
 
 RecordT = TypeVar("RecordT")
 
@@ -56,14 +57,14 @@ def encode(record: Any) -> str:
     return msgspec.json.encode(record).decode()
 
 
-def read_record(path: Path, kind: type[RecordT], expected: str = "expected a JSON file") -> RecordT:
+def read_record(path: AnyPath, kind: type[RecordT], expected: str = "expected a JSON file") -> RecordT:
     """Reads a JSON file. Raises UserError if it is missing, too large, or not a record of type `kind`."""
     if not path.exists():
         raise UserError(f"{path}: not found; {expected}")
     return decode(read_bytes(path, MOST_BYTES, expected), kind, str(path), expected)
 
 
-def read_lines(path: Path, kind: type[RecordT]) -> Iterator[RecordT]:
+def read_lines(path: AnyPath, kind: type[RecordT]) -> Iterator[RecordT]:
     """Yields the records of a JSON Lines file, if it exists, holding one in memory at a time.
 
     Lines that are not such records are left out, with one warning: a crash cuts the last line of a file.
@@ -74,7 +75,7 @@ def read_lines(path: Path, kind: type[RecordT]) -> Iterator[RecordT]:
     reason = ""
     expected = "expected a JSON object a line"
     with open_regular(path, expected) as file:
-        if os.fstat(file.fileno()).st_size > MOST_LINES_BYTES:
+        if size_of(path) > MOST_LINES_BYTES:
             raise UserError(f"{path}: larger than {MOST_LINES_BYTES // MIB} MiB; {expected}")
         for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES), b""), 1):
             if line.strip():

@@ -4,17 +4,19 @@
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand, read_text
+from catversion_jax.utils.files import read_text
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import expand, is_remote
 from catversion_jax.utils.records import MOST_BYTES, decode, read_record
 from catversion_jax.weights import hub, ldm, rules, safetensors, stated, torch_zip
+from catversion_jax.weights.bucket_files import fetch_from_bucket, fetch_one
 from catversion_jax.weights.foreign import what_folder
 from catversion_jax.weights.rules import Rule
 from catversion_jax.weights.tensor import Tensor
@@ -111,16 +113,22 @@ def open_source(path: str, revision: str = "", variant: str = "", prediction_typ
     config. Raises UserError if `path` is none of these or lacks a component.
     """
     local = expand(path)
+    if is_remote(local) and local.is_file():
+        local = fetch_one(local)
     if revision and local.exists():
         raise UserError(f"config.model.revision={revision!r}: {local} is local; unset it")
     if variant and local.is_file():
         raise UserError(f"config.model.variant={variant!r}: {local} is a single file; unset it")
     if local.is_file():
         source = open_single_file(local, prediction_type)
+    elif is_remote(local) and local.is_dir():
+        fetched = fetch_model(path, partial(fetch_from_bucket, local), variant, tuple(FOLDERS))
+        source = open_folder(path, fetched, variant, prediction_type)
     elif local.is_dir():
         source = open_folder(path, local, variant, prediction_type)
     elif path.count("/") == 1:
-        source = open_folder(path, download(path, revision, variant), variant, prediction_type)
+        fetched = fetch_model(path, partial(hub.fetch, path, revision), variant, DOWNLOADED)
+        source = open_folder(path, fetched, variant, prediction_type)
     else:
         raise UserError(
             f"{path}: not found; expected a folder, a file or a model's name (owner/name) on {hub.endpoint()}"
@@ -172,20 +180,21 @@ def read_scheduler(path: Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if (key, value) != ("lambda_min_clipped", None)}
 
 
-def download(repo: str, revision: str, variant: str) -> Path:
-    """Returns the cached folder of a Hugging Face model: configs, tokenizers and weights.
+def fetch_model(repo: str, fetch: Callable[[list[str]], Path], variant: str, components: Sequence[str]) -> Path:
+    """Returns the cached folder of a model elsewhere: configs, tokenizers and weights.
 
+    `fetch` copies the files that match its patterns, and returns the folder that they are in.
     PyTorch's pickles, then Flax's files, are downloaded only for components without safetensors; the plain files only
     for components without the variant, of a model that has it.
     """
     files = ["model_index.json", "scheduler/scheduler_config.json"]
-    files += [f"{FOLDERS[component]}/config.json" for component in DOWNLOADED]
+    files += [f"{FOLDERS[component]}/config.json" for component in components]
     files += [f"{folder}/{file}" for folder in TOKENIZERS.values() for file in TOKENIZER_FILES]
-    every = folders = [FOLDERS[component] for component in DOWNLOADED]
+    every = folders = [FOLDERS[component] for component in components]
     for wanted in dict.fromkeys((variant, "")):
         for form in FORMATS:
             files += [f"{folder}/{pattern}" for folder in folders for pattern in file_patterns(form, wanted)]
-            path = hub.fetch(repo, revision, files)
+            path = fetch(files)
             every = [folder for folder in every if (path / folder / "config.json").is_file()]
             folders = [folder for folder in every if folder in folders and not find_weights(path / folder, wanted)]
             if not folders:

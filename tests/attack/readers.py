@@ -30,11 +30,11 @@ from catversion_jax.methods import concept_file, official
 from catversion_jax.study.rows import CandidateRow
 from catversion_jax.study.study import once
 from catversion_jax.study.sweep import Score, known_scores
-from catversion_jax.training.checkpoints import Checkpoints, read_newest
+from catversion_jax.training.checkpoints import LocalCheckpoints, read_newest
 from catversion_jax.training.concept_data import latents_to_npy, read_latents
 from catversion_jax.training.metric_writer import MetricRow, MetricWriter
-from catversion_jax.training.report import Report, ReportEntry
 from catversion_jax.training.state import TrainState
+from catversion_jax.training.status import read_status
 from catversion_jax.utils import cache, cache_entries, identity, records
 from catversion_jax.weights import msgpack, safetensors, torch_zip
 from catversion_jax.weights.source import open_source
@@ -180,7 +180,7 @@ def train_state() -> TrainState:
 
 
 def write_checkpoint(folder: Path) -> None:
-    checkpoints = Checkpoints(folder / "checkpoints", 3)
+    checkpoints = LocalCheckpoints(folder / "checkpoints", 3)
     checkpoints.save(8, train_state(), {"seed": 0})
     checkpoints.close()
 
@@ -190,11 +190,8 @@ def read_checkpoint(folder: Path) -> str | None:
     return saved and f"{saved.step}{hash_tree(saved.state)}{sorted(saved.note.items())}"
 
 
-def read_report(folder: Path) -> Any:
-    report = Report(folder)
-    report.reconcile({"a": True, "b": False})
-    report.add(ReportEntry("b", "done"))
-    return list(report.entries())
+def read_concept_status(folder: Path) -> Any:
+    return read_status(folder / "status.json")
 
 
 def read_metrics(folder: Path) -> str:
@@ -293,11 +290,7 @@ READERS = {
         sealed=True,
     ),
     "checkpoint": Reader(write_checkpoint, read_checkpoint, sealed=True),
-    "report": Reader(
-        write_lines("report.jsonl", [{"id": "a", "status": "done", "loss": 0.5}, {"id": "b", "status": "failed"}]),
-        read_report,
-        mutation=change_line,
-    ),
+    "status": Reader(write_json("status.json", {"id": "a", "status": "done", "loss": 0.5}), read_concept_status),
     "metrics": Reader(
         write_lines("metrics.jsonl", [{"step": step, "loss": 0.5} for step in (1, 2, 3)]),
         read_metrics,

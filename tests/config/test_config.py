@@ -51,6 +51,7 @@ BAD = {
     "stop.patience": [0],
     "stop.margin": [-0.1, 1, math.nan],
     "batch.slots": [0],
+    "batch.previews": [-1],
     "mesh.fsdp": [0],
     "mesh.tensor": [0],
     "mesh.rules": [(("x", 1, "row"),)],

@@ -37,7 +37,9 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
     assert config_source("sd15:x") == f"{ROOT / 'configs' / 'sd15.py'}:x"
 
 
-@pytest.mark.parametrize("command", [["config", "sd16"], ["train", "--config=sd16"], ["train", "--config=configs/x.py"]])
+@pytest.mark.parametrize(
+    "command", [["config", "sd16"], ["train", "--config=sd16"], ["train", "--config=configs/x.py"]]
+)
 def test_unknown_names(command):
     line = error_of(*command)
     assert "no such config file; expected a path, or one of mini, sd14, sd15" in line

@@ -22,7 +22,7 @@ from catversion_jax.study import accuracy, scoring, settings, study, table, tabl
 from catversion_jax.study.scoring import Scorer
 from catversion_jax.study.settings import Setting
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand
+from catversion_jax.utils.paths import expand
 from configs.mini import get_config
 from tests import tiny
 from tests.commands import error_of

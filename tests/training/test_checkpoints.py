@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from catversion_jax.training.checkpoints import Checkpoints, explained, read_newest
+from catversion_jax.training.checkpoints import LocalCheckpoints, explained, read_newest
 from catversion_jax.training.interrupted import read_interrupted
 from catversion_jax.training.state import TrainState
 from catversion_jax.utils.errors import StorageError, UserError
@@ -41,7 +41,7 @@ def assert_same(ours: TrainState, theirs: TrainState) -> None:
 
 
 def write(folder: Path, steps=STEPS) -> Path:
-    checkpoints = Checkpoints(folder, keep=3)
+    checkpoints = LocalCheckpoints(folder, keep=3)
     for step in steps:
         checkpoints.save(step, state(step), NOTE)
     checkpoints.close()
@@ -105,7 +105,7 @@ def test_a_damaged_newest_falls_back(folder, caplog, kind):
     assert warning.startswith(f"{folder}/12: not a readable checkpoint (")
     assert warning.endswith("; going on from step 8, the newest that is readable")
 
-    own = Checkpoints(folder, keep=3)
+    own = LocalCheckpoints(folder, keep=3)
     assert_same(own.restore(state(0)), state(8))
     own.save(12, state(12), NOTE)
     own.close()
@@ -130,7 +130,7 @@ def test_nothing_was_saved(tmp_path):
     assert read_newest(tmp_path / "nowhere", like) is None
     (tmp_path / "7").touch()  # no folder
     assert read_newest(tmp_path, like) is None
-    assert Checkpoints(tmp_path / "new", keep=1).restore(state(0)) is None
+    assert LocalCheckpoints(tmp_path / "new", keep=1).restore(state(0)) is None
 
 
 def test_one_flipped_bit_is_noticed(folder):
@@ -171,7 +171,7 @@ def test_a_sibling_that_is_saving_is_left_alone(folder):
     assert concepts.keys() == {"a"}
     assert (concepts["a"].digest, int(concepts["a"].state.step[0])) == ("d", 12)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    own = Checkpoints(folder, keep=3)
+    own = LocalCheckpoints(folder, keep=3)
     own.save(20, state(20), NOTE)
     own.close()
     assert not saving.exists()

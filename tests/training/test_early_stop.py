@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from catversion_jax.config.sections import StopConfig
-from catversion_jax.training.checkpoints import Checkpoints, read_newest
+from catversion_jax.training.checkpoints import LocalCheckpoints, read_newest
 from catversion_jax.training.step import noted
 from tests.training.test_checkpoints import NOTE, assert_same, state
 
@@ -64,7 +64,7 @@ def test_the_result(stop, losses, step):
 def test_a_checkpoint_of_a_version_that_kept_no_best(tmp_path):
     """It goes on; its best so far counts as the one that it has."""
     like = at(0)
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = LocalCheckpoints(tmp_path, keep=1)
     checkpoints.save(4, state(4), NOTE)
     checkpoints.close()
     path = Path(tmp_path / "4" / "config" / "metadata")

@@ -18,8 +18,8 @@ from catversion_jax.training import step
 from catversion_jax.training.interrupted import InterruptedConcept
 from catversion_jax.training.loop import enough_memory, not_finite, signals
 from catversion_jax.training.many_concepts import ManyConcepts, Share, refuse_changed_lines
-from catversion_jax.training.report import DONE, Report, ReportEntry
 from catversion_jax.training.run_dir import RunDir
+from catversion_jax.training.status import DONE, ConceptStatus, write_status
 from catversion_jax.utils.errors import UserError
 from tests.training.test_checkpoints import state
 from tests.training.test_many_concepts import LINES, write
@@ -110,12 +110,10 @@ def line(**changes) -> Line:
 def test_a_changed_line_is_not_done_already(share, changes):
     """Its concept was learned with other values."""
     run = RunDir.of(share.config)
-    report = Report(run.path)
-    report.add(ReportEntry("a", DONE, steps=3, digest=line(**changes).digest))
-    refuse_changed_lines(share, run, report)  # a report without the concept's file is worth nothing
-    (run.path / "a" / "concept.safetensors").touch()
+    write_status(run.path / "a", ConceptStatus("a", DONE, steps=3, digest=line(**changes).digest))
+    refuse_changed_lines(share, run, set())  # a status without the concept's file is worth nothing
     with pytest.raises(UserError) as error:
-        refuse_changed_lines(share, run, report)
+        refuse_changed_lines(share, run, {"a"})
     assert str(error.value) == (
         f"{share.manifest}: concepts that are done already have other values here (a); give the old values or another "
         f"id, or remove {run.path}/ID to learn it anew"
@@ -127,14 +125,12 @@ def test_a_changed_line_is_not_done_already(share, changes):
     [None, {}, {"id": "b", "masks": "", "article": ""}, {"seed": 0}, {"steps": 1000}, {"dir": "./teapot/train/"}],
 )
 def test_a_line_that_is_done(share, changes):
-    """With the same values in any spelling, or by a report of an older version, which has no digest."""
+    """With the same values in any spelling, or by a status of an older version, which has no digest."""
     run, config = RunDir.of(share.config), share.config
     folder = share.manifest.parent
     digest = None if changes is None else line(**changes).resolved(folder, config.seed, config.train.steps).digest
-    (run.path / "a" / "concept.safetensors").touch()
-    report = Report(run.path)
-    report.add(ReportEntry("a", DONE, steps=3, digest=digest))
-    refuse_changed_lines(share, run, report)
+    write_status(run.path / "a", ConceptStatus("a", DONE, steps=3, digest=digest))
+    refuse_changed_lines(share, run, {"a"})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from catversion_jax.config import Config
 from catversion_jax.data.photos import read_photos
 from catversion_jax.training import loop as training_loop
-from catversion_jax.training.checkpoints import Checkpoints
+from catversion_jax.training.checkpoints import LocalCheckpoints
 from catversion_jax.training.concept_data import prepare
 from catversion_jax.training.loop import loop
 from catversion_jax.training.run_dir import RunDir
@@ -28,7 +28,7 @@ def run_loop(model, pipeline, run_dir):
     needed = {name: pipeline.params[name] for name in ("text", "unet")}
     bare = replace(pipeline, params=needed, tokenizers=())
     run = RunDir(run_dir)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+    checkpoints = LocalCheckpoints(run.checkpoints, config.checkpoint.keep)
     state, _ = loop(config, step_config, bare, data, run, checkpoints)
     checkpoints.close()
     return state

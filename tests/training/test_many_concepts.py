@@ -59,10 +59,10 @@ def write(path: Path, lines: list[dict]) -> Path:
 
 
 def report(run_dir: Path) -> dict[str, dict]:
-    """The report by id; no id occurs twice."""
-    entries = [json.loads(line) for line in (run_dir / "report.jsonl").read_text().splitlines()]
-    assert len({entry["id"] for entry in entries}) == len(entries)
-    return {entry["id"]: entry for entry in entries}
+    """What became of each concept, by id."""
+    entries = {path.parent.name: json.loads(path.read_text()) for path in run_dir.glob("*/status.json")}
+    assert {id: entry["id"] for id, entry in entries.items()} == {id: id for id in entries}
+    return entries
 
 
 def prefixes(run_dir: Path, ids="abcd") -> dict[str, np.ndarray]:

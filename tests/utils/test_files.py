@@ -2,11 +2,13 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import expand, open_own, open_regular, read_bytes, read_text, write_atomically
+from catversion_jax.utils.files import open_own, open_regular, read_bytes, read_text, write_atomically
+from catversion_jax.utils.paths import expand
 
 
 def write(path, text: str = "new") -> None:
@@ -33,7 +35,7 @@ def test_home(monkeypatch):
 
 def test_not_regular(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # that nobody writes to: opening it must not wait
-    for path in (tmp_path / "pipe", tmp_path, "/dev/zero", "/dev/null"):
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero"), Path("/dev/null")):
         with pytest.raises(UserError, match="not a regular file; expected a thing"):
             open_regular(path, "expected a thing")
     with pytest.raises(UserError, match=r"nowhere: cannot be read \(No such file or directory\); expected a thing"):

@@ -1,0 +1,1 @@
+"""Buckets of both kinds, on real servers of this machine."""
