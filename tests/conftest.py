@@ -73,7 +73,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def mini() -> pipeline.Pipeline:
+def mini() -> pipeline.BasePipeline:
     return pipeline.load_pipeline()
 
 
@@ -84,7 +84,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline(tiny_model) -> pipeline.Pipeline:
+def tiny_pipeline(tiny_model) -> pipeline.BasePipeline:
     return tiny.load(tiny_model)
 
 

@@ -74,7 +74,7 @@ INVERSE = {
 }
 
 
-def load(folder: Path | str, **how) -> pipeline.Pipeline:
+def load(folder: Path | str, **how) -> pipeline.BasePipeline:
     """A model's pipeline on the default device; `how` are fields of ModelConfig."""
     return pipeline.load_pipeline(pipeline.ModelConfig(str(folder), **how))
 

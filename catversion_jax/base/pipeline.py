@@ -92,7 +92,7 @@ class Networks:
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, not by parameters
-class Pipeline:
+class BasePipeline:
     """A loaded base model. `params` has the keys text (one tree per text encoder), unet and vae."""
 
     networks: Networks
@@ -253,7 +253,7 @@ def check_conditioning(unet: UNetConfig, texts: Sequence[CLIPTextConfig], where:
         )
 
 
-def load_pipeline(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Rules = ()) -> Pipeline:
+def load_pipeline(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Rules = ()) -> BasePipeline:
     """Loads a Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds it.
 
     `model.dtype` is the dtype of the text encoders' and the UNet's weights and computation; the VAE's is float32. The
@@ -294,7 +294,7 @@ def load_pipeline(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, 
         encoders = tuple(CLIPTextModel(replace(encoder.config, skip=1)) for encoder in encoders)
     resolution = unet.config.sample_size * vae.config.downscale
     unet = UNet2DConditionModel(replace(unet.config, resolution=resolution))
-    return Pipeline(
+    return BasePipeline(
         networks=Networks(encoders, unet, vae, schedule),
         params={"text": tuple(params[name] for name in texts), "unet": params["unet"], "vae": params["vae"]},
         tokenizers=tokenizers,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from catversion_jax.base.noise_schedule import NoiseSchedule
-from catversion_jax.base.pipeline import COMPONENTS, DTYPES, Networks, Pipeline, abstract
+from catversion_jax.base.pipeline import COMPONENTS, DTYPES, BasePipeline, Networks, abstract
 from catversion_jax.utils.types import Array, Float, Key, Params
 from catversion_jax.weights import ldm
 
@@ -47,7 +47,7 @@ RANDOM_FOR = (SD15, "CompVis/stable-diffusion-v1-4")
 """Models that random weights stand in for if they are not on the disk."""
 
 
-def random_model(dtype: str) -> Pipeline:
+def random_model(dtype: str) -> BasePipeline:
     """Returns Stable Diffusion 1.x with random weights, made on the device.
 
     It has neither the VAE's parameters nor a tokenizer, which the step does not need.
@@ -59,7 +59,7 @@ def random_model(dtype: str) -> Pipeline:
         "text": (random_params(abstract("text", text_encoder), dtype),),
         "unet": random_params(abstract("unet", unet), dtype),
     }
-    return Pipeline(Networks((text_encoder,), unet, vae, schedule), params, tokenizers=(), fingerprint="")
+    return BasePipeline(Networks((text_encoder,), unet, vae, schedule), params, tokenizers=(), fingerprint="")
 
 
 def random_params(shapes: Params, dtype: Any) -> Params:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.base.pipeline import DTYPES, Networks, Pipeline, abstract
+from catversion_jax.base.pipeline import DTYPES, BasePipeline, Networks, abstract
 from catversion_jax.base.text_states import PromptStates, lower_layers
 from catversion_jax.bench.machine import check_free, on_cpu
 from catversion_jax.bench.row import Row, with_flops
@@ -27,7 +27,7 @@ PHOTOS = 5  # of each concept
 
 
 def ours(
-    config: Config, pipeline: Pipeline, length: int, peak: float | None, row: Row
+    config: Config, pipeline: BasePipeline, length: int, peak: float | None, row: Row
 ) -> tuple[Row, Callable[[], object]]:
     """Compiles the step twice and warms it up; returns the row without its times, and a dispatch of `length` steps."""
     step_config = StepConfig.of(config, pipeline.networks, row.concepts)

@@ -5,6 +5,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
+from catversion_jax.api.pipeline import Pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.cli.flags import (
     define_embedding,
@@ -18,10 +19,10 @@ from catversion_jax.cli.flags import (
     make_out,
 )
 from catversion_jax.methods.composition import check_composition
-from catversion_jax.methods.concept_model import load_for_concepts, model_of, warnings
+from catversion_jax.methods.concept_model import model_of, warnings
 from catversion_jax.sampling.conditioning import acts, movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
-from catversion_jax.sampling.sampler import SampleRequest, sample_images
+from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid, reduced
@@ -57,17 +58,17 @@ def main(arguments: flags.FlagValues) -> int:
     out = expand(arguments.out)
     if not arguments.check:
         make_out(out)
-    pipeline, unsure = load_for_concepts(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
-    for warning in unsure + warnings(pipeline, prompts, list(concepts.values())):
-        warn(warning)
+    pipe = Pipeline.for_concepts(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
     if arguments.check:
+        for warning in warnings(pipe.base, prompts, list(concepts.values())):
+            warn(warning)
         for concept in concepts.values():
             others = [other for other in acting if other is not concept]
-            lines = movement(pipeline, prompts, concept, others)
+            lines = movement(pipe.base, prompts, concept, others)
             print(*(f"{concept.class_word}: {line}" if others else line for line in lines), sep="\n")
         return 0
     request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt)
-    rows = write_images(out, request, sample_images(pipeline, request, acting))
+    rows = write_images(out, request, pipe.sample(request, list(concepts.values())))
     path = free_grid_name(out)
     write_atomically(path, wrapped_grid(rows).save)
     count, shown = len(request.prompts), sum(map(len, rows.values()))

@@ -8,7 +8,7 @@ from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.config import Config
 from catversion_jax.data.photos import Photo, describe_masks
 from catversion_jax.training.previews import preview_of, sample_grid, sample_prompts
-from catversion_jax.training.run import load_model, train
+from catversion_jax.training.run import Watch, load_model, train
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.status import DONE, ConceptStatus, write_status
 from catversion_jax.utils.files import write_atomically
@@ -23,8 +23,9 @@ def main(arguments: flags.FlagValues) -> int:
     return run_training(checked_config(arguments), arguments.resume)
 
 
-def print_masks(photos: Sequence[Photo]) -> None:
-    """Prints which mask belongs to which photo, before the training: a wrong one is seen while nothing is lost."""
+def print_photos(photos: Sequence[Photo]) -> None:
+    """Prints how many photos there are, and their masks, before the training: while nothing is lost yet."""
+    print(f"photos:   {len(photos)}", flush=True)
     for line in describe_masks(photos):
         print(line, flush=True)
 
@@ -37,7 +38,7 @@ def run_training(config: Config, resume: bool = False) -> int:
         print(f"{run.path}: finished already; nothing to do")
         return 0
     pipeline = load_model(config)
-    outcome = train(config, run, pipeline, print_masks)
+    outcome = train(config, run, pipeline, Watch(print_photos))
     concept = outcome.concept
     if outcome.interrupted_by:
         print(f"{run.path}: stopped at step {concept.steps} of {config.train.steps}; continue with --resume")

@@ -2,6 +2,7 @@
 
 from catversion_jax.config.config import OF_A_RUN, Config, default, from_config_dict, to_config_dict
 from catversion_jax.config.published import JUDGED, PROMPTS, stable_diffusion
+from catversion_jax.config.shipped import load_config
 
 __all__ = [
     "JUDGED",
@@ -10,6 +11,7 @@ __all__ = [
     "Config",
     "default",
     "from_config_dict",
+    "load_config",
     "stable_diffusion",
     "to_config_dict",
 ]

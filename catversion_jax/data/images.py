@@ -6,6 +6,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
@@ -52,6 +53,14 @@ def open_photo(path: AnyPath) -> Image.Image:
     image = open_image(path)
     with damage_named(path), our_limits():
         return to_rgb(to_srgb(image, path))
+
+
+def in_srgb(image: Image.Image) -> Image.Image:
+    """Returns an image in memory as `open_photo` gives it from a file. Raises UserError if it cannot be converted."""
+    name = Path("an image in memory")
+    with damage_named(name), our_limits():
+        image.load()
+        return to_rgb(to_srgb(upright(image, name), name))
 
 
 def open_image(path: AnyPath) -> Image.Image:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from catversion_jax.data.images import FORMATS, open_photo
+from catversion_jax.data.images import FORMATS, in_srgb, open_photo
 from catversion_jax.data.photo_folder import split_folder, stem_of
 from catversion_jax.data.subject_masks import HALF, find_masks, open_mask, warn_of_masks
 from catversion_jax.utils.errors import UserError, listed, one_line
@@ -119,6 +119,21 @@ def read_photos(
     photos = [file.read(resolution) for file in find_photos(folder, masks_dir, rules)]
     warn_of_masks(expand(folder), mask_shares(photos))
     return photos
+
+
+def given_photos(photos: Sequence[str | AnyPath | Image.Image], resolution: int) -> list[Photo]:
+    """Reads files, or takes images in memory, cropped to squares of `resolution` pixels; without masks.
+
+    They are named by their place. Raises UserError for none, for too many, and for a file that is not a photo.
+    """
+    if not 1 <= len(photos) <= MAX_PHOTOS:
+        raise UserError(f"{len(photos)} photos; expected 1 to {MAX_PHOTOS}")
+
+    def read(photo: str | AnyPath | Image.Image) -> np.ndarray:
+        image = in_srgb(photo) if isinstance(photo, Image.Image) else open_photo(expand(photo))
+        return fit(image, resolution, Image.Resampling.BICUBIC)
+
+    return [Photo(f"{i:03}", read(photo), None) for i, photo in enumerate(photos)]
 
 
 def mask_shares(photos: Iterable[Photo]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.base.pipeline import Networks, Pipeline
+from catversion_jax.base.pipeline import BasePipeline, Networks
 from catversion_jax.models.unet import Context
 from catversion_jax.training.state import Frozen
 from catversion_jax.training.step import Minibatch, prediction_error
@@ -31,7 +31,7 @@ def batch_error(
     return prediction_error(frozen, batch, context, networks=networks)
 
 
-def heldout_loss(pipeline: Pipeline, latents: Float[np.ndarray, "N h w c"], context: Context) -> float:
+def heldout_loss(pipeline: BasePipeline, latents: Float[np.ndarray, "N h w c"], context: Context) -> float:
     """Returns the loss on latents at fixed timesteps and noise, conditioned on one prompt."""
     networks, params = pipeline.networks, pipeline.params
     frozen = Frozen(params["unet"], params["text"], jnp.asarray(networks.schedule.alphas_cumprod))

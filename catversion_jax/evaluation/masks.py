@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.base.noise_schedule import add_noise
-from catversion_jax.base.pipeline import Networks, Pipeline
+from catversion_jax.base.pipeline import BasePipeline, Networks
 from catversion_jax.base.words import token_weights
 from catversion_jax.data.latents import posteriors
 from catversion_jax.models.unet import Context
@@ -78,7 +78,7 @@ def word_attention(
 
 
 def attention_masks(
-    pipeline: Pipeline,
+    pipeline: BasePipeline,
     images: UInt8[np.ndarray, "N H W 3"],
     prompts: Sequence[str],
     class_word: str,

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from catversion_jax.base.pipeline import Pipeline, load_pipeline
+from catversion_jax.base.pipeline import BasePipeline, load_pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.base.words import without_word
 from catversion_jax.data.photos import FolderRules, PhotoFile, find_photos
@@ -123,7 +123,7 @@ load_once = functools.cache(load_pipeline)
 """`load_pipeline`, but concepts of one base model share it."""
 
 
-def base_model(task: ConceptTask, config: EvaluationConfig) -> Pipeline:
+def base_model(task: ConceptTask, config: EvaluationConfig) -> BasePipeline:
     """Loads the model to sample from. Raises UserError if the concept was not learned in it."""
     concepts = {str(task.source): task.concept}
     pipeline, warnings = load_for_concepts(concepts, model_of(concepts, config.model, config.dtype), load_once)
@@ -132,7 +132,7 @@ def base_model(task: ConceptTask, config: EvaluationConfig) -> Pipeline:
     return pipeline
 
 
-def check_class_word(pipeline: Pipeline, task: ConceptTask) -> None:
+def check_class_word(pipeline: BasePipeline, task: ConceptTask) -> None:
     """Raises UserError if a prompt lacks the class word."""
     word = task.concept.class_word
     without = without_word(pipeline.tokenizers, word, task.prompts)
@@ -144,7 +144,7 @@ def check_class_word(pipeline: Pipeline, task: ConceptTask) -> None:
 
 
 def sample(
-    pipeline: Pipeline,
+    pipeline: BasePipeline,
     prompts: Sequence[str],
     config: EvaluationConfig,
     concepts: Sequence[Concept] = (),
@@ -158,14 +158,14 @@ def sample(
 
 @functools.cache
 def sample_base(
-    pipeline: Pipeline, prompts: tuple[str, ...], config: EvaluationConfig
+    pipeline: BasePipeline, prompts: tuple[str, ...], config: EvaluationConfig
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
     """Samples the base model's images, which are cached since all concepts share them."""
     return sample(pipeline, prompts, config)
 
 
 def sample_task(
-    pipeline: Pipeline, task: ConceptTask, config: EvaluationConfig, encoders: Encoders
+    pipeline: BasePipeline, task: ConceptTask, config: EvaluationConfig, encoders: Encoders
 ) -> Samples[MaskedImages]:
     """Samples images of the concept, finds masks if the references have masks, and measures the prior drift."""
     concept = task.concept
@@ -197,7 +197,7 @@ def sample_task(
 
 
 def measure_drift(
-    pipeline: Pipeline, concept: Concept, config: EvaluationConfig, encoders: Encoders
+    pipeline: BasePipeline, concept: Concept, config: EvaluationConfig, encoders: Encoders
 ) -> dict[str, Values]:
     """Returns the drift of each unrelated prompt that does not contain the class word."""
     prompts = tuple(without_word(pipeline.tokenizers, concept.class_word, config.unrelated))

@@ -54,6 +54,15 @@ class Concept:
         """The concept at another strength; None keeps its own."""
         return self if strength is None else dataclasses.replace(self, strength=strength)
 
+    def save(self, path: str | AnyPath) -> None:
+        """Writes the concept to a file, completely or not at all. Raises StorageError or UserError if that fails."""
+        save(expand(path), self)
+
+    @classmethod
+    def load(cls, path: str | AnyPath) -> "Concept":
+        """Reads a concept from its file or a run's folder, here or in a bucket. Raises UserError for another."""
+        return load(path)
+
     def metadata(self) -> dict[str, Any]:
         """Everything but the arrays, in JSON's types."""
         of_method = {} if self.method_name == DEFAULT_METHOD else {"method": self.method_name}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from catversion_jax.base.pipeline import MINI, ModelConfig, Pipeline, load_pipeline
+from catversion_jax.base.pipeline import MINI, BasePipeline, ModelConfig, load_pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.base.words import is_word_cut, without_words
 from catversion_jax.methods import concept_file
@@ -35,8 +35,8 @@ def model_of(concepts: Mapping[str, Concept], path: str = "", dtype: str = Model
 
 
 def load_for_concepts(
-    concepts: Mapping[str, Concept], model: ModelConfig, load: Callable[[ModelConfig], Pipeline] = load_pipeline
-) -> tuple[Pipeline, list[str]]:
+    concepts: Mapping[str, Concept], model: ModelConfig, load: Callable[[ModelConfig], BasePipeline] = load_pipeline
+) -> tuple[BasePipeline, list[str]]:
     """Loads a base model for concepts, given by their sources; returns it with warnings.
 
     Raises UserError if a concept was trained in another text encoder or does not fit the model's networks.
@@ -51,7 +51,7 @@ def load_for_concepts(
     return pipeline, warnings
 
 
-def warnings(pipeline: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+def warnings(pipeline: BasePipeline, prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     """Returns one warning for each likely mistake: a strength of 0, no class word in a prompt, a truncated prompt."""
     lines = []
     idle = [concept for concept in concepts if not concept.strength]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catversion_jax.base.pipeline import Networks, Pipeline
+from catversion_jax.base.pipeline import BasePipeline, Networks
 from catversion_jax.base.text_states import lower_layers
 from catversion_jax.methods import composition
 from catversion_jax.methods.base import BaseModel, Method
@@ -42,7 +42,7 @@ def encode_prompts(
 
 
 def condition(
-    pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None = None, others: Sequence[Concept] = ()
+    pipeline: BasePipeline, prompts: Sequence[str], concept: Concept | None = None, others: Sequence[Concept] = ()
 ) -> Context:
     """Encodes prompts into the UNet's conditioning.
 
@@ -58,7 +58,7 @@ def acts(concept: Concept | None) -> TypeGuard[Concept]:
 
 
 def token_ids_of(
-    pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None
+    pipeline: BasePipeline, prompts: Sequence[str], concept: Concept | None
 ) -> tuple[Int[np.ndarray, "B Q"], ...]:
     """Returns what each text encoder is given: the prompts' tokens, with the concept's identifier."""
     given = concept if acts(concept) else None
@@ -66,7 +66,7 @@ def token_ids_of(
 
 
 def condition_tokens(
-    pipeline: Pipeline,
+    pipeline: BasePipeline,
     token_ids: Sequence[Int[np.ndarray, "B Q"]],
     concept: Concept | None,
     others: Sequence[Concept] = (),
@@ -96,7 +96,7 @@ def condition_tokens(
     return jax.tree.map(lambda x, y: jnp.where(touched.reshape(-1, *[1] * (x.ndim - 1)), x, y), moved, base())
 
 
-def with_unet(pipeline: Pipeline, concept: Concept | None) -> Pipeline:
+def with_unet(pipeline: BasePipeline, concept: Concept | None) -> BasePipeline:
     """Returns the pipeline with the concept's UNet, if its method changes it."""
     if not acts(concept) or not concept.method.changes_unet:
         return pipeline
@@ -104,7 +104,7 @@ def with_unet(pipeline: Pipeline, concept: Concept | None) -> Pipeline:
     return replace(pipeline, params=pipeline.params | {"unet": unet})
 
 
-def context(pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None = None) -> Context:
+def context(pipeline: BasePipeline, prompts: Sequence[str], concept: Concept | None = None) -> Context:
     """Returns the UNet's conditioning on prompts, float32, on the host."""
     # One prompt at a time, so that one compiled program serves any number of prompts.
     parts = [condition(pipeline, [prompt], concept) for prompt in prompts]
@@ -112,7 +112,7 @@ def context(pipeline: Pipeline, prompts: Sequence[str], concept: Concept | None 
 
 
 def movement(
-    pipeline: Pipeline, prompts: Sequence[str], concept: Concept, others: Sequence[Concept] = ()
+    pipeline: BasePipeline, prompts: Sequence[str], concept: Concept, others: Sequence[Concept] = ()
 ) -> Iterator[str]:
     """Yields a line per prompt: the relative L2 change of its text states, and the token where it is largest.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.methods import concept_file, model_names
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.methods.concept_file import Concept
@@ -49,7 +49,9 @@ def write_concept(out: AnyPath, concept: Concept) -> list[str]:
     return [*FILES, *CONCEPTS]
 
 
-def write_embeds(path: AnyPath, pipeline: Pipeline, request: SampleRequest, concept: Concept, model_path: str) -> None:
+def write_embeds(
+    path: AnyPath, pipeline: BasePipeline, request: SampleRequest, concept: Concept, model_path: str
+) -> None:
     """Writes the text states of the request's prompts, named like the arguments of a diffusers pipeline.
 
     There are as many negative as positive ones, since diffusers expects both in one shape.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.base import schedulers
-from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.base.words import token_weights
 from catversion_jax.methods.composition import check_composition
@@ -39,7 +39,7 @@ class SampleRequest:
 
 
 def sample_images(
-    pipeline: Pipeline, request: SampleRequest, concepts: Sequence[Concept] = ()
+    pipeline: BasePipeline, request: SampleRequest, concepts: Sequence[Concept] = ()
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     """Returns an iterator over the request's images, in its order, which are sampled on demand.
 
@@ -73,7 +73,7 @@ def check_finite(finite: Bool[Array, ""] | bool, network: str) -> None:
 
 
 def branches(
-    pipeline: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept]
+    pipeline: BasePipeline, prompts: Sequence[str], concepts: Sequence[Concept]
 ) -> tuple[list[Context], Float[np.ndarray, "W B K"] | None]:
     """Returns the conditioning of each conditional branch, and where the words of several concepts are.
 
@@ -87,7 +87,7 @@ def branches(
 
 
 def sample_latents(
-    pipeline: Pipeline, request: SampleRequest, concepts: Sequence[Concept] = ()
+    pipeline: BasePipeline, request: SampleRequest, concepts: Sequence[Concept] = ()
 ) -> Iterator[tuple[Float[Array, "B h w c"], int]]:
     """Returns an iterator over the latents of `sample_images`: a batch, and how many of its images were requested."""
     net, sampler = pipeline.networks, request.sampler

@@ -6,7 +6,7 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.data.photos import read_photos
 from catversion_jax.evaluation import metrics, scores
@@ -37,7 +37,7 @@ class Scored:
 class Scorer:
     """How the concepts of every row are sampled and scored."""
 
-    pipeline: Pipeline
+    pipeline: BasePipeline
     encoders: Encoders
     config: EvaluationConfig
     templates: tuple[str, ...]

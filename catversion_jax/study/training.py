@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 
-from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.config import Config
 from catversion_jax.data.concept_sets import ConceptFolder
 from catversion_jax.methods import concept_file
@@ -25,7 +25,7 @@ SLOTS = len(TRIED_ON)
 
 
 def train_setting(
-    config: Config, folders: Sequence[ConceptFolder], out: AnyPath, pipeline: Pipeline
+    config: Config, folders: Sequence[ConceptFolder], out: AnyPath, pipeline: BasePipeline
 ) -> tuple[dict[str, Concept], float | None]:
     """Returns the concept of each folder, by its name, and the seconds per concept.
 
@@ -43,7 +43,7 @@ def train_setting(
     return {folder.name: concept_file.load(out / folder.name) for folder in folders}, taken
 
 
-def side_by_side(config: Config, folders: Sequence[ConceptFolder], out: AnyPath, pipeline: Pipeline) -> None:
+def side_by_side(config: Config, folders: Sequence[ConceptFolder], out: AnyPath, pipeline: BasePipeline) -> None:
     lines = [
         {"id": folder.name, "dir": str(folder.train), "masks": str(folder.train_masks), **folder.description}
         for folder in folders
@@ -59,13 +59,13 @@ def side_by_side(config: Config, folders: Sequence[ConceptFolder], out: AnyPath,
         raise UserError(f"{out}: a concept was not learned; catversion status {out} says why")
 
 
-def separately(config: Config, folders: Sequence[ConceptFolder], out: AnyPath, pipeline: Pipeline) -> None:
+def separately(config: Config, folders: Sequence[ConceptFolder], out: AnyPath, pipeline: BasePipeline) -> None:
     for folder in folders:
         with_masks = config.replaced({"data.masks_dir": str(folder.train_masks)})
         train_alone(with_masks, folder, out, pipeline)
 
 
-def train_alone(config: Config, folder: ConceptFolder, out: AnyPath, pipeline: Pipeline) -> Concept:
+def train_alone(config: Config, folder: ConceptFolder, out: AnyPath, pipeline: BasePipeline) -> Concept:
     """Trains a concept in a run of its own in `out`, unless it exists; returns it."""
     config = config.replaced(folder.changes() | {"run_dir": str(out / folder.name)})
     check_settings(config)

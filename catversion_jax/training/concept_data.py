@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.base.text_states import lower_layers
 from catversion_jax.base.tokenizer import Tokenizer
 from catversion_jax.base.words import find_word, without_word
@@ -41,7 +41,7 @@ class Images(NamedTuple):
 def prepare(
     config: Config,
     method: Method,
-    pipeline: Pipeline,
+    pipeline: BasePipeline,
     photos: Sequence[Photo],
     size: int = 0,
     kept: AnyPath | None = None,
@@ -69,7 +69,7 @@ def prepare(
     return jax.tree.map(lambda x: np.asarray(x)[None], data)
 
 
-def check_prompts(config: Config, method: Method, pipeline: Pipeline) -> None:
+def check_prompts(config: Config, method: Method, pipeline: BasePipeline) -> None:
     """Raises UserError if nothing could be learned, as no training prompt has a place where the concept enters.
 
     Warns of the prompts that have none, or that lack the class word.
@@ -122,7 +122,7 @@ def told_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> str:
 def to_data(
     config: Config,
     method: Method,
-    pipeline: Pipeline,
+    pipeline: BasePipeline,
     images: Images,
     token_ids: Sequence[Int[np.ndarray, "T Q"]],
     size: int,
@@ -183,7 +183,7 @@ def subject_weights(
 
 
 def class_images(
-    config: Config, method: Method, pipeline: Pipeline, prompts: Sequence[str], kept: AnyPath | None
+    config: Config, method: Method, pipeline: BasePipeline, prompts: Sequence[str], kept: AnyPath | None
 ) -> ConceptData:
     """Returns the base model's images of the class, for the training prompts in turn, without the identifier.
 
@@ -203,7 +203,7 @@ def class_images(
     return to_data(config, method, pipeline, Images(mean, np.zeros_like(mean), weight), token_ids, bucket(count))
 
 
-def sample_class(pipeline: Pipeline, request: SampleRequest) -> Float[np.ndarray, "N h w c"]:
+def sample_class(pipeline: BasePipeline, request: SampleRequest) -> Float[np.ndarray, "N h w c"]:
     """Samples the latents of the request's images, with a progress bar."""
     parts = []
     with tqdm(total=len(request.prompts), unit=" images", desc="of the class", leave=False) as bar:

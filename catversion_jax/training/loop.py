@@ -3,14 +3,14 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.config import Config
 from catversion_jax.models.sharding import sharding
 from catversion_jax.training.checkpoints import Checkpoints
@@ -26,19 +26,31 @@ from catversion_jax.utils.log import warn
 VALIDATION_PROMPTS = 4  # of config.sample.prompts, sampled every config.sample.every steps
 
 
+OnStep = Callable[[MetricRow], object]
+"""Is called with what was measured after each step."""
+
+
+class Outputs(NamedTuple):
+    """Where a training goes: its folder, its checkpoints, and who is told of each step."""
+
+    run: RunDir
+    checkpoints: Checkpoints
+    on_step: OnStep = lambda _: None
+
+
 def loop(
     config: Config,
     step_config: StepConfig,
-    pipeline: Pipeline,
+    pipeline: BasePipeline,
     data: ConceptData,
-    run: RunDir,
-    checkpoints: Checkpoints,
+    outputs: Outputs,
 ) -> tuple[TrainState, signal.Signals | None]:
     """Trains to the last step, from the last checkpoint if there is one.
 
     Returns the state and, if a signal ended the training early, the signal. Raises UserError if a loss or gradient is
     not finite, after saving the last good state.
     """
+    run, checkpoints, on_step = outputs
     on_concepts = sharding(step_config.mesh, "concept")
     state = jax.device_put(step_config.init_state([config.seed]), on_concepts)
     state = checkpoints.restore(state) or state
@@ -62,7 +74,8 @@ def loop(
                 state, metrics = compile_chunk(step_config, length)(state, frozen, data)
                 start, step, metrics = step, int(state.step[0]), jax.device_get(metrics)
                 started(bar)
-                record(writer, bar, start, metrics, step - start)
+                for row in record(writer, bar, start, metrics, step - start):
+                    on_step(row)
                 moved = moved or bool(metrics["grad_norm"].any())
                 # A step whose loss or gradient is not finite does not count: `update` keeps the last good state.
                 if step < start + length:
@@ -110,14 +123,16 @@ def started(bar: tqdm) -> None:
         bar.set_description("training", refresh=False)
 
 
-def record(writer: MetricWriter, bar: tqdm, start: int, metrics: dict[str, np.ndarray], good: int) -> None:
-    """Writes the metrics of the `good` steps after `start`."""
-    for i in range(good):
-        names = ("loss", "learning_rate", "grad_norm")
-        writer.row(MetricRow(start + 1 + i, **{name: float(metrics[name][i, 0]) for name in names}))
+def record(writer: MetricWriter, bar: tqdm, start: int, metrics: dict[str, np.ndarray], good: int) -> list[MetricRow]:
+    """Writes the metrics of the `good` steps after `start`, and returns them."""
+    names = ("loss", "learning_rate", "grad_norm")
+    rows = [MetricRow(start + 1 + i, **{name: float(metrics[name][i, 0]) for name in names}) for i in range(good)]
+    for row in rows:
+        writer.row(row)
     if good:
         bar.set_postfix(loss=f"{metrics['loss'][:good, 0].mean():.4f}", refresh=False)
     bar.update(good)
+    return rows
 
 
 def not_finite(step: int, config: Config) -> str:
@@ -156,7 +171,9 @@ def signals() -> Iterator[list[signal.Signals]]:
         if number == signal.SIGINT:
             signal.signal(number, previous[number])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # Only the main thread may set handlers; in another one, whoever started it deals with signals.
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    for number in numbers:
         previous[number] = signal.signal(number, receive)
     try:
         yield received

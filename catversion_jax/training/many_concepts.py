@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.config import Config
 from catversion_jax.data import manifest
 from catversion_jax.data.latents import bucket
@@ -116,7 +116,7 @@ Endings = Generator[Ended, None, BatchOutcome]
 """Yields concepts as they end, in any order, and returns the outcome."""
 
 
-def train_many(share: Share, pipeline: Pipeline | None = None) -> BatchOutcome:
+def train_many(share: Share, pipeline: BasePipeline | None = None) -> BatchOutcome:
     """Trains a share of a manifest, as `each_trained` does, to its end."""
     endings = each_trained(share, pipeline)
     while True:
@@ -126,7 +126,7 @@ def train_many(share: Share, pipeline: Pipeline | None = None) -> BatchOutcome:
             return end.value
 
 
-def each_trained(share: Share, pipeline: Pipeline | None = None) -> Endings:
+def each_trained(share: Share, pipeline: BasePipeline | None = None) -> Endings:
     """Trains a share of a manifest on the config's base model, which is loaded unless it is given as `pipeline`.
 
     Raises UserError for a mistake in the config or the manifest, before anything is compiled.
@@ -139,7 +139,7 @@ def each_trained(share: Share, pipeline: Pipeline | None = None) -> Endings:
         return (yield from train_share(share, run, check, size, pipeline))
 
 
-def train_share(share: Share, run: RunDir, check: Check, size: int, pipeline: Pipeline | None) -> Endings:
+def train_share(share: Share, run: RunDir, check: Check, size: int, pipeline: BasePipeline | None) -> Endings:
     """Trains a share in a folder that is held for it; a slot has room for `size` photos."""
     config = share.config
     # Two listings, and not a question for each concept: a bucket takes some ten milliseconds for each.
@@ -215,7 +215,7 @@ class Entered:
 class ManyConcepts:
     """The slots of one process, and the concepts that pass through them."""
 
-    def __init__(self, share: Share, pipeline: Pipeline, check: Check, size: int):
+    def __init__(self, share: Share, pipeline: BasePipeline, check: Check, size: int):
         """Loads the saved states and sets up empty slots; `size` is the number of photos that a slot has room for."""
         self.share, self.pipeline, self.size = share, pipeline, size
         config, networks = share.config, pipeline.networks

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from catversion_jax.base.pipeline import Pipeline
+from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.config import Config
 from catversion_jax.data.photos import Photo
 from catversion_jax.methods.concept_file import Concept
@@ -15,14 +15,14 @@ from catversion_jax.utils.image_grid import grid
 
 
 def sample_prompts(
-    config: Config, pipeline: Pipeline, concepts: Sequence[Concept], count: int | None = None
+    config: Config, pipeline: BasePipeline, concepts: Sequence[Concept], count: int | None = None
 ) -> list[np.ndarray]:
     """Samples an image of each of the first `count` (None: all) of the config's prompts, with the config's seed."""
     request = SampleRequest.every(config.sample_prompts(count), [config.seed], config.sample.sampler)
     return list(sample_images(pipeline, request, concepts))
 
 
-def sample_preview(config: Config, pipeline: Pipeline, concept: Concept, count: int) -> Image.Image:
+def sample_preview(config: Config, pipeline: BasePipeline, concept: Concept, count: int) -> Image.Image:
     """Returns the images of the first `count` of the config's prompts, in a row."""
     sampler = replace(config.sample, batch_size=min(count, config.sample.batch_size))
     images = sample_prompts(replace(config, sample=sampler), pipeline, [concept], count)

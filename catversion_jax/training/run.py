@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from catversion_jax.base import schedulers
-from catversion_jax.base.pipeline import Pipeline, load_pipeline
+from catversion_jax.base.pipeline import BasePipeline, load_pipeline
 from catversion_jax.config import Config
 from catversion_jax.data import dataset
 from catversion_jax.data.photos import Photo, count_photos, read_photos
@@ -14,7 +14,7 @@ from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.checkpoints import explained, open_checkpoints
 from catversion_jax.training.concept_data import check_masks, check_prompts, prepare
-from catversion_jax.training.loop import enough_memory, loop
+from catversion_jax.training.loop import OnStep, Outputs, enough_memory, loop
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.step import StepConfig, warn_of_idle_devices
 from catversion_jax.training.trained_concept import to_concept
@@ -32,21 +32,29 @@ class Outcome:
     interrupted_by: signal.Signals | None  # the signal that ended it early, before the concept's file was written
 
 
-def load_model(config: Config, concepts: int = 1) -> Pipeline:
+@dataclass(frozen=True)
+class Watch:
+    """What is told of a training while it runs."""
+
+    photos: Callable[[list[Photo]], object] = lambda _: None  # as soon as they are read
+    on_step: OnStep = lambda _: None
+
+
+def load_model(config: Config, concepts: int = 1) -> BasePipeline:
     """Loads the config's base model onto the devices of a training step of `concepts` concepts."""
     return load_pipeline(config.model, config.make_mesh(concepts), config.mesh.rules)
 
 
 def train(
-    config: Config, run: RunDir, pipeline: Pipeline, show: Callable[[list[Photo]], object] = lambda _: None
+    config: Config, run: RunDir, pipeline: BasePipeline, watch: Watch = Watch(), given: list[Photo] | None = None
 ) -> Outcome:
     """Runs, or resumes, the training that `config` describes, and writes `concept.safetensors`.
 
-    `show` is called with the photos as soon as they are read.
-    Raises UserError for a user's mistake, before anything is compiled.
+    `given` are photos that take the place of those in `data.dir`. Raises UserError for a user's mistake, before
+    anything is compiled.
     """
-    photos = photos_of(run, config, pipeline.networks.resolution)
-    show(photos)
+    photos = photos_of(run, config, pipeline.networks.resolution, given)
+    watch.photos(photos)
     step_config = StepConfig.of(config, pipeline.networks)
     sampler = config.sample.sampler
     # Called only for its UserError, which would otherwise come after the training.
@@ -60,7 +68,8 @@ def train(
         data = prepare(config, step_config.method, pipeline, photos, kept=run.class_latents)
         checkpoints = open_checkpoints(run.checkpoints, config.checkpoint.keep, check)
         try:
-            state, interrupted_by = loop(config, step_config, pipeline, data, run, checkpoints)
+            outputs = Outputs(run, checkpoints, watch.on_step)
+            state, interrupted_by = loop(config, step_config, pipeline, data, outputs)
         finally:
             checkpoints.close()
         concept = to_concept(config, step_config.method, pipeline.fingerprint, state)
@@ -71,7 +80,7 @@ def train(
     return Outcome(concept, photos, interrupted_by)
 
 
-def train_once(config: Config, pipeline: Pipeline) -> Concept:
+def train_once(config: Config, pipeline: BasePipeline) -> Concept:
     """Returns the concept of config.run_dir, trained unless it exists. Raises Interrupted after a signal."""
     run = RunDir.of(config)
     run.check(config, resume=True)
@@ -83,13 +92,15 @@ def train_once(config: Config, pipeline: Pipeline) -> Concept:
     return outcome.concept
 
 
-def photos_of(run: RunDir, config: Config, resolution: int) -> list[Photo]:
+def photos_of(run: RunDir, config: Config, resolution: int, given: list[Photo] | None = None) -> list[Photo]:
     """Returns the photos. A run that took a step goes on with those that it stored: the originals may have changed.
 
     Raises UserError if these are damaged or missing, as others would make another concept.
     """
     if run.has_saved_steps:
         return dataset.read_dataset(run.data)
+    if given is not None:
+        return given
     if not count_photos(config.data.dir) and run.config.is_file() and run.belongs_to(config):
         with contextlib.suppress(UserError):  # which would say less than the one that follows
             stored = dataset.read_dataset(run.data)

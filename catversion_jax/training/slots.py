@@ -61,8 +61,8 @@ class Slots:
         self.finished[index] = True
 
     def one(self, index: int) -> TrainState:
-        """Returns a slot's state, [1, ...], on the host."""
-        return jax.tree.map(lambda x: x[index : index + 1], self.host)
+        """Returns a copy of a slot's state, [1, ...], on the host: the next concept overwrites the slot."""
+        return jax.tree.map(lambda x: x[index : index + 1].copy(), self.host)
 
     def advance(self) -> None:
         """Runs one dispatch, and an evaluation if it is due for a concept."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from catversion_jax.base.pipeline import Networks, Pipeline
+from catversion_jax.base.pipeline import BasePipeline, Networks
 from catversion_jax.base.text_states import PromptStates
 from catversion_jax.config.sections import StopConfig
 from catversion_jax.methods.base import Method
@@ -55,7 +55,7 @@ class Frozen(flax.struct.PyTreeNode):
     alphas_cumprod: Float[AnyArray, "timesteps"]
 
     @classmethod
-    def of(cls, pipeline: Pipeline, mesh: Mesh, rules: Rules) -> "Frozen":
+    def of(cls, pipeline: BasePipeline, mesh: Mesh, rules: Rules) -> "Frozen":
         """Returns the pipeline's parameters on a step's mesh; they are moved only if they are not there already."""
 
         def put(params: Params) -> Params:

@@ -10,7 +10,7 @@ from catversion_jax.data.photos import read_photos
 from catversion_jax.training import loop as training_loop
 from catversion_jax.training.checkpoints import LocalCheckpoints
 from catversion_jax.training.concept_data import prepare
-from catversion_jax.training.loop import loop
+from catversion_jax.training.loop import Outputs, loop
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.step import StepConfig
 from tests.cli.test_commands import TEAPOT
@@ -29,7 +29,7 @@ def run_loop(model, pipeline, run_dir):
     bare = replace(pipeline, params=needed, tokenizers=())
     run = RunDir(run_dir)
     checkpoints = LocalCheckpoints(run.checkpoints, config.checkpoint.keep)
-    state, _ = loop(config, step_config, bare, data, run, checkpoints)
+    state, _ = loop(config, step_config, bare, data, Outputs(run, checkpoints))
     checkpoints.close()
     return state
 

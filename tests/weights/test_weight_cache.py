@@ -36,7 +36,7 @@ def copies(tmp_path):
     return sorted((tmp_path / "cache" / "catversion_jax" / "models").iterdir())
 
 
-def same(a: pipeline.Pipeline, b: pipeline.Pipeline):
+def same(a: pipeline.BasePipeline, b: pipeline.BasePipeline):
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
     assert a.fingerprint == b.fingerprint
 

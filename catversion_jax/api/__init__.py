@@ -1,0 +1,1 @@
+"""The Python interface, which catversion_jax exports: a pipeline, learning, and concepts."""

@@ -1,0 +1,110 @@
+"""A base model in Python: `Pipeline.from_pretrained(...)` loads it, and calling it samples images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from catversion_jax.base.pipeline import BasePipeline, ModelConfig, load_pipeline
+from catversion_jax.methods.composition import check_composition
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.concept_model import load_for_concepts, recorded_sampler, warnings
+from catversion_jax.sampling.conditioning import acts
+from catversion_jax.sampling.sampler import SampleRequest, sample_images
+from catversion_jax.utils import cache
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.log import warn
+from catversion_jax.utils.settings import broken
+from catversion_jax.utils.types import UInt8
+
+
+class Pipeline:
+    """A base model that samples images, with any concepts that were learned on it."""
+
+    def __init__(self, model: ModelConfig, base: BasePipeline):
+        self.model, self.base = model, base
+
+    @classmethod
+    def from_pretrained(cls, name: str = "", **how: Any) -> "Pipeline":
+        """Loads the base model `name`: a folder, a single file or a name on Hugging Face; "" is the mini model.
+
+        `how` are the other settings of `config.model`: `revision`, `variant`, `prediction_type`, and `dtype`, which is
+        "float32" or "bfloat16". Raises UserError for another setting or value, and if there is no such model.
+        """
+        return cls.of(model_config(name, how))
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "Pipeline":
+        """Loads a base model."""
+        cache.enable()
+        return cls(model, load_pipeline(model))
+
+    @classmethod
+    def for_concepts(cls, concepts: dict[str, Concept], model: ModelConfig) -> "Pipeline":
+        """Loads a base model for concepts, given by their sources, which must have been learned on it."""
+        base, unsure = load_for_concepts(concepts, model)
+        for warning in unsure:
+            warn(warning)
+        return cls(model, base)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        concepts: Concept | Sequence[Concept] = (),
+        num: int = 1,
+        seed: int = 0,
+        negative_prompt: str = "",
+        **sampler: Any,
+    ) -> list[Image.Image]:
+        """Returns `num` images of each prompt, ordered by prompt, with the seeds from `seed` on.
+
+        A prompt shows a concept if it has its class word. `sampler` are the settings of `config.sample`: `scheduler`,
+        `steps`, `guidance` and `batch_size`; those not given are as the concepts record them. Raises UserError for a
+        concept of another base model and for values that are out of range; likely mistakes are warnings.
+        """
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        given = [concepts] if isinstance(concepts, Concept) else list(concepts)
+        self.check(given)
+        seeds = [(seed + i) % 2**32 for i in range(num)]
+        request = SampleRequest.every(several, seeds, sampler_config(given, sampler), negative_prompt)
+        return [Image.fromarray(image) for image in self.sample(request, given)]
+
+    def check(self, concepts: Sequence[Concept]) -> None:
+        """Raises UserError for a concept that was learned on another base model."""
+        named = {f"the concept of {concept.class_word!r}": concept for concept in concepts}
+        _, unsure = load_for_concepts(named, self.model, lambda _: self.base)
+        for warning in unsure:
+            warn(warning)
+
+    def sample(self, request: SampleRequest, concepts: Sequence[Concept]) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+        """Yields the request's images as they are sampled, uint8 RGB; warns of likely mistakes first."""
+        check_composition(concepts)
+        prompts = list(dict.fromkeys(request.prompts))
+        for warning in warnings(self.base, prompts, concepts) if concepts else ():
+            warn(warning)
+        return sample_images(self.base, request, [concept for concept in concepts if acts(concept)])
+
+
+def model_config(name: str, how: dict[str, Any]) -> ModelConfig:
+    """Returns the settings of a base model. Raises UserError for a setting or a value that there is not."""
+    try:
+        model = ModelConfig(name, **how)
+    except TypeError:
+        raise UserError(f"{', '.join(how)}: expected some of revision, variant, prediction_type and dtype") from None
+    for key, value, expected in broken(model):
+        raise UserError(f"{key}={value!r}: expected {expected}")
+    return model
+
+
+def sampler_config(concepts: Sequence[Concept], given: dict[str, Any]):
+    """Returns the sampler's settings: those that are given and, for the others, what the concepts record."""
+    recorded = recorded_sampler({concept.class_word: concept for concept in concepts})
+    try:
+        sampler = replace(recorded, **given)
+    except TypeError:
+        raise UserError(f"{', '.join(given)}: expected some of scheduler, steps, guidance and batch_size") from None
+    for key, value, expected in broken(sampler):
+        raise UserError(f"{key}={value!r}: expected {expected}")
+    return sampler
