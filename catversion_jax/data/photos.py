@@ -7,25 +7,37 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from catversion_jax.data.images import FORMATS, in_srgb, open_photo
+from catversion_jax.data.images import HALF, KINDS, in_srgb, open_cutout, open_photo
 from catversion_jax.data.photo_folder import split_folder, stem_of
-from catversion_jax.data.subject_masks import HALF, find_masks, open_mask, warn_of_masks
+from catversion_jax.data.photo_sources import is_listed, local_source, urls_of
+from catversion_jax.data.subject_masks import find_masks, open_mask, warn_of_masks
 from catversion_jax.utils.errors import UserError, listed, one_line
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import AnyPath, expand
-from catversion_jax.utils.settings import ANY_TEXT, YES_OR_NO, setting, text
+from catversion_jax.utils.settings import ANY_TEXT, YES_OR_NO, one_of, setting, text
 from catversion_jax.utils.types import Bool, UInt8
 
 MAX_PHOTOS = 100
+CROPS = ("subject", "center")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The photos to train on."""
 
-    dir: str = setting("", f"Folder of 1 to {MAX_PHOTOS} photos; train requires it.", text("a folder of photos"))
+    dir: str = setting(
+        "",
+        f"Folder of 1 to {MAX_PHOTOS} photos, a .zip of one, or https:// URLs (also as lines of a .txt file); train "
+        "requires it.",
+        text("a folder of photos"),
+    )
     masks_dir: str = setting(
         "", 'Folder of subject masks, matched by file stem; "" means DIR/masks if it exists.', ANY_TEXT
+    )
+    crop: str = setting(
+        "subject",
+        "Where a photo is cropped to its largest square: around the subject of its mask, if it has one, or the center.",
+        one_of(CROPS),
     )
     flip: bool = setting(True, "Mirror half of the photos drawn for training.", YES_OR_NO)
 
@@ -36,6 +48,7 @@ class Photo:
     image: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"] | None  # True: the subject
     mask_file: str = ""  # folder and name of the mask's file; "": unknown
+    size: tuple[int, int] = (0, 0)  # width and height before it was cropped; 0: unknown
 
 
 @dataclass(frozen=True)
@@ -49,15 +62,20 @@ class PhotoFile:
     def name(self) -> str:
         return stem_of(self.path)
 
-    def read(self, resolution: int | None = None) -> Photo:
-        """Reads photo and mask, cropped to squares of `resolution` pixels (None: as they are)."""
-        image = open_photo(self.path)
-        if self.mask is None:
-            return Photo(self.name, fit(image, resolution, Image.Resampling.BICUBIC), None)
-        mask = open_mask(self.mask, image.size, self.path)
-        subject = fit(mask, resolution, Image.Resampling.BOX) > HALF
-        file = f"{self.mask.parent.name}/{self.mask.name}"
-        return Photo(self.name, fit(image, resolution, Image.Resampling.BICUBIC), subject, file)
+    def read(self, resolution: int | None = None, crop: str = "center", cutout: bool = False) -> Photo:
+        """Reads photo and mask, cropped to squares of `resolution` pixels (None: as they are).
+
+        `crop` is one of CROPS. `cutout`: a photo without a mask's file is its own mask, if it has a background removed.
+        """
+        image, own = open_cutout(self.path)
+        mask, file = (own if cutout else None), "its own opacity"
+        if self.mask is not None:
+            mask, file = open_mask(self.mask, image.size, self.path), f"{self.mask.parent.name}/{self.mask.name}"
+        if mask is None:
+            return Photo(self.name, fit(image, resolution, Image.Resampling.BICUBIC), None, size=image.size)
+        centering = centering_on(np.asarray(mask) > HALF) if crop == "subject" else CENTER
+        subject = fit(mask, resolution, Image.Resampling.BOX, centering) > HALF
+        return Photo(self.name, fit(image, resolution, Image.Resampling.BICUBIC, centering), subject, file, image.size)
 
 
 @dataclass(frozen=True)
@@ -69,11 +87,34 @@ class FolderRules:
     keep: Callable[[AnyPath], bool] = lambda _: True
 
 
-def fit(image: Image.Image, resolution: int | None, resample: Image.Resampling) -> np.ndarray:
-    """Returns the largest centred square, resized; without a resolution, the whole image as it is."""
+CENTER = (0.5, 0.5)
+
+
+def centering_on(subject: Bool[np.ndarray, "h w"]) -> tuple[float, float]:
+    """Returns where the largest square goes, as Pillow's shares of the room that it has, to have the subject inside.
+
+    The middle of the subject's box is in the square's middle, as far as the photo allows.
+    """
+    shares = []
+    side = min(subject.shape)
+    for size, axis in zip(subject.shape[::-1], (0, 1), strict=True):
+        found = np.flatnonzero(subject.any(axis))
+        room = size - side
+        middle = (found[0] + found[-1] + 1) / 2 if len(found) else size / 2
+        shares.append(float(np.clip((middle - side / 2) / room, 0, 1)) if room else 0.5)
+    return shares[0], shares[1]
+
+
+def fit(
+    image: Image.Image,
+    resolution: int | None,
+    resample: Image.Resampling,
+    centering: tuple[float, float] = CENTER,
+) -> np.ndarray:
+    """Returns the largest square, resized; without a resolution, the whole image as it is."""
     if resolution is None:
         return np.asarray(image)
-    return np.asarray(ImageOps.fit(image, (resolution, resolution), resample))
+    return np.asarray(ImageOps.fit(image, (resolution, resolution), resample, centering=centering))
 
 
 def find_photos(
@@ -89,7 +130,7 @@ def find_photos(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {rules.keys[0]} takes a folder of 1 to {rules.most} photos")
     files = split_folder(folder, rules.keep)
-    expected = f"expected 1 to {rules.most} {', '.join(FORMATS)} files"
+    expected = f"expected 1 to {rules.most} {KINDS} files"
     if not 1 <= len(files.photos) <= rules.most:
         others = f", and other files: {listed(path.name for path in files.others)}" if files.others else ""
         raise UserError(f"{folder}: {len(files.photos)} photos{others}; {expected}")
@@ -117,7 +158,23 @@ def read_photos(
     Raises UserError, naming the file, for a file that is not a photo; warns of masks that cover all or nothing.
     """
     photos = [file.read(resolution) for file in find_photos(folder, masks_dir, rules)]
-    warn_of_masks(expand(folder), mask_shares(photos))
+    warn_of_masks(str(folder), mask_shares(photos))
+    return photos
+
+
+def training_photos(data: DataConfig, resolution: int) -> list[Photo]:
+    """Reads the photos to train on, as `read_photos` does, from a folder or from any other source of photos.
+
+    Photos whose background was removed are their own masks, if all are.
+    """
+    with local_source(data.dir) as folder:
+        found = find_photos(folder, data.masks_dir)
+        photos = [file.read(resolution, data.crop, cutout=True) for file in found]
+        if any(photo.mask is None for photo in photos):
+            if cutouts := [photo.name for photo in photos if photo.mask is not None]:
+                warn(f"{data.dir}: cutouts beside whole photos count as whole, too: {listed(cutouts)}")
+            photos = [file.read(resolution) for file in found] if cutouts else photos
+    warn_of_masks(data.dir, mask_shares(photos))
     return photos
 
 
@@ -150,8 +207,11 @@ def describe_masks(photos: Sequence[Photo]) -> list[str]:
     ]
 
 
-def count_photos(folder: str | AnyPath) -> int:
-    """Returns how many photos a folder has, at most MAX_PHOTOS; 0 if it cannot be listed."""
+def count_photos(source: str | AnyPath) -> int:
+    """Returns how many photos a source has, at most MAX_PHOTOS; 0 if it cannot be listed."""
     with contextlib.suppress(UserError, OSError):
-        return min(MAX_PHOTOS, len(split_folder(expand(folder)).photos))
+        if is_listed(source):
+            return min(MAX_PHOTOS, len(urls_of(source)))
+    with contextlib.suppress(UserError, OSError), local_source(source) as folder:
+        return min(MAX_PHOTOS, len(split_folder(folder).photos))
     return 0

@@ -7,10 +7,9 @@ subject.
 
 from collections.abc import Collection, Iterable
 
-import numpy as np
 from PIL import Image
 
-from catversion_jax.data.images import damage_named, eight_bits, open_image, our_limits
+from catversion_jax.data.images import ALMOST_ALL, damage_named, eight_bits, opacity, open_image, our_limits
 from catversion_jax.data.photo_folder import FolderFiles, photo_of_mask, split_folder
 from catversion_jax.utils.errors import UserError, listed, refused
 from catversion_jax.utils.log import warn
@@ -18,10 +17,6 @@ from catversion_jax.utils.paths import AnyPath, entries, expand, is_same
 
 FOLDER_NAMES = ("mask", "masks")
 """Names of a folder of masks inside the folder of photos, in any case."""
-ALMOST_ALL = 0.995
-"""The share from which on a mask says nothing: a stray point of the other kind is no subject."""
-HALF = 127
-"""The largest brightness or opacity that is background."""
 
 
 def find_masks(
@@ -81,16 +76,10 @@ def open_mask(path: AnyPath, size: tuple[int, int], photo: AnyPath) -> Image.Ima
     if image.size != size:
         raise UserError(f"{path}: {image.size} pixels; expected {size}, as its photo {photo}")
     with damage_named(path), our_limits():
-        image = eight_bits(image)
-        if image.has_transparency_data:
-            opacity = image.convert("RGBA").getchannel("A")
-            # Less says nothing: lossy formats change an opaque channel a little, and an eraser may touch a mask.
-            if (np.asarray(opacity) <= HALF).mean() > 1 - ALMOST_ALL:
-                return opacity
-        return image.convert("RGB").convert("L")
+        return opacity(image) or eight_bits(image).convert("RGB").convert("L")
 
 
-def warn_of_masks(folder: AnyPath, shares: dict[str, float]) -> None:
+def warn_of_masks(folder: str, shares: dict[str, float]) -> None:
     """Warns of masks that cover all or nothing of their photos; `shares` has what each covers, by name."""
     says = {
         "all of their photos, so they say nothing": lambda covered: covered >= ALMOST_ALL,

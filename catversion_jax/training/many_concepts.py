@@ -24,7 +24,7 @@ from catversion_jax.config import Config
 from catversion_jax.data import manifest
 from catversion_jax.data.latents import bucket
 from catversion_jax.data.manifest import Line
-from catversion_jax.data.photos import Photo, count_photos, read_photos
+from catversion_jax.data.photos import Photo, count_photos, training_photos
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.checkpoints import explained, open_checkpoints
@@ -269,7 +269,7 @@ class ManyConcepts:
         """Reads and encodes a line's photos and prompts for the step."""
         config = self.share.config_of(line)
         check_settings(config)
-        photos = read_photos(config.data.dir, self.pipeline.networks.resolution, config.data.masks_dir)
+        photos = training_photos(config.data, self.pipeline.networks.resolution)
         check_masks(photos, config.train.background_weight)
         check_prompts(config, self.step_config.method, self.pipeline)
         return prepare(config, self.step_config.method, self.pipeline, photos, self.size)

@@ -9,7 +9,7 @@ from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import BasePipeline, load_pipeline
 from catversion_jax.config import Config
 from catversion_jax.data import dataset
-from catversion_jax.data.photos import Photo, count_photos, read_photos
+from catversion_jax.data.photos import Photo, count_photos, training_photos
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.checkpoints import explained, open_checkpoints
@@ -106,7 +106,7 @@ def photos_of(run: RunDir, config: Config, resolution: int, given: list[Photo] |
             stored = dataset.read_dataset(run.data)
             warn(f"{config.data.dir}: no photos any more; those that were stored in {run.data} are used")
             return stored
-    return read_photos(config.data.dir, resolution, config.data.masks_dir)
+    return training_photos(config.data, resolution)
 
 
 def store(run: RunDir, photos: list[Photo]) -> None:

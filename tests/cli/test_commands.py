@@ -251,7 +251,7 @@ def test_a_bad_photo_is_named_before_anything_is_written(tiny_model, tmp_path):
     message = error_of(
         *train_flags(tiny_model, tmp_path / "run", **{"data.dir": tmp_path / "photos", "data.masks_dir": ""})
     )
-    assert f"{bad}: not a JPEG, PNG, WEBP image" in message
+    assert f"{bad}: not a JPEG, PNG, WEBP, HEIC or AVIF image" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -17,6 +17,7 @@ BAD = {
     "model.prediction_type": ["v"],
     "model.dtype": ["float16", ""],
     "data.dir": ["", None],
+    "data.crop": ["", "top"],
     "data.flip": [1, "yes"],
     "concept.class_word": ["", "\t", "mug}", "{concept}", "a\0", "a\x1b[2J", "a\nb", "a\ufffd"],
     "concept.article": ["{the", "a}"],

@@ -181,7 +181,7 @@ def test_files_beside_photos_are_named_in_one_warning(tmp_path, caplog, others):
 def test_a_file_that_may_be_a_photo_is_refused(tmp_path, name):
     photo(tmp_path / "a.png")
     (tmp_path / name).write_text("no picture")
-    with pytest.raises(UserError, match=f"{name}: not a JPEG, PNG, WEBP image; remove or convert it"):
+    with pytest.raises(UserError, match=f"{name}: not a JPEG, PNG, WEBP, HEIC or AVIF image; remove or convert it"):
         read_photos(tmp_path, None)
 
 

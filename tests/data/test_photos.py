@@ -108,8 +108,8 @@ def png() -> bytes:
         (b"", "empty file"),
         (png()[:100], "damaged or truncated image"),
         (png()[:60] + bytes(40) + png()[100:], "damaged or truncated image"),
-        (b"hello, I am no picture", "not a JPEG, PNG, WEBP image"),
-        (b"GIF89a" + bytes(40), "not a JPEG, PNG, WEBP image"),
+        (b"hello, I am no picture", "not a JPEG, PNG, WEBP, HEIC or AVIF image"),
+        (b"GIF89a" + bytes(40), "not a JPEG, PNG, WEBP, HEIC or AVIF image"),
     ],
     ids=["empty", "truncated", "corrupt", "text", "gif"],
 )

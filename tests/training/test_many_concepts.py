@@ -156,7 +156,7 @@ def test_bad_concepts_disturb_no_others(tiny_model, tmp_path, alone, monkeypatch
     entries = report(tmp_path / "out")
     assert {id: entry["error"] for id, entry in entries.items() if entry["status"] == "failed"} == {
         "missing": f"{tmp_path / 'nowhere'}: no such folder; data.dir takes a folder of 1 to 100 photos",
-        "corrupt": f"{tmp_path / 'corrupt' / '1.png'}: not a JPEG, PNG, WEBP image; remove or convert it",
+        "corrupt": f"{tmp_path / 'corrupt' / '1.png'}: not a JPEG, PNG, WEBP, HEIC or AVIF image; remove or convert it",
         "nan": "loss or gradient not finite after step 0; check the photos, the base model's weights and model.dtype "
         "(float32)",
         "nul": r"a\x00b: not a path, as it holds a NUL; remove that",

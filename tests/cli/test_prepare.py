@@ -1,0 +1,42 @@
+"""`catversion prepare`: what it writes is what training sees."""
+
+import numpy as np
+from PIL import Image
+
+from catversion_jax.data import concept_sets
+from catversion_jax.data.photos import DataConfig, training_photos
+from tests.commands import catversion, error_of
+
+TEAPOT = concept_sets.SHIPPED / "teapot"
+
+
+def test_what_is_written_trains_as_the_source_does(tmp_path):
+    for i, path in enumerate(sorted((TEAPOT / "train").glob("*.png"))):
+        wide = Image.new("RGBA", (200, 90))  # a cutout far from the middle
+        subject = Image.open(path).convert("RGBA")
+        subject.putalpha(Image.open(TEAPOT / "train_masks" / path.name).convert("L"))
+        wide.paste(subject.resize((80, 80)), (110 if i % 2 else 2, 5))
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        wide.save(tmp_path / "photos" / path.name)
+    done = catversion("prepare", tmp_path / "photos", f"--out={tmp_path / 'ready'}", here=True)
+    assert f"photos:   5, 5 with masks, in {tmp_path / 'ready' / 'photos'}" in done.stdout
+    seen, ready = (training_photos(DataConfig(dir=str(tmp_path / name)), 64) for name in ("photos", "ready/photos"))
+    for ours, theirs in zip(seen, ready, strict=True):
+        assert ours.name == theirs.name
+        np.testing.assert_array_equal(ours.image, theirs.image)
+        np.testing.assert_array_equal(ours.mask, theirs.mask)
+        assert ours.mask.any()
+    sheet = Image.open(tmp_path / "ready" / "contact_sheet.png")
+    assert sheet.height > 5 * 128
+
+
+def test_warnings_and_mistakes(tmp_path):
+    path = sorted((TEAPOT / "train").glob("*.png"))[0]
+    for name in ("a", "b"):
+        Image.open(path).resize((40, 40)).save(tmp_path / f"{name}.png")
+    said = catversion("prepare", tmp_path, f"--out={tmp_path / 'ready'}", here=True).stderr
+    assert "a: too small: 40x40, enlarged to 64" in said
+    assert "b: nearly the same as a" in said
+    assert "is there already" in error_of("prepare", tmp_path, f"--out={tmp_path / 'ready'}")
+    assert "--out: missing" in error_of("prepare", tmp_path)
+    assert "no such folder" in error_of("prepare", tmp_path / "none", f"--out={tmp_path / 'x'}")
