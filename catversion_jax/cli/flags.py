@@ -14,6 +14,7 @@ from catversion_jax.config.shipped import config_names
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import recorded_sampler
+from catversion_jax.methods.model_names import is_on_hub
 from catversion_jax.utils.errors import UserError, listed, refused
 from catversion_jax.utils.files import read_text
 from catversion_jax.utils.paths import AnyPath, expand, make_folder
@@ -46,7 +47,7 @@ def checked_config(arguments: flags.FlagValues, unset: tuple[str, ...] = ()) -> 
 
 def define_embedding(several: bool = False) -> None:
     """Defines --embedding and its alias --concept; with `several`, it may be repeated."""
-    what = "Run directory of catversion train, or its concept.safetensors"
+    what = "Run directory of catversion train, its concept.safetensors, or its name on Hugging Face (owner/name)"
     repeat = "; repeat it for several concepts in one prompt" if several else ""
     flags.DEFINE_multi_string("embedding", [], f"{what}{repeat}.")
     flags.DEFINE_alias("concept", "embedding")
@@ -67,7 +68,15 @@ def given_concepts(arguments: flags.FlagValues) -> dict[str, Concept]:
         raise UserError("--embedding: missing; expected a run directory of catversion train")
     if twice := [path for path in given if given.count(path) > 1]:
         raise UserError(f"--embedding: {twice[0]} twice; expected each concept once")
-    return {path: concept_file.load(path) for path in given}
+    return {path: load_concept(path) for path in given}
+
+
+def load_concept(source: str) -> Concept:
+    """Returns the concept of a path or, if there is no such folder here, of a name on Hugging Face."""
+    # A name like runs/mug, beside the folder of runs, is a path that was misspelt.
+    if is_on_hub(source) and not expand(source.split("/")[0]).exists():
+        return Concept.from_pretrained(source)
+    return concept_file.load(source)
 
 
 def define_prompts(help: str) -> None:

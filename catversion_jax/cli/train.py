@@ -7,6 +7,7 @@ from absl import flags
 from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.config import Config
 from catversion_jax.data.photos import Photo, describe_masks
+from catversion_jax.methods import concept_file
 from catversion_jax.training.previews import preview_of, sample_grid, sample_prompts
 from catversion_jax.training.run import Watch, load_model, train
 from catversion_jax.training.run_dir import RunDir
@@ -17,10 +18,16 @@ from catversion_jax.utils.files import write_atomically
 def define_flags() -> None:
     define_config()
     flags.DEFINE_bool("resume", False, "Resume the run in config.run_dir from its last checkpoint.")
+    flags.DEFINE_string("push_to_hub", None, "Name on Hugging Face (owner/name) to upload the finished concept to.")
 
 
 def main(arguments: flags.FlagValues) -> int:
-    return run_training(checked_config(arguments), arguments.resume)
+    config = checked_config(arguments)
+    status = run_training(config, arguments.resume)
+    run = RunDir.of(config)
+    if status == 0 and arguments.push_to_hub:
+        print(f"shared:   {concept_file.load(run.path).push_to_hub(arguments.push_to_hub, run.preview)}")
+    return status
 
 
 def print_photos(photos: Sequence[Photo]) -> None:

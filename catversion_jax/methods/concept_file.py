@@ -63,6 +63,22 @@ class Concept:
         """Reads a concept from its file or a run's folder, here or in a bucket. Raises UserError for another."""
         return load(path)
 
+    @classmethod
+    def from_pretrained(cls, repo: str, revision: str = "") -> "Concept":
+        """Downloads a concept from Hugging Face by its name, owner/name. Raises UserError if there is none."""
+        from catversion_jax.methods import hub_concepts  # which writes and reads concepts
+
+        return hub_concepts.pull(repo, revision)
+
+    def push_to_hub(self, repo: str, preview: str | AnyPath | None = None, private: bool = False) -> str:
+        """Uploads the concept with a model card and a picture; returns the address of its page.
+
+        Raises UserError if that fails.
+        """
+        from catversion_jax.methods import hub_concepts
+
+        return hub_concepts.push(self, repo, None if preview is None else expand(preview), private)
+
     def metadata(self) -> dict[str, Any]:
         """Everything but the arrays, in JSON's types."""
         of_method = {} if self.method_name == DEFAULT_METHOD else {"method": self.method_name}
