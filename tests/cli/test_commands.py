@@ -74,7 +74,14 @@ def event_tags(run_dir: Path) -> set[str]:
 def test_a_run_leaves_what_it_promises(finished):
     assert {path.name for path in finished.iterdir()} == {
         ".lock", "checkpoints", "concept.safetensors", "config.json", "data", "events", "metrics.jsonl", "samples.png",
+        "preview.png", "status.json",
     }  # fmt: skip
+    status = json.loads((finished / "status.json").read_text())
+    assert {key: status[key] for key in ("status", "photos", "steps")} == {
+        "status": "done",
+        "photos": 5,
+        "steps": STEPS,
+    }
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [4, 8, 12]
     rows = metrics(finished)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))

@@ -49,10 +49,11 @@ def test_train_prints_which_mask_is_whose(tmp_path, capsys):
         mask = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
         mask.paste((9, 9, 9, 255), (0, 0, 8, 2 if name == "a" else 6))
         mask.save(tmp_path / "masks" / f"{name}.{ending}", lossless=True)
-    train.print_masks(read_photos(tmp_path, None))
+    train.print_photos(read_photos(tmp_path, None))
     assert capsys.readouterr().out.splitlines() == [
+        "photos:   2",
         "mask of a: masks/a.png, covers 25.0%",
         "mask of b: masks/b.webp, covers 75.0%",
     ]
-    train.print_masks(read_photos(tmp_path / "masks", None))
-    assert capsys.readouterr().out == ""
+    train.print_photos(read_photos(tmp_path / "masks", None))
+    assert capsys.readouterr().out == "photos:   2\n"
