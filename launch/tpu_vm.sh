@@ -145,7 +145,7 @@ fix that and keep on, or delete it"
             collect
             delete
             return
-          elif ((status != 255)); then
+          elif ((status != 255 && status != 143)); then # the connection, or the VM, is being taken away
             collect || true
             die "a host ended with status $status, see the logs; the VM is still there and paid for: \
 fix that and keep on, or delete it"

@@ -1,17 +1,23 @@
 """Learning in Python: `learn` one concept from photos, or `learn_many` side by side in one compiled step."""
 
+import hashlib
+import io
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from catversion_jax.api.pipeline import Pipeline
 from catversion_jax.config import OF_A_RUN, Config, from_config_dict, load_config, stable_diffusion
+from catversion_jax.data.images import MAX_FILE_BYTES
+from catversion_jax.data.manifest import parse_line
 from catversion_jax.data.photos import given_photos
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.many_concepts import Ended, Share, each_trained
@@ -19,7 +25,7 @@ from catversion_jax.training.metric_writer import MetricRow
 from catversion_jax.training.run import Watch, train
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.utils.errors import Interrupted, UserError
-from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.files import read_bytes, write_atomically
 from catversion_jax.utils.paths import AnyPath, expand, is_remote, make_folder
 from catversion_jax.utils.settings import check_settings, flatten
 
@@ -86,29 +92,43 @@ def line_of(job: Mapping[str, Any], folder: AnyPath) -> dict[str, Any]:
     """Returns the manifest's line of a job; images in memory, and single files, are written to a folder first."""
     if missing := {"id", "photos", "class_word"} - job.keys():
         raise UserError(f"{dict(job)}: no {', '.join(sorted(missing))}; expected id, photos and class_word")
+    line = {key: value for key, value in job.items() if key not in ("photos", "masks")}
+    parse_line(json.dumps(line | {"dir": "photos"}).encode(), f"job {job['id']}")  # before the id names a folder
+    if job.get("masks"):
+        line["masks"] = whole(job["masks"])
     photos = job["photos"]
-    if not isinstance(photos, str | os.PathLike):
-        target = folder / "photos" / str(job["id"])
-        make_folder(target)
-        for i, photo in enumerate(photos):
-            write_photo(photo, target / f"{i:03}")
-        photos = target
-    return {key: value for key, value in job.items() if key != "photos"} | {"dir": whole(photos)}
+    if isinstance(photos, str | os.PathLike):
+        return line | {"dir": whole(photos)}
+    data = [bytes_of(photo) for photo in photos]
+    # By their contents: other photos under the same id are another concept, which the batch then tells.
+    digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content, _ in data)).hexdigest()[:16]
+    target = folder / "photos" / f"{job['id']}-{digest}"
+    make_folder(target)
+    for i, (content, ending) in enumerate(data):
+        write_atomically(target / f"{i:03}{ending}", partial(write_content, content=content))
+    return line | {"dir": whole(target)}
 
 
-def whole(path: str | AnyPath) -> str:
+def write_content(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def whole(path: str | os.PathLike) -> str:
     """Returns a path that means the same from every folder."""
-    expanded = expand(path)
+    if os.fspath(path).startswith("https://"):
+        return os.fspath(path)
+    expanded = expand(os.fspath(path))
     return os.fspath(expanded if is_remote(expanded) else expanded.absolute())
 
 
-def write_photo(photo: str | AnyPath | Image.Image, target: AnyPath) -> None:
-    """Writes an image in memory as PNG, or copies a file as it is."""
-    if isinstance(photo, Image.Image):
-        write_atomically(target.with_suffix(".png"), lambda path: photo.save(path, "PNG"))
-    else:
-        data = expand(photo).read_bytes()
-        write_atomically(target.with_suffix(expand(photo).suffix), lambda path: path.write_bytes(data))
+def bytes_of(photo: str | AnyPath | Image.Image) -> tuple[bytes, str]:
+    """Returns a file's contents and its ending; of an image in memory those of a PNG file."""
+    if not isinstance(photo, Image.Image):
+        path = expand(photo)
+        return read_bytes(path, MAX_FILE_BYTES, "expected a photo"), path.suffix
+    file = io.BytesIO()
+    photo.save(file, "PNG")
+    return file.getvalue(), ".png"
 
 
 def config_of(pipe: Pipeline, settings: Mapping[str, Any]) -> Config:

@@ -43,7 +43,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def changes(self, folder: AnyPath) -> dict[str, Any]:
         """The config's values, by dotted key, that the line gives; `folder` is the manifest's."""
         changes = {
-            "data.dir": str(named_in(folder, self.dir)),
+            "data.dir": self.dir if self.dir.startswith("https://") else str(named_in(folder, self.dir)),
             "data.masks_dir": str(named_in(folder, self.masks)) if self.masks else "",
             "concept.class_word": self.class_word,
         }

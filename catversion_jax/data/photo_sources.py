@@ -1,6 +1,7 @@
 """Where a set of photos comes from: a folder, a zip file, or URLs; brought to a folder of this machine or a bucket."""
 
 import contextlib
+import http.client
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlparse
 
 from catversion_jax.data.images import MAX_FILE_BYTES
-from catversion_jax.utils.errors import ReportedError, StorageError, UserError, short
+from catversion_jax.utils.errors import ReportedError, StorageError, UserError, is_storage_error, short
 from catversion_jax.utils.files import MIB, read_text
 from catversion_jax.utils.paths import AnyPath, expand, local_copy
 
@@ -65,7 +66,7 @@ def unzip(packed: Path, folder: Path) -> Path:
                 raise UserError(f"{packed}: {what}; expected at most {MOST_FILES} of {MOST_BYTES // MIB}")
             for entry in files:
                 parts = PurePosixPath(entry.filename.replace("\\", "/")).parts
-                if ".." in parts or parts[0] == "/":
+                if not parts or ".." in parts or parts[0] == "/":
                     raise UserError(f"{packed}: the name {entry.filename!r} leads out of it; expected photos alone")
                 if parts[0] == "__MACOSX":  # macOS's notes on the other files
                     continue
@@ -74,7 +75,12 @@ def unzip(packed: Path, folder: Path) -> Path:
                 with archive.open(entry) as inside, target.open("wb") as file:
                     # One file of more than its header says would fill the disk.
                     shutil.copyfileobj(Limited(inside, min(entry.file_size, MAX_FILE_BYTES + 1)), file)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except UserError:
+        raise
+    # Not BadZipFile alone: damaged contents raise what each kind of compression raises.
+    except Exception as error:
+        if is_storage_error(error):
+            raise
         raise UserError(
             f"{packed}: not a readable zip file ({short(error)}); pack it again, without a password"
         ) from error
@@ -107,9 +113,18 @@ def urls_of(source: str | AnyPath) -> list[str]:
         text = read_text(expand(text), MOST_LIST_BYTES, "expected a text file with one https:// URL a line")
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     urls = re.split(r"[\s,]+", "\n".join(lines).strip())
-    if bad := [url for url in urls if not url.startswith(SECURE)]:
+    if bad := [url for url in urls if not url.startswith(SECURE) or not names_server(url)]:
         raise UserError(f"{bad[0]}: no https:// URL; expected one of a photo")
     return urls
+
+
+def names_server(url: str) -> bool:
+    """Whether a URL names a server, and a port if it has one."""
+    try:
+        parts = urlparse(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def file_name(url: str, index: int) -> str:
@@ -135,5 +150,5 @@ def download_url(url: str, target: Path) -> None:
             shutil.copyfileobj(Limited(answer, MAX_FILE_BYTES + 1), file)
     except urllib.error.HTTPError as error:
         raise UserError(f"{url}: the server answers {error.code} {error.reason}; correct the URL") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise StorageError(f"{url}: not downloaded ({short(error)}); run the command again") from error

@@ -36,7 +36,7 @@ from catversion_jax.utils.errors import (
     short,
 )
 from catversion_jax.utils.log import silence, warn
-from catversion_jax.utils.paths import AnyPath, entries, local_copy, upload
+from catversion_jax.utils.paths import AnyPath, NoAccess, entries, local_copy, upload
 from catversion_jax.utils.records import read_record
 
 MOST_DIGITS = 18
@@ -209,10 +209,15 @@ def checkpoint_path(folder: AnyPath, step: int) -> AnyPath:
 
 def saved_steps(folder: AnyPath) -> list[int]:
     """Returns the steps of the checkpoints in a folder, newest first; none if there is no folder."""
-    if not folder.is_dir():
+    if isinstance(folder, Path) and not folder.is_dir():
         return []
-    with refused(f"{folder}: cannot be read", "grant access to the checkpoints"):
-        found = entries(folder)
+    try:
+        with refused(f"{folder}: cannot be read", "grant access to the checkpoints"):
+            found = entries(folder)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
     if isinstance(folder, Path):
         names = [path.name for path, is_folder in found if is_folder]
     else:
@@ -232,6 +237,8 @@ def read_newest(folder: AnyPath, like: Callable[[dict[str, Any]], TrainState]) -
         try:
             with unpacked(path) as local:
                 saved = Saved(step, *read_checkpoint(local, like))
+        except (StorageError, NoAccess):  # which say nothing of the checkpoint
+            raise
         # Not OSError alone: a damaged file raises whatever its reader stumbles over.
         except Exception as error:
             if not path.exists():  # its owner has replaced it by a newer one meanwhile

@@ -14,7 +14,7 @@ from catversion_jax.training.state import TrainState
 from catversion_jax.training.step import StepConfig
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
-from catversion_jax.utils.paths import AnyPath
+from catversion_jax.utils.paths import AnyPath, NoAccess
 from catversion_jax.utils.records import convert
 
 
@@ -53,6 +53,8 @@ def read_interrupted(folders: Iterable[AnyPath], step_config: StepConfig) -> dic
     for folder in folders:
         try:
             saved = read_newest(folder, shapes_of)
+        except NoAccess:
+            raise
         except UserError as error:
             warn(f"{error}; going on without it: its concepts begin anew")
             continue

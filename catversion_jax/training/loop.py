@@ -36,21 +36,18 @@ class Outputs(NamedTuple):
     run: RunDir
     checkpoints: Checkpoints
     on_step: OnStep = lambda _: None
+    check: Callable[[], None] = lambda: None  # raises StorageError if another process has taken the folder over
 
 
 def loop(
-    config: Config,
-    step_config: StepConfig,
-    pipeline: BasePipeline,
-    data: ConceptData,
-    outputs: Outputs,
+    config: Config, step_config: StepConfig, pipeline: BasePipeline, data: ConceptData, outputs: Outputs
 ) -> tuple[TrainState, signal.Signals | None]:
     """Trains to the last step, from the last checkpoint if there is one.
 
     Returns the state and, if a signal ended the training early, the signal. Raises UserError if a loss or gradient is
     not finite, after saving the last good state.
     """
-    run, checkpoints, on_step = outputs
+    run, checkpoints, on_step = outputs.run, outputs.checkpoints, outputs.on_step
     on_concepts = sharding(step_config.mesh, "concept")
     state = jax.device_put(step_config.init_state([config.seed]), on_concepts)
     state = checkpoints.restore(state) or state
@@ -64,6 +61,7 @@ def loop(
         return bool(finished(state, data.steps, stop)[0])
 
     def save() -> None:
+        outputs.check()
         writer.flush()
         checkpoints.save(step, state, config.identity())
 

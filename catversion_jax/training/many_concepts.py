@@ -217,7 +217,7 @@ class ManyConcepts:
 
     def __init__(self, share: Share, pipeline: BasePipeline, check: Check, size: int):
         """Loads the saved states and sets up empty slots; `size` is the number of photos that a slot has room for."""
-        self.share, self.pipeline, self.size = share, pipeline, size
+        self.share, self.pipeline, self.check, self.size = share, pipeline, check, size
         config, networks = share.config, pipeline.networks
         self.config, self.stop, self.run = config, config.stop, RunDir.of(config)
         count, resolution = config.batch.slots, networks.resolution
@@ -329,6 +329,7 @@ class ManyConcepts:
         bar.set_postfix(step=self.clock, loss=f"{slots.losses.mean():.4f}", refresh=False)
 
     def fail(self, line: Line, error: str, bar: tqdm) -> None:
+        self.check()
         self.failed += 1
         status = ConceptStatus(line.id, FAILED, error)
         write_status(self.run.path / line.id, status)
@@ -339,6 +340,7 @@ class ManyConcepts:
         """Writes the concept and reports it as done."""
         line, folder = entered.line, self.run.path / entered.line.id
         path = folder / concept_file.FILE_NAME
+        self.check()
         concept = to_concept(entered.config, self.step_config.method, self.pipeline.fingerprint, state)
         with explained(f"{path}: could not write the concept"):
             make_folder(folder)

@@ -74,7 +74,7 @@ class MetricWriter:
             self._events.add(step, summary.image(name, image, dataformats="HWC"))
 
     def flush(self) -> None:
-        """Puts what was written into the bucket; on this machine, every row is written at once."""
+        """Puts what was written into the bucket, with each checkpoint; here, every row is written at once."""
         with self._explained():
             for path, target in self._remote.items():
                 upload(path, target)
@@ -83,7 +83,6 @@ class MetricWriter:
         with self._scratch, self._explained():
             self._metrics.close()
             self._events.close()
-            self.flush()
 
     def _explained(self) -> AbstractContextManager[None]:
         return explained(f"{self._path}: could not write the metrics")

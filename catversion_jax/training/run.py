@@ -68,7 +68,7 @@ def train(
         data = prepare(config, step_config.method, pipeline, photos, kept=run.class_latents)
         checkpoints = open_checkpoints(run.checkpoints, config.checkpoint.keep, check)
         try:
-            outputs = Outputs(run, checkpoints, watch.on_step)
+            outputs = Outputs(run, checkpoints, watch.on_step, check)
             state, interrupted_by = loop(config, step_config, pipeline, data, outputs)
         finally:
             checkpoints.close()

@@ -24,6 +24,7 @@ from catversion_jax.utils.paths import AnyPath, create, entries, explained_acces
 BEAT, LEASE = 15.0, 60.0
 PATTERN = re.compile(r"\.claim-(?P<name>.+)-(?P<number>\d{6})\.json")
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+PIDS = "/proc/self/ns/pid"
 
 
 class ClaimNote(msgspec.Struct, frozen=True):
@@ -50,7 +51,9 @@ class ClaimNote(msgspec.Struct, frozen=True):
 
 
 def boot_id() -> str:
-    return BOOT.read_text().strip() if BOOT.exists() else ""
+    """Returns what tells machines, starts of a machine and containers apart: a pid means something in one of them."""
+    boot = BOOT.read_text().strip() if BOOT.exists() else ""
+    return boot + (os.readlink(PIDS) if os.path.lexists(PIDS) else "")
 
 
 class Claim:
@@ -61,6 +64,7 @@ class Claim:
         self._note = ClaimNote(secrets.token_hex(8), socket.gethostname(), boot_id(), os.getpid())
         self._number = 0
         self._lost = False
+        self._heard = 0.0  # when the claim was last renewed
         self._ended = threading.Event()
         self._beats = threading.Thread(target=self._keep, daemon=True)
 
@@ -72,6 +76,9 @@ class Claim:
                 return False
             if create(self._path(number + 1), records.encode(self._note).encode()):
                 self._number = number + 1
+                if max(self.numbers(self.name)) > self._number:  # while this one was made, others came and went
+                    continue
+                self._heard = time.monotonic()
                 for older in self.numbers(self.name):
                     if older < self._number:
                         self._path(older).unlink(missing_ok=True)
@@ -84,7 +91,8 @@ class Claim:
 
     def check(self) -> None:
         """Raises StorageError if another process has taken over."""
-        if self._lost:
+        # A process that could not renew its claim for so long may have been taken for a lost one.
+        if self._lost or time.monotonic() - self._heard > LEASE:
             raise StorageError(f"{self.folder}: another process has taken over, as this one was not heard of; stopped")
 
     def release(self) -> None:
@@ -104,6 +112,7 @@ class Claim:
                     return
                 self._note = msgspec.structs.replace(self._note, beat=self._note.beat + 1)
                 self._write(self._note)
+                self._heard = time.monotonic()
             except (ReportedError, OSError) as error:
                 warn(f"{self.folder}: the claim on it could not be renewed ({error}); tried again")
 

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from catversion_jax.utils.errors import UserError, refused
-from catversion_jax.utils.paths import AnyPath, explained_access, upload
+from catversion_jax.utils.paths import AnyPath, explained_access, size_of, upload
 
 BOM = b"\xef\xbb\xbf"
 MIB = 2**20
+MOST_REMOTE = 1024 * MIB
+"""The largest file of a bucket that is read at once; models are copied instead."""
 
 
 def open_regular(path: AnyPath, expected: str = "expected a file") -> BinaryIO | IO[Any]:
     """Opens a regular file for reading. Raises UserError for anything else: a device or a pipe may never end."""
     if not isinstance(path, Path):
-        with explained_access(path), refused(f"{path}: cannot be read", expected):
-            # fsspec's own file has no limit for a line.
-            return io.BufferedReader(path.open("rb"))
+        with refused(f"{path}: cannot be read", expected):
+            if (size := size_of(path)) > MOST_REMOTE:
+                raise UserError(f"{path}: {size // MIB} MiB; {expected} of at most {MOST_REMOTE // MIB} MiB")
+            return io.BytesIO(path.read_bytes())  # whole: a reader that asks again may find another object
     with refused(f"{path}: cannot be read", expected):
         # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -16,7 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+# Before the import: with TensorFlow installed, epath would take its file systems, which have other credentials.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
 from etils import epath
+from etils.epath.gpath import PosixGPath
 
 from catversion_jax.utils.errors import ReportedError, StorageError, UserError, short
 
@@ -44,16 +48,59 @@ SERVICES = {
 }
 """The schemes of URLs that paths may have."""
 
-DENIED = (
-    "401",
-    "403",
-    "AccessDenied",
-    "Forbidden",
-    "Unable to locate credentials",
-    "InvalidAccessKeyId",
-    "does not have",
-)
-"""Words of the services for a lack of access."""
+DENIED = re.compile(r"\b(401|403)\b|AccessDenied|Forbidden|Unable to locate credentials|InvalidAccessKeyId|not have ")
+"""The services' words for a lack of access."""
+
+
+class NoAccess(UserError):
+    """A bucket that may not be read or written; it says nothing of what is there."""
+
+
+class BucketPath(PosixGPath):
+    """A path in a bucket. What cannot be asked raises UserError or StorageError; fsspec says that it is not there."""
+
+    def _facts(self) -> dict[str, Any] | None:
+        with explained_access(self):
+            try:
+                return of_path(self).info(os.fspath(self))
+            except FileNotFoundError:
+                return None
+
+    def exists(self) -> bool:
+        return self._facts() is not None
+
+    def is_dir(self) -> bool:
+        return (self._facts() or {}).get("type") == "directory"
+
+    def is_file(self) -> bool:
+        return (self._facts() or {}).get("type") == "file"
+
+    def glob(self, pattern: str) -> Iterator["BucketPath"]:
+        with explained_access(self):
+            names = of_path(self).glob(f"{os.fspath(self)}/{pattern}")
+        scheme = os.fspath(self).split("://")[0]
+        yield from (BucketPath(f"{scheme}://{name}") for name in sorted(names))
+
+    def read_bytes(self) -> bytes:
+        with explained_access(self):
+            return of_path(self).cat_file(os.fspath(self))
+
+    def write_bytes(self, data: bytes) -> None:
+        with explained_access(self):
+            of_path(self).pipe_file(os.fspath(self), data)
+
+    def copy(self, dst: "BucketPath", overwrite: bool = True) -> "BucketPath":
+        with explained_access(self):
+            of_path(self).copy(os.fspath(self), os.fspath(dst))
+        return dst
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        with explained_access(self):
+            try:
+                of_path(self).rm_file(os.fspath(self))
+            except FileNotFoundError:
+                if not missing_ok:
+                    raise
 
 
 def expand(path: str | AnyPath) -> AnyPath:
@@ -88,7 +135,7 @@ def of_url(text: str, scheme: str, rest: str) -> AnyPath:
     if not bucket or not rest.isprintable():
         raise UserError(f"{text}: names no bucket; expected {scheme}://BUCKET/FOLDER")
     reach(scheme, bucket)
-    return epath.Path(f"{scheme}://{rest}")
+    return BucketPath(f"{scheme}://{rest}")
 
 
 def is_remote(path: AnyPath) -> bool:
@@ -155,8 +202,8 @@ def explained_access(path: AnyPath | str) -> Iterator[None]:
         match = SCHEME.match(os.fspath(path))
         if match is None:
             raise
-        if any(word in str(error) for word in DENIED) or isinstance(error, PermissionError):
-            raise UserError(f"{path}: no access ({short(error)}); {SERVICES[match['scheme']].grant}") from error
+        if DENIED.search(str(error)) or isinstance(error, PermissionError):
+            raise NoAccess(f"{path}: no access ({short(error)}); {SERVICES[match['scheme']].grant}") from error
         raise StorageError(f"{path}: not reached ({short(error)}); run the command again, it goes on") from error
 
 
@@ -169,7 +216,10 @@ def is_same(one: AnyPath, other: AnyPath) -> bool:
 
 def size_of(path: AnyPath) -> int:
     """Returns the bytes of a file."""
-    return path.stat().st_size if isinstance(path, Path) else int(path.stat().length or 0)
+    if isinstance(path, Path):
+        return path.stat().st_size
+    with explained_access(path):
+        return int(of_path(path).info(os.fspath(path))["size"])
 
 
 def entries(folder: AnyPath) -> list[tuple[AnyPath, bool]]:
@@ -196,7 +246,7 @@ def remove_folder(path: AnyPath) -> None:
             shutil.rmtree(path)
     elif path.exists():
         with explained_access(path):
-            path.rmtree(missing_ok=True)
+            of_path(path).rm(os.fspath(path), recursive=True)
 
 
 def files_below(folder: AnyPath) -> list[AnyPath]:
@@ -206,17 +256,25 @@ def files_below(folder: AnyPath) -> list[AnyPath]:
     with explained_access(folder):
         names = of_path(folder).find(os.fspath(folder))
     scheme = os.fspath(folder).split("://")[0]
-    return [epath.Path(f"{scheme}://{name}") for name in sorted(names)]
+    return [BucketPath(f"{scheme}://{name}") for name in sorted(names)]
 
 
 def download(source: AnyPath, target: Path) -> Path:
     """Copies a file, or a folder with all in it, from a bucket to this machine; returns `target`."""
     if source.is_dir():
         for path in files_below(source):
-            download_file(path, target / os.path.relpath(os.fspath(path), os.fspath(source)))
+            download_file(path, target / inside(path, source))
     else:
         download_file(source, target)
     return target
+
+
+def inside(path: AnyPath, folder: AnyPath) -> str:
+    """Returns a path relative to a folder. Raises UserError if it leads out of it: a key may have any name."""
+    name = os.fspath(path).removeprefix(f"{os.fspath(folder).rstrip('/')}/")
+    if ".." in name.split("/") or name.startswith("/"):
+        raise UserError(f"{os.fspath(path)}: its name leads out of {folder}; remove that object")
+    return name
 
 
 @contextlib.contextmanager

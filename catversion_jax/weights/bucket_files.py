@@ -9,7 +9,7 @@ from pathlib import Path
 from catversion_jax.utils import cache
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
-from catversion_jax.utils.paths import AnyPath, download_file, explained_access, of_path
+from catversion_jax.utils.paths import AnyPath, download_file, explained_access, inside, of_path
 from catversion_jax.utils.records import encode, read_record
 
 STAMPS = ".stamps.json"
@@ -28,7 +28,7 @@ def fetch_from_bucket(source: AnyPath, patterns: Sequence[str]) -> Path:
     known = read_stamps(target)
     for name, stamp in wanted.items():
         if known.get(name) != stamp or not (target / name).is_file():
-            download_file(source / name, target / name)
+            download_file(source / name, target / inside(source / name, source))
     for name in known.keys() - stamps.keys():  # of a model that was replaced
         (target / name).unlink(missing_ok=True)
     write_stamps(target, {name: s for name, s in (known | wanted).items() if name in stamps})

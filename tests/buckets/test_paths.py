@@ -62,7 +62,7 @@ def test_what_paths_mean(variables, tmp_path):
     ("url", "message"),
     [
         ("az://box/x", "az:// is no kind of path; expected gs://, s3:// or a path of this machine"),
-        ("http://host/x", "http:// is no kind of path"),
+        ("ftp://host/x", "ftp:// is no kind of path"),
         ("gs://no-such-bucket/x", "gs://no-such-bucket: no such bucket; make it, or correct its name"),
         ("s3://no-such-bucket/x", "s3://no-such-bucket: no such bucket"),
         ("gs:///x", "names no bucket; expected gs://BUCKET/FOLDER"),
