@@ -17,6 +17,7 @@ from catversion_jax.cli.flags import (
     given_sampler,
     given_seeds,
     given_strength,
+    load_concept,
     make_out,
 )
 from catversion_jax.config import JUDGED
@@ -151,7 +152,7 @@ def find_tasks(arguments: flags.FlagValues) -> list[Task]:
     name = source.resolve().name
     if arguments.images:
         return [ImagesTask(name, prompts_for(arguments, None), references, masks, source, image_masks)]
-    concept = concept_file.load(source)
+    concept = load_concept(str(source))
     return [ConceptTask(name, prompts_for(arguments, concept), references, masks, source, concept)]
 
 
