@@ -18,6 +18,7 @@ from catversion_jax.api.pipeline import Pipeline
 from catversion_jax.config import OF_A_RUN, Config, from_config_dict, load_config, stable_diffusion
 from catversion_jax.data.images import MAX_FILE_BYTES
 from catversion_jax.data.manifest import parse_line
+from catversion_jax.data.photo_sources import SECURE
 from catversion_jax.data.photos import given_photos
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.many_concepts import Ended, Share, each_trained
@@ -115,7 +116,7 @@ def write_content(path: Path, content: bytes) -> None:
 
 def whole(path: str | os.PathLike) -> str:
     """Returns a path that means the same from every folder."""
-    if os.fspath(path).startswith("https://"):
+    if os.fspath(path).startswith(SECURE):
         return os.fspath(path)
     expanded = expand(os.fspath(path))
     return os.fspath(expanded if is_remote(expanded) else expanded.absolute())

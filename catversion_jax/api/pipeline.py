@@ -1,6 +1,7 @@
 """A base model in Python: `Pipeline.from_pretrained(...)` loads it, and calling it samples images."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,18 @@ from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils import cache
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
-from catversion_jax.utils.settings import broken
+from catversion_jax.utils.settings import SettingsT, broken
 from catversion_jax.utils.types import UInt8
+
+MODEL = ("revision", "variant", "prediction_type", "dtype")
+SAMPLER = ("scheduler", "steps", "guidance", "batch_size")
+"""The settings that a call may change: of config.model, and of config.sample."""
+
+
+@functools.cache
+def keep_compiled() -> None:
+    """Keeps compiled programs between processes. Once a process: each call would count the cache's hits again."""
+    cache.enable()
 
 
 class Pipeline:
@@ -33,21 +44,16 @@ class Pipeline:
         `how` are the other settings of `config.model`: `revision`, `variant`, `prediction_type`, and `dtype`, which is
         "float32" or "bfloat16". Raises UserError for another setting or value, and if there is no such model.
         """
-        return cls.of(model_config(name, how))
-
-    @classmethod
-    def of(cls, model: ModelConfig) -> "Pipeline":
-        """Loads a base model."""
-        cache.enable()
+        model = with_values(ModelConfig(name), MODEL, how)
+        keep_compiled()
         return cls(model, load_pipeline(model))
 
     @classmethod
-    def for_concepts(cls, concepts: dict[str, Concept], model: ModelConfig) -> "Pipeline":
+    def for_concepts(cls, concepts: Mapping[str, Concept], model: ModelConfig) -> "Pipeline":
         """Loads a base model for concepts, given by their sources, which must have been learned on it."""
-        base, unsure = load_for_concepts(concepts, model)
-        for warning in unsure:
-            warn(warning)
-        return cls(model, base)
+        pipe = cls(model, load_pipeline(model))
+        pipe.check(concepts)
+        return pipe
 
     def __call__(
         self,
@@ -66,15 +72,15 @@ class Pipeline:
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         given = [concepts] if isinstance(concepts, Concept) else list(concepts)
-        self.check(given)
+        self.check({f"the concept of {concept.class_word!r}": concept for concept in given})
         seeds = [(seed + i) % 2**32 for i in range(num)]
-        request = SampleRequest.every(several, seeds, sampler_config(given, sampler), negative_prompt)
+        recorded = recorded_sampler({concept.class_word: concept for concept in given})
+        request = SampleRequest.every(several, seeds, with_values(recorded, SAMPLER, sampler), negative_prompt)
         return [Image.fromarray(image) for image in self.sample(request, given)]
 
-    def check(self, concepts: Sequence[Concept]) -> None:
-        """Raises UserError for a concept that was learned on another base model."""
-        named = {f"the concept of {concept.class_word!r}": concept for concept in concepts}
-        _, unsure = load_for_concepts(named, self.model, lambda _: self.base)
+    def check(self, concepts: Mapping[str, Concept]) -> None:
+        """Raises UserError for a concept, given by its source, that was learned on another base model."""
+        _, unsure = load_for_concepts(concepts, self.model, lambda _: self.base)
         for warning in unsure:
             warn(warning)
 
@@ -87,24 +93,11 @@ class Pipeline:
         return sample_images(self.base, request, [concept for concept in concepts if acts(concept)])
 
 
-def model_config(name: str, how: dict[str, Any]) -> ModelConfig:
-    """Returns the settings of a base model. Raises UserError for a setting or a value that there is not."""
-    try:
-        model = ModelConfig(name, **how)
-    except TypeError:
-        raise UserError(f"{', '.join(how)}: expected some of revision, variant, prediction_type and dtype") from None
-    for key, value, expected in broken(model):
+def with_values(settings: SettingsT, names: Sequence[str], given: Mapping[str, Any]) -> SettingsT:
+    """Returns settings with some of the values of `names`. Raises UserError for another name, and for a bad value."""
+    if given.keys() - set(names):
+        raise UserError(f"{', '.join(given)}: expected some of {', '.join(names[:-1])} and {names[-1]}")
+    changed = replace(settings, **given)
+    for key, value, expected in broken(changed):
         raise UserError(f"{key}={value!r}: expected {expected}")
-    return model
-
-
-def sampler_config(concepts: Sequence[Concept], given: dict[str, Any]):
-    """Returns the sampler's settings: those that are given and, for the others, what the concepts record."""
-    recorded = recorded_sampler({concept.class_word: concept for concept in concepts})
-    try:
-        sampler = replace(recorded, **given)
-    except TypeError:
-        raise UserError(f"{', '.join(given)}: expected some of scheduler, steps, guidance and batch_size") from None
-    for key, value, expected in broken(sampler):
-        raise UserError(f"{key}={value!r}: expected {expected}")
-    return sampler
+    return changed

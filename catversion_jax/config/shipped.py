@@ -16,7 +16,7 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in shipped_folder().glob("*.py"))
 
 
-def shipped_folder() -> AnyPath:
+def shipped_folder() -> Path:
     """Returns the folder of the shipped configs."""
     # A wheel has it inside the package (setup.py); a checkout has it beside the package, where people look for it.
     inside = PACKAGE / "configs"

@@ -140,7 +140,7 @@ def are_equal(ours: Iterable[Photo], theirs: Iterable[Photo]) -> bool:
     return digest_of_examples(map(to_example, ours)) == digest_of_examples(map(to_example, theirs))
 
 
-def check_digest(path: AnyPath, examples: list[Example]) -> None:
+def check_digest(path: Path, examples: list[Example]) -> None:
     """Raises UserError if the digest at `path`, if there is one, is not that of the examples."""
     if path.exists():
         expected = records.read_record(path, DatasetDigest, "expected a digest")

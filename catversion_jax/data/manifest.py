@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from catversion_jax.data.photo_sources import SECURE
 from catversion_jax.utils import records
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import open_regular
@@ -43,7 +44,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def changes(self, folder: AnyPath) -> dict[str, Any]:
         """The config's values, by dotted key, that the line gives; `folder` is the manifest's."""
         changes = {
-            "data.dir": self.dir if self.dir.startswith("https://") else str(named_in(folder, self.dir)),
+            "data.dir": self.dir if self.dir.startswith(SECURE) else str(named_in(folder, self.dir)),
             "data.masks_dir": str(named_in(folder, self.masks)) if self.masks else "",
             "concept.class_word": self.class_word,
         }

@@ -1,6 +1,6 @@
 """Warnings about photos to train on: what is likely to be learned although nobody wants it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -29,15 +29,16 @@ def grey(photo: Photo, most: int) -> Float[np.ndarray, "h w"]:
 
 def check_photos(photos: Sequence[Photo]) -> list[list[str]]:
     """Returns the warnings of each photo, none for one that is as it should be."""
+    small = [grey(photo, THUMBNAIL) for photo in photos]
     return [
-        [*too_small(photo), *blurred(photo), *cut_off(photo), *same_as(photo, photos[:i])]
+        [*too_small(photo), *blurred(photo), *cut_off(photo), *same_as(small[i], zip(photos[:i], small, strict=False))]
         for i, photo in enumerate(photos)
     ]
 
 
 def too_small(photo: Photo) -> list[str]:
     side, shorter = photo.image.shape[0], min(photo.size)
-    if shorter in (0, *range(side, 10**6)):
+    if shorter == 0 or shorter >= side:
         return []
     return [f"too small: {photo.size[0]}x{photo.size[1]}, enlarged to {side}"]
 
@@ -58,11 +59,9 @@ def cut_off(photo: Photo) -> list[str]:
     return [f"subject cut off: {', '.join(cut)}"] if cut else []
 
 
-def same_as(photo: Photo, others: Sequence[Photo]) -> list[str]:
-    """Compares with the photos before it, also mirrored."""
-    small = grey(photo, THUMBNAIL)
-    for other in others:
-        theirs = grey(other, THUMBNAIL)
+def same_as(small: Float[np.ndarray, "h w"], others: Iterable[tuple[Photo, Float[np.ndarray, "h w"]]]) -> list[str]:
+    """Compares a small grey picture with those of the photos before it, also mirrored."""
+    for other, theirs in others:
         if min(np.abs(small - theirs).mean(), np.abs(small[:, ::-1] - theirs).mean()) < ALIKE:
             return [f"nearly the same as {other.name}"]
     return []

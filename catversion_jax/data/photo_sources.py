@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlparse
 
 from catversion_jax.data.images import MAX_FILE_BYTES
-from catversion_jax.utils.errors import ReportedError, StorageError, UserError, is_storage_error, short
+from catversion_jax.utils.errors import StorageError, UserError, is_storage_error, short
 from catversion_jax.utils.files import MIB, read_text
-from catversion_jax.utils.paths import AnyPath, expand, local_copy
+from catversion_jax.utils.paths import AnyPath, calling, expand, local_copy
 
 MOST_FILES = 1000
 MOST_BYTES = 4096 * MIB
@@ -24,6 +24,7 @@ MOST_BYTES = 4096 * MIB
 MOST_LIST_BYTES = MIB
 TIMEOUT = 60  # seconds without an answer
 SECURE = "https://"
+WEB = (SECURE, "http://")
 
 
 @contextlib.contextmanager
@@ -41,15 +42,6 @@ def local_source(source: str | AnyPath) -> Iterator[AnyPath]:
         return
     with local_copy(path) as packed, tempfile.TemporaryDirectory() as folder, calling(folder, str(path)):
         yield unzip(packed, Path(folder))
-
-
-@contextlib.contextmanager
-def calling(folder: str, source: str) -> Iterator[None]:
-    """Puts the source's name in place of a temporary folder's in messages."""
-    try:
-        yield
-    except ReportedError as error:
-        raise type(error)(str(error).replace(folder, source)) from error
 
 
 def unzip(packed: Path, folder: Path) -> Path:
@@ -103,13 +95,13 @@ class Limited:
 def is_listed(source: str | AnyPath) -> bool:
     """Whether a source is URLs, or a text file of them."""
     text = os.fspath(source)
-    return text.startswith((SECURE, "http://")) or (text.lower().endswith(".txt") and not expand(text).is_dir())
+    return text.startswith(WEB) or (text.lower().endswith(".txt") and not expand(text).is_dir())
 
 
 def urls_of(source: str | AnyPath) -> list[str]:
     """Returns the URLs of a list. Raises UserError for anything that does not begin with https://."""
     text = os.fspath(source)
-    if not text.startswith((SECURE, "http://")):
+    if not text.startswith(WEB):
         text = read_text(expand(text), MOST_LIST_BYTES, "expected a text file with one https:// URL a line")
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     urls = re.split(r"[\s,]+", "\n".join(lines).strip())

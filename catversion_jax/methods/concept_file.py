@@ -25,6 +25,8 @@ from catversion_jax.utils.types import Params
 from catversion_jax.weights import foreign, safetensors
 
 FILE_NAME = "concept.safetensors"
+PREVIEW = "preview.png"
+"""The images of a few prompts, beside the concept."""
 FORMAT_VERSION = 1
 MAX_BYTES = 64 * 2**20  # a concept takes kilobytes; a larger file is something else
 MAX_UNET_BYTES = 16 * 2**30  # unless its method changes the UNet

@@ -4,13 +4,12 @@ import tempfile
 from pathlib import Path
 
 from catversion_jax.methods import concept_file
-from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.concept_file import PREVIEW, Concept
 from catversion_jax.utils.errors import UserError, short
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.paths import AnyPath
 from catversion_jax.weights import hub
 
-PREVIEW = "preview.png"
 CARD = """---
 tags:
 - text-to-image

@@ -26,7 +26,7 @@ from catversion_jax.data.latents import bucket
 from catversion_jax.data.manifest import Line
 from catversion_jax.data.photos import Photo, count_photos, training_photos
 from catversion_jax.methods import concept_file
-from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.concept_file import PREVIEW, Concept
 from catversion_jax.training.checkpoints import explained, open_checkpoints
 from catversion_jax.training.concept_data import check_masks, check_prompts, prepare
 from catversion_jax.training.distributed import Process
@@ -34,20 +34,11 @@ from catversion_jax.training.interrupted import note_of, read_interrupted
 from catversion_jax.training.loop import enough_memory, not_finite, signals, started
 from catversion_jax.training.previews import sample_preview
 from catversion_jax.training.run import load_model
-from catversion_jax.training.run_dir import PREVIEW, Check, RunDir
+from catversion_jax.training.run_dir import Check, RunDir
 from catversion_jax.training.slots import Slots
 from catversion_jax.training.state import ConceptData, Frozen, TrainState
-from catversion_jax.training.status import (
-    DONE,
-    FAILED,
-    ConceptStatus,
-    read_statuses,
-    remove_status,
-    write_status,
-)
-from catversion_jax.training.status import (
-    FILE_NAME as STATUS,
-)
+from catversion_jax.training.status import DONE, FAILED, ConceptStatus, read_statuses, remove_status, write_status
+from catversion_jax.training.status import FILE_NAME as STATUS
 from catversion_jax.training.step import StepConfig, steps_per_dispatch, warn_of_idle_devices
 from catversion_jax.training.trained_concept import to_concept
 from catversion_jax.utils.errors import UserError, is_out_of_memory, listed, short
@@ -146,10 +137,11 @@ def train_share(share: Share, run: RunDir, check: Check, size: int, pipeline: Ba
     learned, told = found_ids(run, concept_file.FILE_NAME), found_ids(run, STATUS)
     done = {line.id: line.id in learned for line in share.lines()}
     refuse_changed_lines(share, run, learned & told)
-    for concept_id in [concept_id for concept_id, is_done in done.items() if not is_done and concept_id in told]:
-        remove_status(run.path / concept_id)  # it failed, and is tried again
-    for concept_id in [concept_id for concept_id, is_done in done.items() if is_done and concept_id not in told]:
-        write_status(run.path / concept_id, ConceptStatus(concept_id, DONE))  # a crash came between the two files
+    for concept_id, is_done in done.items():
+        if is_done and concept_id not in told:  # a crash came between the two files
+            write_status(run.path / concept_id, ConceptStatus(concept_id, DONE))
+        elif not is_done and concept_id in told:  # it failed, and is tried again
+            remove_status(run.path / concept_id)
     left = len(done) - sum(done.values())
     if not left:
         return BatchOutcome(run.path, len(done), 0, 0, None)

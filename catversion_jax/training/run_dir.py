@@ -27,8 +27,6 @@ Check = Callable[[], None]
 PATIENCE = 10.0
 """Seconds that a process of a batch waits for a sibling that is claiming the folder, which takes milliseconds."""
 OTHER = "choose another run_dir"
-PREVIEW = "preview.png"
-"""The images of a few prompts, beside each concept."""
 OF_EVERY_RUN = {"model.path", "train.steps"}
 """Keys that config.json has held from the first."""
 
@@ -76,7 +74,7 @@ class RunDir:
 
     @property
     def preview(self) -> AnyPath:
-        return self.path / PREVIEW
+        return self.path / concept_file.PREVIEW
 
     @property
     def finished(self) -> bool:

@@ -9,7 +9,7 @@ import msgspec
 from catversion_jax.utils import records
 from catversion_jax.utils.errors import ReportedError
 from catversion_jax.utils.files import refuse_link, write_atomically
-from catversion_jax.utils.paths import AnyPath, explained_access, make_folder
+from catversion_jax.utils.paths import AnyPath, make_folder
 
 FILE_NAME = "status.json"
 DONE, FAILED = "done", "failed"
@@ -40,8 +40,7 @@ def write_status(folder: AnyPath, status: ConceptStatus) -> None:
 
 
 def remove_status(folder: AnyPath) -> None:
-    with explained_access(folder):
-        (folder / FILE_NAME).unlink(missing_ok=True)
+    (folder / FILE_NAME).unlink(missing_ok=True)
 
 
 def read_statuses(paths: Iterable[AnyPath]) -> Iterator[ConceptStatus]:

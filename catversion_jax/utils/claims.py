@@ -19,7 +19,7 @@ import msgspec
 from catversion_jax.utils import records
 from catversion_jax.utils.errors import ReportedError, StorageError
 from catversion_jax.utils.log import warn
-from catversion_jax.utils.paths import AnyPath, create, entries, explained_access
+from catversion_jax.utils.paths import AnyPath, create, entries
 
 BEAT, LEASE = 15.0, 60.0
 PATTERN = re.compile(r"\.claim-(?P<name>.+)-(?P<number>\d{6})\.json")
@@ -117,9 +117,7 @@ class Claim:
                 warn(f"{self.folder}: the claim on it could not be renewed ({error}); tried again")
 
     def _write(self, note: ClaimNote) -> None:
-        path = self._path(self._number)
-        with explained_access(path):
-            path.write_bytes(records.encode(note).encode())
+        self._path(self._number).write_bytes(records.encode(note).encode())
 
     def _path(self, number: int) -> AnyPath:
         return claim_path(self.folder, self.name, number)

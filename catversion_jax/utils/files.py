@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from catversion_jax.utils.errors import UserError, refused
-from catversion_jax.utils.paths import AnyPath, explained_access, size_of, upload
+from catversion_jax.utils.paths import AnyPath, size_of, upload
 
 BOM = b"\xef\xbb\xbf"
 MIB = 2**20
@@ -38,8 +38,7 @@ def read_bytes(path: AnyPath, limit: int, expected: str) -> bytes:
     """Returns the contents of a regular file. Raises UserError if it cannot be read or has more than `limit` bytes."""
     with open_regular(path, expected) as file, refused(f"{path}: cannot be read", expected):
         try:
-            with explained_access(path):
-                data = file.read(limit + 1)
+            data = file.read(limit + 1)
         except OSError as error:  # of reading, which does not name the file
             raise OSError(error.errno, error.strerror, str(path)) from error
     if len(data) > limit:
@@ -109,8 +108,7 @@ def check_writable(path: AnyPath) -> None:
     if not isinstance(path, Path):
         probe = path.parent / f".{secrets.token_hex(8)}"
         write_atomically(probe, Path.touch)
-        with explained_access(probe):
-            probe.unlink()
+        probe.unlink()
         return
     target = checked_output(path)
     with refused(f"{path}: cannot be written", "choose another folder"):

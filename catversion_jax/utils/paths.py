@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 # Before the import: with TensorFlow installed, epath would take its file systems, which have other credentials.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -35,11 +35,12 @@ LOST_SLASH = re.compile(r"(gs|s3|file):/(?=[^/])")
 """What pathlib makes of a URL."""
 
 
-class Service:
+class Service(NamedTuple):
     """A kind of bucket: the extra of setup.py, its module, and how a person gets access."""
 
-    def __init__(self, extra: str, module: str, grant: str):
-        self.extra, self.module, self.grant = extra, module, grant
+    extra: str
+    module: str
+    grant: str
 
 
 SERVICES = {
@@ -78,8 +79,7 @@ class BucketPath(PosixGPath):
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
         with explained_access(self):
             names = of_path(self).glob(f"{os.fspath(self)}/{pattern}")
-        scheme = os.fspath(self).split("://")[0]
-        yield from (BucketPath(f"{scheme}://{name}") for name in sorted(names))
+        yield from (BucketPath(f"{scheme_of(self)}://{name}") for name in sorted(names))
 
     def read_bytes(self) -> bytes:
         with explained_access(self):
@@ -174,7 +174,11 @@ def file_system(scheme: str) -> Any:
 
 def of_path(path: AnyPath) -> Any:
     """Returns the fsspec file system of a path in a bucket."""
-    return file_system(os.fspath(path).split("://")[0])
+    return file_system(scheme_of(path))
+
+
+def scheme_of(path: AnyPath) -> str:
+    return os.fspath(path).split("://")[0]
 
 
 @cache
@@ -194,9 +198,7 @@ def explained_access(path: AnyPath | str) -> Iterator[None]:
     machine pass."""
     try:
         yield
-    except (UserError, StorageError):
-        raise
-    except FileNotFoundError:
+    except (ReportedError, FileNotFoundError):
         raise
     except Exception as error:  # each client has types of its own
         match = SCHEME.match(os.fspath(path))
@@ -255,8 +257,7 @@ def files_below(folder: AnyPath) -> list[AnyPath]:
         return sorted(path for path in folder.rglob("*") if not path.is_dir())
     with explained_access(folder):
         names = of_path(folder).find(os.fspath(folder))
-    scheme = os.fspath(folder).split("://")[0]
-    return [BucketPath(f"{scheme}://{name}") for name in sorted(names)]
+    return [BucketPath(f"{scheme_of(folder)}://{name}") for name in sorted(names)]
 
 
 def download(source: AnyPath, target: Path) -> Path:
@@ -288,10 +289,17 @@ def local_copy(path: AnyPath) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
-        try:
+        with calling(str(copy), str(path)):
             yield download(path, copy)
-        except ReportedError as error:
-            raise type(error)(str(error).replace(str(copy), str(path))) from error
+
+
+@contextlib.contextmanager
+def calling(temporary: str, source: str) -> Iterator[None]:
+    """Puts the name of what was copied in place of a temporary path in messages."""
+    try:
+        yield
+    except ReportedError as error:
+        raise type(error)(str(error).replace(temporary, source)) from error
 
 
 def download_file(source: AnyPath, target: Path) -> None:

@@ -80,6 +80,6 @@ def test_the_events_do_not_name_the_host(tmp_path):
 
 def test_a_full_disk(tmp_path):
     writer = MetricWriter(tmp_path / "metrics.jsonl", tmp_path / "events", 0)
-    writer._metrics = open("/dev/full", "wb")  # noqa: SIM115
+    writer._metrics = open("/dev/full", "wb")  # noqa: SIM115  # the writer closes it
     with pytest.raises(StorageError, match=r"metrics\.jsonl: could not write the metrics .*; make room"):
         writer.row(ROWS[0])
