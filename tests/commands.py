@@ -16,6 +16,8 @@ from tests.conftest import FAST_COMPILE
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": str(ROOT)}
 TIMEOUT = 600
+LIBRARIES = ("array_record", "grain", "orbax", "tensorflow_datasets")
+"""Whose flags are defined when they are imported."""
 
 HERE = {"convert", "evaluate", "export", "generate"}
 """Commands that are quick once JAX is imported and their programs are compiled; the others take over the process."""
@@ -56,8 +58,10 @@ def run_here(arguments: tuple[object, ...]) -> subprocess.CompletedProcess:
             status = main(list(map(str, arguments)))
     finally:
         os.chdir(folder)
+        # Those that libraries defined when they were first imported stay: nothing defines them again.
         for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
+            if not str(flags.FLAGS.find_module_defining_flag(name)).startswith(LIBRARIES):
+                delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
         sys.modules.pop("config_config", None)  # the config file, which ml_collections would take for the next one
         sys.argv = argv

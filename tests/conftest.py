@@ -27,7 +27,7 @@ import pytest
 CHECKED = (
     "base.noise_schedule", "base.pipeline", "base.schedulers", "base.tokenizer", "base.words", "data.latents",
     "evaluation.masks", "evaluation.metrics", "evaluation.scores", "methods", "models", "sampling",
-    "training.concept_data", "training.step", "utils.tree",
+    "training.class_images", "training.concept_data", "training.step", "training.training_prompts", "utils.tree",
 )  # fmt: skip
 # The environments of `make parity` and `make tpu`, whose tests hand over arrays of other libraries, have no beartype.
 if importlib.util.find_spec("beartype"):

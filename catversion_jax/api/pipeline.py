@@ -1,6 +1,7 @@
 """A base model in Python: `Pipeline.from_pretrained(...)` loads it, and calling it samples images."""
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils import cache
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.paths import AnyPath
 from catversion_jax.utils.settings import SettingsT, broken
 from catversion_jax.utils.types import UInt8
 
@@ -38,13 +40,13 @@ class Pipeline:
         self.model, self.base = model, base
 
     @classmethod
-    def from_pretrained(cls, name: str = "", **how: Any) -> "Pipeline":
+    def from_pretrained(cls, name: str | AnyPath = "", **how: Any) -> "Pipeline":
         """Loads the base model `name`: a folder, a single file or a name on Hugging Face; "" is the mini model.
 
         `how` are the other settings of `config.model`: `revision`, `variant`, `prediction_type`, and `dtype`, which is
         "float32" or "bfloat16". Raises UserError for another setting or value, and if there is no such model.
         """
-        model = with_values(ModelConfig(name), MODEL, how)
+        model = with_values(ModelConfig(os.fspath(name)), MODEL, how)
         keep_compiled()
         return cls(model, load_pipeline(model))
 

@@ -100,7 +100,8 @@ def random_data(config: Config, step_config: StepConfig, text_params: tuple[Para
             std=np.abs(random(shape)) / 10,
             photos=np.full(concepts, count, np.int32),
             prompts=tuple(prompts(*of_one) for of_one in zip(networks.text, text_params, firsts, strict=True)),
-            prompt_count=np.full(concepts, templates, np.int32),
+            first_prompt=np.zeros((concepts, bucket(count)), np.int32),
+            prompt_count=np.full((concepts, bucket(count)), templates, np.int32),
             steps=np.full(concepts, config.train.steps, np.int32),
             weight=np.ones((concepts, *shape.shape[:-1], 1), np.float32) if weighs else None,
         )

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -12,7 +14,7 @@ from catversion_jax.cli.flags import checked_config, define_config, make_out
 from catversion_jax.config import OF_A_RUN
 from catversion_jax.config.shipped import config_source
 from catversion_jax.data.photo_checks import check_photos
-from catversion_jax.data.photos import Photo, training_photos
+from catversion_jax.data.photos import Photo, describe_count, training_photos
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid
@@ -41,7 +43,7 @@ def define_flags() -> None:
 
 
 def main(arguments: flags.FlagValues, photos: str) -> int:
-    """Writes the photos, their masks and the contact sheet; prints the warnings."""
+    """Writes the photos, their masks and captions, and the contact sheet; prints the warnings."""
     config = checked_config(arguments, OF_A_RUN)
     if not arguments.out:
         raise UserError("--out: missing; expected the folder to write")
@@ -56,25 +58,35 @@ def main(arguments: flags.FlagValues, photos: str) -> int:
     for photo, of_photo in zip(found, warnings, strict=True):
         for warning in of_photo:
             warn(f"{photo.name}: {warning}")
-    masks = sum(photo.mask is not None for photo in found)
-    print(f"photos:   {len(found)}, {masks} with masks, in {out / 'photos'}\nlook at:  {out / SHEET}")
+    print(f"photos:   {describe_count(found)}, in {out / 'photos'}\nlook at:  {out / SHEET}")
     return 0
 
 
 def write_photos(folder: AnyPath, photos: Sequence[Photo]) -> None:
-    """Writes each photo and its mask as PNG: a folder that trains as the source does, bit for bit."""
+    """Writes each photo and its mask as PNG, and its caption: a folder that trains as the source does, bit for bit."""
     make_out(folder)
     for photo in photos:
         write_atomically(folder / f"{photo.name}.png", Image.fromarray(photo.image).save)
         if photo.mask is not None:
             make_out(folder / "masks")
             write_atomically(folder / "masks" / f"{photo.name}.png", Image.fromarray(photo.mask).save)
+        if photo.caption:
+            write_atomically(folder / f"{photo.name}.txt", partial(write_caption, caption=photo.caption))
+
+
+def write_caption(path: Path, caption: str) -> None:
+    path.write_text(f"{caption}\n", "utf-8")
 
 
 def contact_sheet(photos: Sequence[Photo], warnings: Sequence[Sequence[str]]) -> Image.Image:
-    """Returns each photo beside what its mask leaves, with its name and its warnings."""
-    labels = ["; ".join([photo.name, *of_photo]) for photo, of_photo in zip(photos, warnings, strict=True)]
+    """Returns each photo beside what its mask leaves, with its name, its caption and its warnings."""
+    labels = [label(photo, of_photo) for photo, of_photo in zip(photos, warnings, strict=True)]
     return grid([[photo.image, *subject(photo)] for photo in photos], labels, ["what training sees", "the subject"])
+
+
+def label(photo: Photo, warnings: Sequence[str]) -> str:
+    caption = [f'"{photo.caption}"'] if photo.caption else []
+    return "; ".join([photo.name, *caption, *warnings])
 
 
 def subject(photo: Photo) -> list[UInt8[np.ndarray, "h w 3"]]:

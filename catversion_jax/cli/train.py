@@ -6,7 +6,7 @@ from absl import flags
 
 from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.config import Config
-from catversion_jax.data.photos import Photo, describe_masks
+from catversion_jax.data.photos import Photo, describe_count, describe_masks
 from catversion_jax.methods import concept_file
 from catversion_jax.training.previews import preview_of, sample_grid, sample_prompts
 from catversion_jax.training.run import Watch, load_model, train
@@ -32,7 +32,7 @@ def main(arguments: flags.FlagValues) -> int:
 
 def print_photos(photos: Sequence[Photo]) -> None:
     """Prints how many photos there are, and their masks, before the training: while nothing is lost yet."""
-    print(f"photos:   {len(photos)}", flush=True)
+    print(f"photos:   {describe_count(photos)}", flush=True)
     for line in describe_masks(photos):
         print(line, flush=True)
 

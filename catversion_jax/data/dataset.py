@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from catversion_jax.data.photos import Photo
 from catversion_jax.utils import records
@@ -29,7 +30,9 @@ silence("tensorflow_datasets")
 
 DIGEST_FILE = "digest.json"
 Example = dict[str, bytes]
-"""A photo as it is stored: name, image and mask."""
+"""A photo as it is stored: name, image with its caption, and mask."""
+CAPTION = "Description"
+"""The PNG keyword of a caption. As a feature of its own it would make datasets unreadable that were stored before."""
 
 
 @dataclass(frozen=True)
@@ -39,27 +42,35 @@ class DatasetDigest:
     sha256: str
 
 
-def encode_png(array: np.ndarray | None) -> bytes:
+def encode_png(array: np.ndarray | None, caption: str = "") -> bytes:
     """Encodes an image or a mask as PNG bytes; None gives empty bytes."""
     if array is None:
         return b""
+    texts = PngInfo()
+    if caption:
+        texts.add_itxt(CAPTION, caption)
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
+    Image.fromarray(array).save(buffer, "PNG", pnginfo=texts)
     return buffer.getvalue()
 
 
-def decode_png(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
+def open_png(data: bytes) -> PngImageFile:
+    image = PngImageFile(io.BytesIO(data))
+    image.load()
+    return image
 
 
 def to_example(photo: Photo) -> Example:
     # As the system has it: a file's name need not be UTF-8.
-    return {"name": os.fsencode(photo.name), "image": encode_png(photo.image), "mask": encode_png(photo.mask)}
+    image = encode_png(photo.image, photo.caption)
+    return {"name": os.fsencode(photo.name), "image": image, "mask": encode_png(photo.mask)}
 
 
 def to_photo(example: Example) -> Photo:
-    mask = decode_png(example["mask"]) if example["mask"] else None
-    return Photo(os.fsdecode(example["name"]), decode_png(example["image"]), mask)
+    image = open_png(example["image"])
+    mask = np.asarray(open_png(example["mask"])) if example["mask"] else None
+    caption = str(image.text.get(CAPTION, ""))
+    return Photo(os.fsdecode(example["name"]), np.asarray(image), mask, caption=caption)
 
 
 def digest_of_examples(examples: Iterable[Example]) -> DatasetDigest:

@@ -1,4 +1,4 @@
-"""What a folder of photos holds: photos, masks that lie beside them, and files that are neither."""
+"""What a folder of photos holds: photos, masks and captions that lie beside them, and files that are none of these."""
 
 import os
 import re
@@ -23,7 +23,8 @@ OTHER_ENDINGS = frozenset(
         ".pdf", ".zip", ".py",
     )
 )  # fmt: skip
-"""Endings of captions, settings, films and other files that are never photos."""
+"""Endings of settings, films and other files that are never photos."""
+CAPTION_ENDINGS = (".txt", ".caption")
 
 MASK_NAME = re.compile(
     r"(?P<photo>.+?)(\.(png|jpe?g|webp))?[-_. (]+(?P<what>masklabel|condlabel|masks?|matte|alpha|seg)\)?[-_]?\d*"
@@ -40,6 +41,7 @@ class FolderFiles(NamedTuple):
 
     photos: list[AnyPath]
     masks: list[AnyPath]  # beside their photos
+    captions: list[AnyPath]  # beside their photos, named as they are
     others: list[AnyPath]
 
 
@@ -90,9 +92,10 @@ def split_folder(folder: AnyPath, keep: Callable[[AnyPath], bool] = lambda _: Tr
     masks = {path for path in sure if is_mask(path, stems)}
     names = {name.casefold() for path in sure if path not in masks for name in (path.name, stem_of(path))}
     others = {path for path in set(files) - set(sure) if is_other(path, names)}
+    captions = {path for path in others if path.suffix.lower() in CAPTION_ENDINGS and stem_of(path).casefold() in names}
     left_out = masks | others
     photos = [path for path in files if path not in left_out]
-    return FolderFiles(photos, sorted(masks), sorted(others))
+    return FolderFiles(photos, sorted(masks), sorted(captions), sorted(others - captions))
 
 
 def is_other(path: AnyPath, names: Collection[str]) -> bool:

@@ -28,8 +28,11 @@ WEB = (SECURE, "http://")
 
 
 @contextlib.contextmanager
-def local_source(source: str | AnyPath) -> Iterator[AnyPath]:
-    """Gives the folder of a source's photos; of a zip file and of URLs it is temporary. Messages name the source."""
+def local_source(source: str | AnyPath, contents: bool = True) -> Iterator[AnyPath]:
+    """Gives the folder of a source's photos; of a zip file and of URLs it is temporary. Messages name the source.
+
+    Without `contents` the files of a zip file are empty: their names are all that is asked for.
+    """
     if is_listed(source):
         with tempfile.TemporaryDirectory() as folder, calling(folder, "URL"):
             for i, url in enumerate(urls_of(source)):
@@ -41,11 +44,13 @@ def local_source(source: str | AnyPath) -> Iterator[AnyPath]:
         yield path
         return
     with local_copy(path) as packed, tempfile.TemporaryDirectory() as folder, calling(folder, str(path)):
-        yield unzip(packed, Path(folder))
+        yield unzip(packed, Path(folder), contents)
 
 
-def unzip(packed: Path, folder: Path) -> Path:
+def unzip(packed: Path, folder: Path, contents: bool = True) -> Path:
     """Unpacks a zip file within limits; returns the folder with the photos, which may be the only one inside.
+
+    Without `contents` its files are empty.
 
     Raises UserError for a damaged file, for names that lead elsewhere, and for more than the limits.
     """
@@ -64,6 +69,9 @@ def unzip(packed: Path, folder: Path) -> Path:
                     continue
                 target = folder.joinpath(*parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
+                if not contents:
+                    target.touch()
+                    continue
                 with archive.open(entry) as inside, target.open("wb") as file:
                     # One file of more than its header says would fill the disk.
                     shutil.copyfileobj(Limited(inside, min(entry.file_size, MAX_FILE_BYTES + 1)), file)

@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from catversion_jax.data.captions import captions_of, read_caption
 from catversion_jax.data.images import HALF, KINDS, in_srgb, open_cutout, open_photo
 from catversion_jax.data.photo_folder import split_folder, stem_of
 from catversion_jax.data.photo_sources import is_listed, local_source, urls_of
@@ -39,6 +41,12 @@ class DataConfig:
         "Where a photo is cropped to its largest square: around the subject of its mask, if it has one, or the center.",
         one_of(CROPS),
     )
+    captions: bool = setting(
+        True,
+        "Train a photo on the caption beside it (a.txt beside a.jpg) in place of the templates; it may hold their "
+        "fields.",
+        YES_OR_NO,
+    )
     flip: bool = setting(True, "Mirror half of the photos drawn for training.", YES_OR_NO)
 
 
@@ -49,14 +57,16 @@ class Photo:
     mask: Bool[np.ndarray, "h w"] | None  # True: the subject
     mask_file: str = ""  # folder and name of the mask's file; "": unknown
     size: tuple[int, int] = (0, 0)  # width and height before it was cropped; 0: unknown
+    caption: str = ""  # its own prompt, with its fields unfilled; "": it has the templates' prompts
 
 
 @dataclass(frozen=True)
 class PhotoFile:
-    """A photo that has not been read yet, and the file of its mask."""
+    """A photo that has not been read yet, and the files of its mask and its caption."""
 
     path: AnyPath
     mask: AnyPath | None
+    caption: AnyPath | None
 
     @property
     def name(self) -> str:
@@ -120,11 +130,11 @@ def fit(
 def find_photos(
     folder: str | AnyPath, masks_dir: str | AnyPath = "", rules: FolderRules = FolderRules()
 ) -> list[PhotoFile]:
-    """Returns a folder's photos, sorted by name, with their masks, as files that have not been opened.
+    """Returns a folder's photos, sorted by name, with their masks and captions, as files that have not been opened.
 
     Masks have the stem of their photo. They are in `masks_dir` or, if that is "", in `<folder>/masks` or beside the
-    photos as <photo>-masklabel. Files that are neither are left out with a warning. Raises UserError for two photos of
-    one stem, and for a photo without a mask if another has one.
+    photos as <photo>-masklabel. Files that are none of these are left out with a warning. Raises UserError for two
+    photos of one stem, and for a photo without a mask if another has one.
     """
     folder = expand(folder)
     if not folder.is_dir():
@@ -142,12 +152,13 @@ def find_photos(
             raise UserError(f"{other}, {path}: another photo has the same name but for its ending; rename one of them")
         by_stem[stem_of(path)] = path
     masks = find_masks(folder, files, masks_dir, rules.keys[1], by_stem)
+    captions = captions_of(files.photos, files.captions)
     if masks is None:
-        return [PhotoFile(path, None) for path in files.photos]
+        return [PhotoFile(path, None, captions.get(path)) for path in files.photos]
     for stem, path in by_stem.items():
         if stem not in masks:
             raise UserError(f"{path}: no mask named {stem}.* among its masks; add one for every photo, or none at all")
-    return [PhotoFile(path, masks[stem]) for stem, path in by_stem.items()]
+    return [PhotoFile(path, masks[stem], captions.get(path)) for stem, path in by_stem.items()]
 
 
 def read_photos(
@@ -165,7 +176,8 @@ def read_photos(
 def training_photos(data: DataConfig, resolution: int) -> list[Photo]:
     """Reads the photos to train on, as `read_photos` does, from a folder or from any other source of photos.
 
-    Photos whose background was removed are their own masks, if all are.
+    Photos whose background was removed are their own masks, if all are. They have their captions, unless
+    `data.captions` is off.
     """
     with local_source(data.dir) as folder:
         found = find_photos(folder, data.masks_dir)
@@ -174,6 +186,9 @@ def training_photos(data: DataConfig, resolution: int) -> list[Photo]:
             if cutouts := [photo.name for photo in photos if photo.mask is not None]:
                 warn(f"{data.dir}: cutouts beside whole photos count as whole, too: {listed(cutouts)}")
             photos = [file.read(resolution) for file in found] if cutouts else photos
+        if data.captions:
+            captions = [read_caption(file.caption) if file.caption else "" for file in found]
+            photos = [replace(photo, caption=text) for photo, text in zip(photos, captions, strict=True)]
     warn_of_masks(data.dir, mask_shares(photos))
     return photos
 
@@ -198,6 +213,12 @@ def mask_shares(photos: Iterable[Photo]) -> dict[str, float]:
     return {photo.name: float(photo.mask.mean()) for photo in photos if photo.mask is not None}
 
 
+def describe_count(photos: Sequence[Photo]) -> str:
+    """Says how many photos there are, and how many of them have masks and captions."""
+    parts = {"masks": [photo.mask is not None for photo in photos], "captions": [bool(p.caption) for p in photos]}
+    return ", ".join([str(len(photos)), *(f"{sum(has)} with {what}" for what, has in parts.items() if any(has))])
+
+
 def describe_masks(photos: Sequence[Photo]) -> list[str]:
     """Returns a line for each photo with a mask: which file it is, and the share that it covers."""
     return [
@@ -207,11 +228,21 @@ def describe_masks(photos: Sequence[Photo]) -> list[str]:
     ]
 
 
-def count_photos(source: str | AnyPath) -> int:
-    """Returns how many photos a source has, at most MAX_PHOTOS; 0 if it cannot be listed."""
+class PhotoCount(NamedTuple):
+    photos: int
+    captions: int
+
+
+NOTHING = PhotoCount(0, 0)
+
+
+def count_photos(data: DataConfig) -> PhotoCount:
+    """Counts the photos of a source, and their captions, at most MAX_PHOTOS; none if it cannot be listed."""
     with contextlib.suppress(UserError, OSError):
-        if is_listed(source):
-            return min(MAX_PHOTOS, len(urls_of(source)))
-    with contextlib.suppress(UserError, OSError), local_source(source) as folder:
-        return min(MAX_PHOTOS, len(split_folder(folder).photos))
-    return 0
+        if is_listed(data.dir):
+            return PhotoCount(min(MAX_PHOTOS, len(urls_of(data.dir))), 0)
+    with contextlib.suppress(UserError, OSError), local_source(data.dir, contents=False) as folder:
+        files = split_folder(folder)
+        captions = len(files.captions) if data.captions else 0
+        return PhotoCount(min(MAX_PHOTOS, len(files.photos)), min(MAX_PHOTOS, captions))
+    return NOTHING

@@ -24,11 +24,11 @@ from catversion_jax.config import Config
 from catversion_jax.data import manifest
 from catversion_jax.data.latents import bucket
 from catversion_jax.data.manifest import Line
-from catversion_jax.data.photos import Photo, count_photos, training_photos
+from catversion_jax.data.photos import NOTHING, Photo, PhotoCount, count_photos, training_photos
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import PREVIEW, Concept
 from catversion_jax.training.checkpoints import explained, open_checkpoints
-from catversion_jax.training.concept_data import check_masks, check_prompts, prepare
+from catversion_jax.training.concept_data import Room, check_masks, prepare
 from catversion_jax.training.distributed import Process
 from catversion_jax.training.interrupted import note_of, read_interrupted
 from catversion_jax.training.loop import enough_memory, not_finite, signals, started
@@ -41,6 +41,7 @@ from catversion_jax.training.status import DONE, FAILED, ConceptStatus, read_sta
 from catversion_jax.training.status import FILE_NAME as STATUS
 from catversion_jax.training.step import StepConfig, steps_per_dispatch, warn_of_idle_devices
 from catversion_jax.training.trained_concept import to_concept
+from catversion_jax.training.training_prompts import check_prompts
 from catversion_jax.utils.errors import UserError, is_out_of_memory, listed, short
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.log import warn
@@ -73,16 +74,18 @@ class Share:
         """Returns the config of a line's concept."""
         return self.config.replaced(line.changes(self.manifest.parent))
 
-    def photo_count(self, line: Line) -> int:
-        """Returns how many photos a line has, 0 if its folder cannot be listed; at most 100."""
+    def photo_count(self, line: Line) -> PhotoCount:
+        """Returns how many photos and captions a line has, none if its folder cannot be listed."""
         with contextlib.suppress(UserError):  # of a path that is none: this concept will fail by itself
-            return count_photos(self.config_of(line).data.dir)
-        return 0
+            return count_photos(self.config_of(line).data)
+        return NOTHING
 
     @property
-    def most_photos(self) -> int:
-        """The largest number of photos of a line in the whole manifest, for which each slot has room."""
-        return max(1, *map(self.photo_count, manifest.read_manifest(self.manifest)))
+    def room(self) -> Room:
+        """The room that each slot has: for the most photos, and the most captions, of a line in the whole manifest."""
+        counts = list(map(self.photo_count, manifest.read_manifest(self.manifest)))
+        most = PhotoCount(*map(max, zip(NOTHING, *counts, strict=True)))
+        return Room(bucket(max(1, most.photos)), bucket(len(self.config.concept.templates) + most.captions))
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,13 @@ def each_trained(share: Share, pipeline: BasePipeline | None = None) -> Endings:
     config = share.config
     run = RunDir.of(config)
     run.check(config, resume=True)
-    size = bucket(share.most_photos)
+    room = share.room
     with run.shared(config, share.process) as check:
-        return (yield from train_share(share, run, check, size, pipeline))
+        return (yield from train_share(share, run, check, room, pipeline))
 
 
-def train_share(share: Share, run: RunDir, check: Check, size: int, pipeline: BasePipeline | None) -> Endings:
-    """Trains a share in a folder that is held for it; a slot has room for `size` photos."""
+def train_share(share: Share, run: RunDir, check: Check, room: Room, pipeline: BasePipeline | None) -> Endings:
+    """Trains a share in a folder that is held for it; each slot has that room."""
     config = share.config
     # Two listings, and not a question for each concept: a bucket takes some ten milliseconds for each.
     learned, told = found_ids(run, concept_file.FILE_NAME), found_ids(run, STATUS)
@@ -147,7 +150,7 @@ def train_share(share: Share, run: RunDir, check: Check, size: int, pipeline: Ba
         return BatchOutcome(run.path, len(done), 0, 0, None)
     todo = f"lower batch.slots ({config.batch.slots}) or train.batch_size ({config.train.batch_size})"
     with enough_memory(todo):
-        batch = ManyConcepts(share, pipeline or load_model(config, config.batch.slots), check, size)
+        batch = ManyConcepts(share, pipeline or load_model(config, config.batch.slots), check, room)
         with tqdm(total=len(done), initial=len(done) - left, unit=" concepts", desc="compiling") as bar:
             interrupted_by = yield from batch.train((line for line in share.lines() if not done[line.id]), bar)
     return BatchOutcome(run.path, len(done), left, batch.failed, interrupted_by)
@@ -207,9 +210,9 @@ class Entered:
 class ManyConcepts:
     """The slots of one process, and the concepts that pass through them."""
 
-    def __init__(self, share: Share, pipeline: BasePipeline, check: Check, size: int):
-        """Loads the saved states and sets up empty slots; `size` is the number of photos that a slot has room for."""
-        self.share, self.pipeline, self.check, self.size = share, pipeline, check, size
+    def __init__(self, share: Share, pipeline: BasePipeline, check: Check, room: Room):
+        """Loads the saved states and sets up empty slots, each with that room."""
+        self.share, self.pipeline, self.check, self.room = share, pipeline, check, room
         config, networks = share.config, pipeline.networks
         self.config, self.stop, self.run = config, config.stop, RunDir.of(config)
         count, resolution = config.batch.slots, networks.resolution
@@ -223,7 +226,7 @@ class ManyConcepts:
             self.step_config,
             Frozen.of(pipeline, self.step_config.mesh, config.mesh.rules),
             self.step_config.init_state([0] * count),
-            prepare(config, self.step_config.method, pipeline, [blank], size),
+            prepare(config, self.step_config.method, pipeline, [blank], room),
             self.length,
         )
         self.saved = read_interrupted(self.run.of_processes, self.step_config)
@@ -263,8 +266,8 @@ class ManyConcepts:
         check_settings(config)
         photos = training_photos(config.data, self.pipeline.networks.resolution)
         check_masks(photos, config.train.background_weight)
-        check_prompts(config, self.step_config.method, self.pipeline)
-        return prepare(config, self.step_config.method, self.pipeline, photos, self.size)
+        check_prompts(config, self.step_config.method, self.pipeline, photos)
+        return prepare(config, self.step_config.method, self.pipeline, photos, self.room)
 
     def fill(self, queue: Iterator[Prepared], bar: tqdm) -> bool:
         """Puts the next concepts into the empty slots; returns whether any slot is in use."""

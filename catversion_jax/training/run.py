@@ -13,11 +13,12 @@ from catversion_jax.data.photos import Photo, count_photos, training_photos
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.checkpoints import explained, open_checkpoints
-from catversion_jax.training.concept_data import check_masks, check_prompts, prepare
+from catversion_jax.training.concept_data import check_masks, prepare
 from catversion_jax.training.loop import OnStep, Outputs, enough_memory, loop
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.step import StepConfig, warn_of_idle_devices
 from catversion_jax.training.trained_concept import to_concept
+from catversion_jax.training.training_prompts import check_prompts
 from catversion_jax.utils.errors import Interrupted, UserError
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import remove_folder
@@ -60,7 +61,7 @@ def train(
     # Called only for its UserError, which would otherwise come after the training.
     schedulers.plan(pipeline.networks.schedule, sampler.scheduler, sampler.steps)
     check_masks(photos, config.train.background_weight)
-    check_prompts(config, step_config.method, pipeline)
+    check_prompts(config, step_config.method, pipeline, photos)
     warn_of_idle_devices(config, step_config.mesh)
     todo = f"lower train.batch_size ({config.train.batch_size}), or set train.remat=True or a narrower model.dtype"
     with run.held(config) as check, enough_memory(todo):
@@ -101,7 +102,7 @@ def photos_of(run: RunDir, config: Config, resolution: int, given: list[Photo] |
         return dataset.read_dataset(run.data)
     if given is not None:
         return given
-    if not count_photos(config.data.dir) and run.config.is_file() and run.belongs_to(config):
+    if not count_photos(config.data).photos and run.config.is_file() and run.belongs_to(config):
         with contextlib.suppress(UserError):  # which would say less than the one that follows
             stored = dataset.read_dataset(run.data)
             warn(f"{config.data.dir}: no photos any more; those that were stored in {run.data} are used")

@@ -41,7 +41,8 @@ class ConceptData(flax.struct.PyTreeNode):
     std: Float[AnyArray, "*C N F h w c"]
     photos: Int[AnyArray, "*C"]  # how many of the N are real
     prompts: tuple[PromptStates, ...]  # [C, T, ...] for each text encoder
-    prompt_count: Int[AnyArray, "*C"]  # how many of the T are real
+    first_prompt: Int[AnyArray, "*C N"]  # each photo's prompts are `prompt_count` of the T from here on
+    prompt_count: Int[AnyArray, "*C N"]
     steps: Int[AnyArray, "*C"]  # the length of each concept's learning rate schedule
     weight: Float[AnyArray, "*C N F h w 1"] | None = None  # of each latent position in the loss; None: all equal
     prior: "ConceptData | None" = None  # images of the class, if the method uses them

@@ -114,8 +114,8 @@ class Minibatch(flax.struct.PyTreeNode):
 def draw_minibatch(state: TrainState, data: ConceptData, config: StepConfig) -> Minibatch:
     """Draws one concept's batch (no concept axis), as a function of its seed and step alone.
 
-    Photos, mirror images, prompts and timesteps are uniform; latents are a fresh sample of the photos' posteriors. If
-    the method preserves a prior, as many images of the class follow the photos.
+    Photos, mirror images, a photo's prompts and timesteps are uniform; latents are a fresh sample of the photos'
+    posteriors. If the method preserves a prior, as many images of the class follow the photos.
     """
     # Folding the step into one base key leaves no random state to save: a resumed run draws what an unbroken one draws.
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
@@ -132,7 +132,7 @@ def draw_examples(data: ConceptData, key: Key[Array, ""], config: StepConfig) ->
     keys = jax.random.split(key, 6)
     photo = jax.random.randint(keys[0], batch, 0, data.photos)
     flip = jax.random.randint(keys[1], batch, 0, data.mean.shape[1])
-    prompt = jax.random.randint(keys[2], batch, 0, data.prompt_count)
+    prompt = data.first_prompt[photo] + jax.random.randint(keys[2], batch, 0, data.prompt_count[photo])
     mean, std = data.mean[photo, flip], data.std[photo, flip]
     return Minibatch(
         latents=mean + std * jax.random.normal(keys[3], mean.shape),
@@ -269,14 +269,16 @@ def fixed_batch(data: ConceptData, config: StepConfig) -> Minibatch:
     # Always the same batch: the losses of two evaluations differ by what was learned, not by the draw. The maxima below
     # are for empty slots, which have neither photos nor prompts.
     index = jnp.arange(EVALUATED)
-    latents = data.mean[index % jnp.maximum(1, data.photos), 0]
+    photo = index % jnp.maximum(1, data.photos)
+    prompt = data.first_prompt[photo] + index % jnp.maximum(1, data.prompt_count[photo])
+    latents = data.mean[photo, 0]
     within = config.timestep_range
     return Minibatch(
         latents=latents,
         noise=jax.random.normal(jax.random.key(0), latents.shape),
         timesteps=within.start + ((index + 0.5) * len(within) / EVALUATED).astype(jnp.int32),
-        prompts=jax.tree.map(lambda x: x[index % jnp.maximum(1, data.prompt_count)], data.prompts),
-        weight=None if data.weight is None else data.weight[index % jnp.maximum(1, data.photos), 0],
+        prompts=jax.tree.map(lambda x: x[prompt], data.prompts),
+        weight=None if data.weight is None else data.weight[photo, 0],
     )
 
 

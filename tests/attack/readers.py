@@ -31,7 +31,7 @@ from catversion_jax.study.rows import CandidateRow
 from catversion_jax.study.study import once
 from catversion_jax.study.sweep import Score, known_scores
 from catversion_jax.training.checkpoints import LocalCheckpoints, read_newest
-from catversion_jax.training.concept_data import latents_to_npy, read_latents
+from catversion_jax.training.class_images import latents_to_npy, read_latents
 from catversion_jax.training.metric_writer import MetricRow, MetricWriter
 from catversion_jax.training.state import TrainState
 from catversion_jax.training.status import read_status

@@ -18,11 +18,13 @@ def test_what_is_written_trains_as_the_source_does(tmp_path):
         wide.paste(subject.resize((80, 80)), (110 if i % 2 else 2, 5))
         (tmp_path / "photos").mkdir(exist_ok=True)
         wide.save(tmp_path / "photos" / path.name)
+        if i < 2:
+            (tmp_path / "photos" / f"{path.name}.txt").write_text(f"{{concept}} number {i}, in a long row of them")
     done = catversion("prepare", tmp_path / "photos", f"--out={tmp_path / 'ready'}", here=True)
-    assert f"photos:   5, 5 with masks, in {tmp_path / 'ready' / 'photos'}" in done.stdout
+    assert f"photos:   5, 5 with masks, 2 with captions, in {tmp_path / 'ready' / 'photos'}" in done.stdout
     seen, ready = (training_photos(DataConfig(dir=str(tmp_path / name)), 64) for name in ("photos", "ready/photos"))
     for ours, theirs in zip(seen, ready, strict=True):
-        assert ours.name == theirs.name
+        assert (ours.name, ours.caption) == (theirs.name, theirs.caption)
         np.testing.assert_array_equal(ours.image, theirs.image)
         np.testing.assert_array_equal(ours.mask, theirs.mask)
         assert ours.mask.any()

@@ -18,6 +18,7 @@ BAD = {
     "model.dtype": ["float16", ""],
     "data.dir": ["", None],
     "data.crop": ["", "top"],
+    "data.captions": [1, "no"],
     "data.flip": [1, "yes"],
     "concept.class_word": ["", "\t", "mug}", "{concept}", "a\0", "a\x1b[2J", "a\nb", "a\ufffd"],
     "concept.article": ["{the", "a}"],

@@ -20,7 +20,7 @@ from catversion_jax.methods import concept_file, official
 from catversion_jax.methods.registry import METHODS
 from catversion_jax.sampling import conditioning, sampler
 from catversion_jax.sampling.conditioning import movement
-from catversion_jax.training import concept_data
+from catversion_jax.training import class_images
 from catversion_jax.training import step as ts
 from catversion_jax.training.concept_data import check_masks, prepare, subject_weights
 from catversion_jax.training.many_concepts import Share, train_many
@@ -238,7 +238,7 @@ def test_the_class_pictures_are_drawn_once(setting, tiny_pipeline, tmp_path, mon
     config = config_of("dreambooth")
     photos = read_photos(config.data.dir, tiny_pipeline.networks.resolution)
     kept, drawn, sample = tmp_path / "class.npy", [], sampler.sample_latents
-    monkeypatch.setattr(concept_data, "sample_latents", lambda *asked: drawn.append(asked) or sample(*asked))
+    monkeypatch.setattr(class_images, "sample_latents", lambda *asked: drawn.append(asked) or sample(*asked))
 
     def prepared():
         found = prepare(config, step_config.method, tiny_pipeline, photos, kept=kept)

@@ -8,7 +8,8 @@ import pytest
 from catversion_jax.base.pipeline import MINI
 from catversion_jax.base.tokenizer import Tokenizer
 from catversion_jax.config import Config
-from catversion_jax.training.concept_data import check_prompts, latents_to_npy, read_latents
+from catversion_jax.training.class_images import latents_to_npy, read_latents
+from catversion_jax.training.training_prompts import check_prompts
 from catversion_jax.utils.errors import UserError
 
 LONG = "a very long prompt " * 30
@@ -19,7 +20,7 @@ def check(mini, templates: list[str], tokenizers=None, **changes) -> None:
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     config = Config().replaced({"concept.class_word": "teapot", "concept.templates": tuple(templates)} | changes)
     pipeline = replace(mini, tokenizers=tokenizers or mini.tokenizers)
-    check_prompts(config, config.make_method(mini.networks), pipeline)
+    check_prompts(config, config.make_method(mini.networks), pipeline, [])
 
 
 WORD_METHODS = [

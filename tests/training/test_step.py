@@ -37,7 +37,8 @@ def concept(photos: int, seed: int = 0, size: int | None = None) -> ConceptData:
         std=pad(np.abs(mean) / 10, size or bucket(photos)),
         photos=np.int32(photos),
         prompts=(PromptStates(pad(hidden, 8), pad(np.ones((2, 77, 1), bool), 8), np.full(8, 5, np.int32)),),
-        prompt_count=np.int32(2),
+        first_prompt=np.zeros(3, np.int32),
+        prompt_count=np.full(3, 2, np.int32),
         steps=np.int32(10),
     )
     return jax.tree.map(lambda x: np.asarray(x)[None], data)
