@@ -40,7 +40,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "gcs": ["gcsfs>=2025.3"],  # paths in Google's buckets
     "s3": ["s3fs>=2025.3"],  # paths in Amazon's
-    "grabcut": ["opencv-python-headless>=4.10"],  # sharper masks of the pictures in `catversion evaluate`
+    "grabcut": ["opencv-python-headless>=4.10"],  # sharper masks, for `evaluate` and `prepare`
     "test": [
         "beartype>=0.22",  # checks the annotations of shapes, with jaxtyping, while the tests run
         "mypy>=1.18",

@@ -53,6 +53,7 @@ def run_here(arguments: tuple[object, ...]) -> subprocess.CompletedProcess:
     logging = LOGGER.handlers, LOGGER.propagate
     out, err = io.StringIO(), io.StringIO()
     os.chdir(ROOT)
+    sys.argv = ["catversion", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = main(list(map(str, arguments)))

@@ -9,12 +9,16 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from catversion_jax.base.pipeline import resolution_of
+from catversion_jax.base.pipeline import load_pipeline, resolution_of
 from catversion_jax.cli.flags import checked_config, define_config, make_out
-from catversion_jax.config import OF_A_RUN
+from catversion_jax.config import OF_A_RUN, Config
 from catversion_jax.config.shipped import config_source
 from catversion_jax.data.photo_checks import check_photos
-from catversion_jax.data.photos import Photo, describe_count, training_photos
+from catversion_jax.data.photos import Photo, describe_count, mask_shares, training_photos
+from catversion_jax.data.subject_masks import warn_of_masks
+from catversion_jax.evaluation.grabcut import check_installed, grabcut
+from catversion_jax.evaluation.masks import attention_masks
+from catversion_jax.training.training_prompts import training_prompts
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid
@@ -24,6 +28,7 @@ from catversion_jax.utils.types import UInt8
 
 POSITIONALS = ("PHOTOS",)
 SHEET = "contact_sheet.png"
+AUTO = "auto"
 
 
 def define_flags() -> None:
@@ -39,6 +44,12 @@ def define_flags() -> None:
         1,
         8192,
     )
+    flags.DEFINE_string(
+        "masks",
+        None,
+        f'Folder of subject masks; or "{AUTO}", which makes them by the model\'s attention to the word of '
+        "--config.concept.class_word. If not set, masks that lie with the photos.",
+    )
     flags.DEFINE_string("out", None, f"Folder for photos/, photos/masks/ and {SHEET}; required.")
 
 
@@ -47,11 +58,19 @@ def main(arguments: flags.FlagValues, photos: str) -> int:
     config = checked_config(arguments, OF_A_RUN)
     if not arguments.out:
         raise UserError("--out: missing; expected the folder to write")
-    resolution = arguments.resolution or resolution_of(config.model)
-    found = training_photos(replace(config.data, dir=photos), resolution)
     out = expand(arguments.out)
     if (out / "photos").exists():
         raise UserError(f"{out / 'photos'}: is there already; remove it, or choose another --out")
+    auto = arguments.masks == AUTO
+    if auto:
+        check_auto(config, arguments.resolution)
+    data = replace(config.data, dir=photos)
+    if arguments.masks and not auto:
+        data = replace(data, masks_dir=arguments.masks)
+    found = training_photos(data, arguments.resolution or resolution_of(config.model))
+    if auto:
+        found = with_masks(config, found)
+        warn_of_masks(photos, mask_shares(found))
     write_photos(out / "photos", found)
     warnings = check_photos(found)
     write_atomically(out / SHEET, contact_sheet(found, warnings).save)
@@ -60,6 +79,27 @@ def main(arguments: flags.FlagValues, photos: str) -> int:
             warn(f"{photo.name}: {warning}")
     print(f"photos:   {describe_count(found)}, in {out / 'photos'}\nlook at:  {out / SHEET}")
     return 0
+
+
+def check_auto(config: Config, resolution: int | None) -> None:
+    """Raises UserError if masks cannot be made, before anything is read."""
+    check_installed()
+    if not config.concept.class_word:
+        raise UserError(f"--masks={AUTO}: needs --config.concept.class_word, which says what the subject is")
+    if resolution is not None:
+        raise UserError(f"--masks={AUTO}: made at the resolution of the model; leave out --resolution")
+
+
+def with_masks(config: Config, photos: Sequence[Photo]) -> list[Photo]:
+    """Returns the photos with masks: the base model's attention to the class word, refined along edges."""
+    if any(photo.mask is not None for photo in photos):
+        raise UserError(f"--masks={AUTO}: the photos have masks already; leave it out to use them, or remove them")
+    pipeline = load_pipeline(config.model)
+    prompts = training_prompts(config, config.make_method(pipeline.networks), pipeline, photos)
+    images = np.stack([photo.image for photo in photos])
+    texts = [prompts.texts[first] for first in prompts.first_prompt]
+    rough = attention_masks(pipeline, images, texts, config.concept.class_word)
+    return [replace(photo, mask=grabcut(photo.image, mask)) for photo, mask in zip(photos, rough, strict=True)]
 
 
 def write_photos(folder: AnyPath, photos: Sequence[Photo]) -> None:

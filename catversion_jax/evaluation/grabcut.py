@@ -13,7 +13,7 @@ ITERATIONS = 5
 def check_installed() -> None:
     """Raises UserError if OpenCV is not installed."""
     if importlib.util.find_spec("cv2") is None:
-        raise UserError("grabcut: OpenCV is not installed; pip install opencv-python-headless, or leave it out")
+        raise UserError("grabcut: OpenCV is not installed; pip install 'catversion-jax[grabcut]', or leave it out")
 
 
 def grabcut(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:

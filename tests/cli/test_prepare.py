@@ -1,10 +1,13 @@
 """`catversion prepare`: what it writes is what training sees."""
 
+import shutil
+
 import numpy as np
 from PIL import Image
 
 from catversion_jax.data import concept_sets
 from catversion_jax.data.photos import DataConfig, training_photos
+from catversion_jax.evaluation.masks import iou
 from tests.commands import catversion, error_of
 
 TEAPOT = concept_sets.SHIPPED / "teapot"
@@ -30,6 +33,33 @@ def test_what_is_written_trains_as_the_source_does(tmp_path):
         assert ours.mask.any()
     sheet = Image.open(tmp_path / "ready" / "contact_sheet.png")
     assert sheet.height > 5 * 128
+
+
+def test_masks_from_attention(tmp_path):
+    """They meet those that the shipped concepts have, and are what training then takes."""
+    for path in (TEAPOT / "train").glob("*.png"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "photos")
+    word = "--config.concept.class_word=teapot"
+    done = catversion("prepare", tmp_path / "photos", f"--out={tmp_path / 'ready'}", "--masks=auto", word, here=True)
+    assert "photos:   5, 5 with masks, in" in done.stdout
+    found = training_photos(DataConfig(dir=str(tmp_path / "ready" / "photos")), 64)
+    true = training_photos(DataConfig(dir=str(TEAPOT / "train"), masks_dir=str(TEAPOT / "train_masks")), 64)
+    for ours, theirs in zip(found, true, strict=True):
+        assert iou(ours.mask, theirs.mask) > 0.8
+    again = ("prepare", tmp_path / "photos", f"--out={tmp_path / 'again'}", "--masks=auto")
+    assert "needs --config.concept.class_word" in error_of(*again)
+    assert "leave out --resolution" in error_of(*again, word, "--resolution=32")
+    assert "no class word 'teapot' to see" in error_of(*again, word, "--config.concept.templates=('a cup',)")
+    ready = ("prepare", tmp_path / "ready" / "photos", *again[2:], word)
+    assert "the photos have masks already" in error_of(*ready)
+
+
+def test_a_folder_of_masks(tmp_path):
+    out = f"--out={tmp_path / 'ready'}"
+    said = catversion("prepare", TEAPOT / "train", out, f"--masks={TEAPOT / 'train_masks'}", here=True).stdout
+    assert "photos:   5, 5 with masks, in" in said
+    assert "no such folder; data.masks_dir" in error_of("prepare", TEAPOT / "train", f"{out}2", "--masks=none")
 
 
 def test_warnings_and_mistakes(tmp_path):

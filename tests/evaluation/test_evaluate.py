@@ -221,7 +221,7 @@ def test_grabcut(embedding, judging_model, tiny_pipeline, monkeypatch):
 
 def test_grabcut_without_opencv(monkeypatch):
     monkeypatch.setattr(grabcut.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="grabcut: OpenCV is not installed; pip install opencv-python-headless"):
+    with pytest.raises(UserError, match=r"grabcut: OpenCV is not installed; pip install 'catversion-jax\[grabcut\]'"):
         evaluate.find_tasks(flags(embedding="a", grabcut=True))
 
 
