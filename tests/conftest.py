@@ -1,6 +1,7 @@
 """Shared by all tests: two fake CPU devices, one compilation cache, models that are loaded once."""
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import tempfile
@@ -8,8 +9,11 @@ from pathlib import Path
 
 # Before JAX is imported. The cache is shared by the test processes and the commands they start, and new each time.
 # Unoptimized code: compiling is what takes the time here; the matrix products are library calls all the same.
-# XLA's older emitter of fused loops compiles a step in two thirds of the time.
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+FAST_COMPILE = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib") < "0.11":
+    # XLA's older emitter of fused loops compiles a step in two thirds of the time. Newer releases do not have it, and
+    # end the process without a word at a flag that they do not know.
+    FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE} --xla_force_host_platform_device_count=2"
 os.environ.setdefault("CATVERSION_TEST_CACHE", tempfile.mkdtemp(prefix="catversion-test-cache-"))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["CATVERSION_TEST_CACHE"]

@@ -25,6 +25,7 @@ from catversion_jax.training.many_concepts import Ended, Share, each_trained
 from catversion_jax.training.metric_writer import MetricRow
 from catversion_jax.training.run import Watch, train
 from catversion_jax.training.run_dir import RunDir
+from catversion_jax.training.trackers import EachStep
 from catversion_jax.utils.errors import Interrupted, UserError
 from catversion_jax.utils.files import read_bytes, write_atomically
 from catversion_jax.utils.paths import AnyPath, expand, is_remote, make_folder
@@ -61,7 +62,7 @@ def learn(
         check_settings(config, ("data.dir",) if own else ())
         run = RunDir.of(config)
         run.check(config, resume=True)
-        outcome = train(config, run, pipe.base, Watch(on_step=on_step), own)
+        outcome = train(config, run, pipe.base, Watch(trackers=[EachStep(on_step)]), own)
     if outcome.interrupted_by:
         raise Interrupted(outcome.interrupted_by)
     return outcome.concept

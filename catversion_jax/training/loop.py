@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from catversion_jax.training.previews import sample_prompts
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.state import ConceptData, Frozen, TrainState
 from catversion_jax.training.step import StepConfig, compile_chunk, compile_evaluate, finished, steps_per_dispatch
+from catversion_jax.training.trackers import Tracker
 from catversion_jax.training.trained_concept import to_concept
 from catversion_jax.utils.errors import UserError, is_out_of_memory, short
 from catversion_jax.utils.log import warn
@@ -26,16 +27,12 @@ from catversion_jax.utils.log import warn
 VALIDATION_PROMPTS = 4  # of config.sample.prompts, sampled every config.sample.every steps
 
 
-OnStep = Callable[[MetricRow], object]
-"""Is called with what was measured after each step."""
-
-
 class Outputs(NamedTuple):
-    """Where a training goes: its folder, its checkpoints, and who is told of each step."""
+    """Where a training goes: its folder, its checkpoints, and who else is told of it."""
 
     run: RunDir
     checkpoints: Checkpoints
-    on_step: OnStep = lambda _: None
+    trackers: Sequence[Tracker] = ()
     check: Callable[[], None] = lambda: None  # raises StorageError if another process has taken the folder over
 
 
@@ -47,7 +44,7 @@ def loop(
     Returns the state and, if a signal ended the training early, the signal. Raises UserError if a loss or gradient is
     not finite, after saving the last good state.
     """
-    run, checkpoints, on_step = outputs.run, outputs.checkpoints, outputs.on_step
+    run, checkpoints = outputs.run, outputs.checkpoints
     on_concepts = sharding(step_config.mesh, "concept")
     state = jax.device_put(step_config.init_state([config.seed]), on_concepts)
     state = checkpoints.restore(state) or state
@@ -56,6 +53,7 @@ def loop(
 
     stop, step, moved = step_config.stop, int(state.step[0]), False
     writer = MetricWriter(run.metrics, run.events, step)
+    trackers: tuple[Tracker, ...] = (writer, *outputs.trackers)
 
     def done() -> bool:
         return bool(finished(state, data.steps, stop)[0])
@@ -72,8 +70,7 @@ def loop(
                 state, metrics = compile_chunk(step_config, length)(state, frozen, data)
                 start, step, metrics = step, int(state.step[0]), jax.device_get(metrics)
                 started(bar)
-                for row in record(writer, bar, start, metrics, step - start):
-                    on_step(row)
+                record(trackers, bar, start, metrics, step - start)
                 moved = moved or bool(metrics["grad_norm"].any())
                 # A step whose loss or gradient is not finite does not count: `update` keeps the last good state.
                 if step < start + length:
@@ -82,13 +79,14 @@ def loop(
                     raise UserError(f"{where}; the last good state is in {run.checkpoints / str(step)}")
                 if is_due(step, stop.every):
                     state, loss = compile_evaluate(step_config)(state, frozen, data)
-                    writer.row(MetricRow(step, evaluation_loss=float(loss[0])))
+                    tell(trackers, MetricRow(step, evaluation_loss=float(loss[0])))
                 if is_due(step, config.checkpoint.every):
                     save()
                 if is_due(step, config.sample.every):
                     concept = to_concept(config, step_config.method, pipeline.fingerprint, state)
                     images = sample_prompts(config, pipeline, [concept], VALIDATION_PROMPTS)
-                    writer.image(step, "validation", np.concatenate(images, axis=1))
+                    for tracker in trackers:
+                        tracker.image(step, "validation", np.concatenate(images, axis=1))
             save()
             if bar.n > bar.initial and not moved:
                 what = "the gradient was zero in every step, so nothing was learned"
@@ -121,16 +119,19 @@ def started(bar: tqdm) -> None:
         bar.set_description("training", refresh=False)
 
 
-def record(writer: MetricWriter, bar: tqdm, start: int, metrics: dict[str, np.ndarray], good: int) -> list[MetricRow]:
-    """Writes the metrics of the `good` steps after `start`, and returns them."""
+def tell(trackers: Sequence[Tracker], row: MetricRow) -> None:
+    for tracker in trackers:
+        tracker.row(row)
+
+
+def record(trackers: Sequence[Tracker], bar: tqdm, start: int, metrics: dict[str, np.ndarray], good: int) -> None:
+    """Tells of the metrics of the `good` steps after `start`."""
     names = ("loss", "learning_rate", "grad_norm")
-    rows = [MetricRow(start + 1 + i, **{name: float(metrics[name][i, 0]) for name in names}) for i in range(good)]
-    for row in rows:
-        writer.row(row)
+    for i in range(good):
+        tell(trackers, MetricRow(start + 1 + i, **{name: float(metrics[name][i, 0]) for name in names}))
     if good:
         bar.set_postfix(loss=f"{metrics['loss'][:good, 0].mean():.4f}", refresh=False)
     bar.update(good)
-    return rows
 
 
 def not_finite(step: int, config: Config) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from catversion_jax.base import schedulers
@@ -14,9 +14,10 @@ from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.checkpoints import explained, open_checkpoints
 from catversion_jax.training.concept_data import check_masks, prepare
-from catversion_jax.training.loop import OnStep, Outputs, enough_memory, loop
+from catversion_jax.training.loop import Outputs, enough_memory, loop
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.step import StepConfig, warn_of_idle_devices
+from catversion_jax.training.trackers import Tracker
 from catversion_jax.training.trained_concept import to_concept
 from catversion_jax.training.training_prompts import check_prompts
 from catversion_jax.utils.errors import Interrupted, UserError
@@ -38,7 +39,7 @@ class Watch:
     """What is told of a training while it runs."""
 
     photos: Callable[[list[Photo]], object] = lambda _: None  # as soon as they are read
-    on_step: OnStep = lambda _: None
+    trackers: Sequence[Tracker] = ()
 
 
 def load_model(config: Config, concepts: int = 1) -> BasePipeline:
@@ -69,7 +70,7 @@ def train(
         data = prepare(config, step_config.method, pipeline, photos, kept=run.class_latents)
         checkpoints = open_checkpoints(run.checkpoints, config.checkpoint.keep, check)
         try:
-            outputs = Outputs(run, checkpoints, watch.on_step, check)
+            outputs = Outputs(run, checkpoints, watch.trackers, check)
             state, interrupted_by = loop(config, step_config, pipeline, data, outputs)
         finally:
             checkpoints.close()
