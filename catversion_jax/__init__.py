@@ -17,10 +17,21 @@ if TYPE_CHECKING:
     from catversion_jax.api.pipeline import Pipeline
     from catversion_jax.config.shipped import load_config
     from catversion_jax.methods.concept_file import Concept
+    from catversion_jax.sampling.picture_record import png_info
     from catversion_jax.utils.errors import StorageError, UserError
 
 __version__ = "0.1.0"
-__all__ = ["Concept", "Pipeline", "StorageError", "UserError", "__version__", "learn", "learn_many", "load_config"]
+__all__ = [
+    "Concept",
+    "Pipeline",
+    "StorageError",
+    "UserError",
+    "__version__",
+    "learn",
+    "learn_many",
+    "load_config",
+    "png_info",
+]
 
 HOMES = {
     "Concept": "methods.concept_file",
@@ -30,6 +41,7 @@ HOMES = {
     "learn": "api.learning",
     "learn_many": "api.learning",
     "load_config": "config.shipped",
+    "png_info": "sampling.picture_record",
 }
 """Each name, and the module that has it: imported when it is asked for, as JAX and Flax take seconds."""
 

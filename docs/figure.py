@@ -25,7 +25,10 @@ SIDE, GAP, MARGIN, FONT = 224, 12, 16, 17
 
 def main() -> None:
     small = (SIDE - GAP) // 2
-    images = {prompt: Image.open(IMAGES / f"{prompt.replace(' ', '-')}_{seed}.png") for prompt, seed in SEEDS.items()}
+    images = {}
+    for prompt, seed in SEEDS.items():
+        (path,) = IMAGES.glob(f"{prompt.replace(' ', '-')}_*_{seed}.png")
+        images[prompt] = Image.open(path)
     font = ImageFont.load_default(FONT)
     left = MARGIN + SIDE + 5 * GAP  # of the first image; the rule stands before it
     top, height = MARGIN + 2 * FONT, MARGIN + 2 * FONT + SIDE + 3 * FONT + MARGIN

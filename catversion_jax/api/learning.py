@@ -18,7 +18,6 @@ from catversion_jax.api.pipeline import Pipeline
 from catversion_jax.config import OF_A_RUN, Config, from_config_dict, load_config, stable_diffusion
 from catversion_jax.data.images import MAX_FILE_BYTES
 from catversion_jax.data.manifest import parse_line
-from catversion_jax.data.photo_sources import SECURE
 from catversion_jax.data.photos import given_photos
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.many_concepts import Ended, Share, each_trained
@@ -28,7 +27,7 @@ from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.trackers import EachStep
 from catversion_jax.utils.errors import Interrupted, UserError
 from catversion_jax.utils.files import read_bytes, write_atomically
-from catversion_jax.utils.paths import AnyPath, expand, is_remote, make_folder
+from catversion_jax.utils.paths import AnyPath, expand, make_folder, whole
 from catversion_jax.utils.settings import check_settings, flatten
 
 Photos = str | AnyPath | Sequence[str | AnyPath | Image.Image]
@@ -81,8 +80,9 @@ def learn_many(
         folder = expand(stack.enter_context(tempfile.TemporaryDirectory()) if run_dir is None else run_dir)
         config = config_of(pipe, settings | {"run_dir": str(folder)})
         make_folder(folder)
-        manifest = folder / "manifest.jsonl"
         lines = "".join(json.dumps(line_of(job, folder)) + "\n" for job in jobs)
+        # By its contents: another process may be reading one here, which only the training itself would refuse.
+        manifest = folder / f"jobs-{hashlib.sha256(lines.encode()).hexdigest()[:16]}.jsonl"
         write_atomically(manifest, lambda path: path.write_text(lines))
         endings = each_trained(Share.of(config, manifest), pipe.base)
         outcome = yield from endings
@@ -113,14 +113,6 @@ def line_of(job: Mapping[str, Any], folder: AnyPath) -> dict[str, Any]:
 
 def write_content(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
-
-def whole(path: str | os.PathLike) -> str:
-    """Returns a path that means the same from every folder."""
-    if os.fspath(path).startswith(SECURE):
-        return os.fspath(path)
-    expanded = expand(os.fspath(path))
-    return os.fspath(expanded if is_remote(expanded) else expanded.absolute())
 
 
 def bytes_of(photo: str | AnyPath | Image.Image) -> tuple[bytes, str]:

@@ -14,6 +14,7 @@ from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import load_for_concepts, recorded_sampler, warnings
 from catversion_jax.sampling.conditioning import acts
+from catversion_jax.sampling.picture_record import PictureRecord, records_of, texts_of
 from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils import cache
 from catversion_jax.utils.errors import UserError
@@ -78,7 +79,12 @@ class Pipeline:
         seeds = [(seed + i) % 2**32 for i in range(num)]
         recorded = recorded_sampler({concept.class_word: concept for concept in given})
         request = SampleRequest.every(several, seeds, with_values(recorded, SAMPLER, sampler), negative_prompt)
-        return [Image.fromarray(image) for image in self.sample(request, given)]
+        pairs = zip(self.sample(request, given), self.records(request, given), strict=True)
+        return [with_texts(Image.fromarray(image), texts_of(picture)) for image, picture in pairs]
+
+    def records(self, request: SampleRequest, concepts: Sequence[Concept]) -> Iterator[PictureRecord]:
+        """Yields how each of the request's images is made."""
+        return records_of(request, self.base, self.model, [concept for concept in concepts if acts(concept)])
 
     def check(self, concepts: Mapping[str, Concept]) -> None:
         """Raises UserError for a concept, given by its source, that was learned on another base model."""
@@ -93,6 +99,12 @@ class Pipeline:
         for warning in warnings(self.base, prompts, concepts) if concepts else ():
             warn(warning)
         return sample_images(self.base, request, [concept for concept in concepts if acts(concept)])
+
+
+def with_texts(image: Image.Image, texts: Mapping[str, str]) -> Image.Image:
+    """Returns the image with texts in its `info`, from where `png_info(image.info)` takes them to a file."""
+    image.info.update(texts)
+    return image
 
 
 def with_values(settings: SettingsT, names: Sequence[str], given: Mapping[str, Any]) -> SettingsT:

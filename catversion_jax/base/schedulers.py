@@ -258,6 +258,7 @@ class Scheduler(NamedTuple):
     defaults: dict[str, Any]  # the class's defaults for keys that scheduler_config.json lacks
     fixed: dict[str, Any]  # keys that the class reads, with the only value that is implemented here
     forced: dict[str, Any] = {}  # override scheduler_config.json
+    webui: tuple[str, str] = ("", "")  # its name and its schedule's in AUTOMATIC1111's web UI
 
 
 EULER_FIXED = {
@@ -286,15 +287,19 @@ ANCESTRAL = {"final_sigmas_type": "zero", "use_karras_sigmas": False}  # the cla
 
 SCHEDULERS = {
     "ddim": Scheduler(
-        "DDIMScheduler", ddim, LEADING | {"set_alpha_to_one": True}, {"clip_sample": False, "thresholding": False}
+        "DDIMScheduler",
+        ddim,
+        LEADING | {"set_alpha_to_one": True},
+        {"clip_sample": False, "thresholding": False},
+        webui=("DDIM", ""),
     ),
-    "pndm": Scheduler("PNDMScheduler", pndm, LEADING, {"skip_prk_steps": True}),
-    "euler": Scheduler("EulerDiscreteScheduler", euler, LINSPACE, EULER_FIXED),
+    "pndm": Scheduler("PNDMScheduler", pndm, LEADING, {"skip_prk_steps": True}, webui=("PLMS", "")),
+    "euler": Scheduler("EulerDiscreteScheduler", euler, LINSPACE, EULER_FIXED, webui=("Euler", "")),
     "euler_ancestral": Scheduler(
-        "EulerAncestralDiscreteScheduler", partial(euler, ancestral=True), LINSPACE, {}, ANCESTRAL
+        "EulerAncestralDiscreteScheduler", partial(euler, ancestral=True), LINSPACE, {}, ANCESTRAL, ("Euler a", "")
     ),
-    "dpmpp_2m": Scheduler(DPM, dpmpp_2m, LINSPACE, DPM_FIXED),
-    "dpmpp_2m_karras": Scheduler(DPM, dpmpp_2m, LINSPACE, DPM_FIXED, KARRAS),
+    "dpmpp_2m": Scheduler(DPM, dpmpp_2m, LINSPACE, DPM_FIXED, webui=("DPM++ 2M", "")),
+    "dpmpp_2m_karras": Scheduler(DPM, dpmpp_2m, LINSPACE, DPM_FIXED, KARRAS, ("DPM++ 2M", "Karras")),
 }
 """The schedulers by name, as --scheduler takes them."""
 
@@ -312,6 +317,11 @@ def plan(schedule: NoiseSchedule, name: str, steps: int) -> Trajectory:
     options = from_json(Options, config, scheduler.fixed, **scheduler.forced)
     check_choices(options, {"timestep_spacing": SPACINGS, "final_sigmas_type": FINAL_SIGMAS})
     return scheduler.plan(schedule, options, steps)
+
+
+def webui_name(name: str) -> tuple[str, str]:
+    """Returns the names of a scheduler and of its schedule in AUTOMATIC1111's web UI; "" is a model's own."""
+    return SCHEDULERS[name].webui if name else ("the model's own", "")
 
 
 def check_options(schedule: NoiseSchedule) -> None:

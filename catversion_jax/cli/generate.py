@@ -1,5 +1,8 @@
 """`catversion generate`: samples images with a learned concept."""
 
+from collections.abc import Iterable
+from functools import partial
+
 import numpy as np
 from absl import flags
 from PIL import Image
@@ -16,12 +19,15 @@ from catversion_jax.cli.flags import (
     given_sampler,
     given_seeds,
     given_strength,
+    load_concept,
     make_out,
 )
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_model import model_of, warnings
 from catversion_jax.sampling.conditioning import acts, movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
+from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, png_info, read_picture, texts_of
+from catversion_jax.sampling.picture_sources import Sources, add_sources, read_sources
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
@@ -30,6 +36,8 @@ from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import AnyPath, expand
 
 GRID_COLUMNS = 8
+OF_A_PICTURE = ("prompt", "negative_prompt", "seed", "scheduler", "steps", "guidance", "batch_size", "dtype")
+"""Flags that are named as the record of a picture has them."""
 GRID_IMAGES, GRID_PIXELS = 256, 256
 """Images in the grid, and the side of each, at most: the grid of thousands of large ones would take gigabytes."""
 
@@ -41,14 +49,21 @@ def define_flags() -> None:
         "out", "pictures", f"Folder for the images and a grid of the first {GRID_IMAGES}; a second call adds to it."
     )
     flags.DEFINE_string("negative_prompt", "", "Prompt to steer away from; never sees the concept.")
+    flags.DEFINE_string(
+        "like", None, "PNG file of catversion generate to make again; other flags change what it says, such as --seed."
+    )
     flags.DEFINE_bool("check", False, "Sample nothing; print how far the concept moves each prompt's text states.")
     define_sampling()
 
 
 def main(arguments: flags.FlagValues) -> int:
-    """Writes `<prompt-slug>_<seed>.png` for every prompt and seed, and a grid of them."""
+    """Writes `<prompt-slug>_<key>_<seed>.png` for every prompt and seed, and a grid of them."""
+    record = follow(arguments) if arguments.like else None
     given, strength = given_concepts(arguments), given_strength(arguments)
     concepts = {source: concept.at(strength) for source, concept in given.items()}
+    if record and strength is None:
+        used = {used.digest: used.strength for used in record.concepts}
+        concepts = {source: concept.at(used.get(concept.digest)) for source, concept in given.items()}
     check_composition(list(concepts.values()))
     acting = [concept for concept in concepts.values() if acts(concept)]
     sampler = SamplerConfig() if arguments.check else given_sampler(arguments, concepts)
@@ -68,7 +83,10 @@ def main(arguments: flags.FlagValues) -> int:
             print(*(f"{concept.class_word}: {line}" if others else line for line in lines), sep="\n")
         return 0
     request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt)
-    rows = write_images(out, request, pipe.sample(request, list(concepts.values())))
+    add_sources(out, concepts, pipe.model.path)
+    rows = write_images(
+        out, pipe.records(request, list(concepts.values())), pipe.sample(request, list(concepts.values()))
+    )
     path = free_grid_name(out)
     write_atomically(path, wrapped_grid(rows).save)
     count, shown = len(request.prompts), sum(map(len, rows.values()))
@@ -76,17 +94,52 @@ def main(arguments: flags.FlagValues) -> int:
     return 0
 
 
-def write_images(out: AnyPath, request: SampleRequest, images) -> dict[str, list[np.ndarray]]:
+def follow(arguments: flags.FlagValues) -> PictureRecord:
+    """Sets the flags that are not given to what the picture of --like says; returns its record.
+
+    Raises UserError if the picture does not say it, or if its concepts or its model are not found by its folder.
+    """
+    path = expand(arguments.like)
+    record, sources = read_picture(path), read_sources(path.parent)
+    values: dict[str, object] = {name: getattr(record, name) for name in OF_A_PICTURE}
+    if not arguments.prompts_file:
+        values["prompt"] = [record.prompt]
+    values["num"] = 1
+    if not arguments["embedding"].present:
+        values["embedding"] = [concept_source(path, used, sources) for used in record.concepts]
+    if record.model in sources.models:
+        values["model"] = sources.models[record.model]
+    for name, value in values.items():
+        if not arguments[name].present:
+            arguments[name].value = value
+    return record
+
+
+def concept_source(picture: AnyPath, used: UsedConcept, sources: Sources) -> str:
+    """Returns where a picture's concept is. Raises UserError if it is not known, or another one by now."""
+    source = sources.concepts.get(used.digest)
+    if source is None:
+        raise UserError(
+            f"{picture}: made with a concept of {used.class_word!r} ({used.digest}), of which its folder does not say "
+            "where it is; give --embedding"
+        )
+    if load_concept(source).digest != used.digest:
+        raise UserError(f"{source}: another concept by now than the one of {picture} ({used.digest}); give --embedding")
+    return source
+
+
+def write_images(out: AnyPath, pictures: Iterable[PictureRecord], images) -> dict[str, list[np.ndarray]]:
     """Writes each image as soon as it is sampled; returns the first GRID_IMAGES by prompt, reduced for the grid."""
-    prompts = list(dict.fromkeys(request.prompts))
+    pictures = list(pictures)
+    prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
     slugs = dict(zip(prompts, unique_slugs(prompts), strict=True))
     rows: dict[str, list[np.ndarray]] = {}
     left = GRID_IMAGES
-    named = zip(request.prompts, request.seeds, images, strict=True)
-    for prompt, seed, image in tqdm(named, total=len(request.prompts), unit=" images"):
-        write_atomically(out / f"{slugs[prompt]}_{seed}.png", Image.fromarray(image).save)
+    for picture, image in tqdm(zip(pictures, images, strict=True), total=len(pictures), unit=" images"):
+        path = out / f"{slugs[picture.prompt]}_{picture.key}_{picture.seed}.png"
+        write_atomically(path, partial(Image.fromarray(image).save, pnginfo=png_info(texts_of(picture))))
         if left:
-            rows.setdefault(prompt, []).append(reduced(image, GRID_PIXELS))
+            rows.setdefault(picture.prompt, []).append(reduced(image, GRID_PIXELS))
             left -= 1
     return rows
 

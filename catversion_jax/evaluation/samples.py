@@ -105,12 +105,12 @@ def find_images(task: ImagesTask) -> Samples[StoredImages]:
         return Samples([*task.prompts] * len(photos), StoredImages(photos))
     slugs = (unicodedata.normalize("NFC", slug) for slug in unique_slugs(task.prompts))  # as the photos' names
     by_slug = dict(zip(slugs, task.prompts, strict=True))
-    named = "of several prompts, images are named <prompt-slug>_<seed>.png, as catversion generate does"
+    named = "of several prompts, images are named <prompt-slug>_<key>_<seed>.png, as catversion generate does"
     by_prompt: dict[str, list[PhotoFile]] = {prompt: [] for prompt in task.prompts}
     for photo in photos:
         match = NAMED.fullmatch(photo.name)
         prompt = by_slug.get(match["slug"]) if match else None
-        if prompt is None:
+        if match is None or prompt is None:
             raise UserError(f"{photo.path}: of none of the prompts; {named}")
         by_prompt[prompt].append(photo)
     if missing := [prompt for prompt, found in by_prompt.items() if not found]:

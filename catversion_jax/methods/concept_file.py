@@ -90,6 +90,13 @@ class Concept:
         return of_method | self.method.metadata() | values | ({"sampler": sampler} if sampler else {})
 
     @property
+    def digest(self) -> str:
+        """Sixteen digits that tell concepts apart: a hash of what was learned and how it acts, at any strength."""
+        acts = self.method.metadata() | {"method": self.method_name, "class_word": self.class_word}
+        leaves = {name: tree.digest(np.asarray(leaf)) for name, leaf in flatten_dict(self.learned, sep="/").items()}
+        return tree.fingerprint(leaves | {"": records.encode(sorted(acts.items())).encode()})
+
+    @property
     def method_name(self) -> str:
         return name_of(self.method)
 

@@ -1,4 +1,4 @@
-"""File names of sampled images: a slug of the prompt, and the seed."""
+"""File names of sampled images: a slug of the prompt, a key of settings and concepts, and the seed."""
 
 import hashlib
 import re
@@ -9,11 +9,11 @@ from catversion_jax.utils.paths import AnyPath
 
 SLUG_LENGTH = 80
 SLUG_BYTES = 200
-"""File systems take names of 255 bytes; the seed and the ending follow the slug."""
+"""File systems take names of 255 bytes; the key, the seed and the ending follow the slug."""
 GRID = re.compile(r"grid(_\d+)?\.png")
 """File names of image grids, which are in the same folder as the images."""
-NAMED = re.compile(r"(?P<slug>.+)_\d+")
-"""Stem of an image's file name: slug and seed."""
+NAMED = re.compile(r"(?P<slug>.+?)(_[0-9a-f]{8})?_\d+")
+"""Stem of an image's file name: slug, key and seed; older names have no key."""
 
 
 def slug(prompt: str) -> str:

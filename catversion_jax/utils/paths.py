@@ -143,6 +143,15 @@ def is_remote(path: AnyPath) -> bool:
     return not isinstance(path, Path)
 
 
+def whole(path: str | os.PathLike) -> str:
+    """Returns a path that means the same from every folder; a URL as it is."""
+    text = os.fspath(path)
+    if text.startswith("https://"):
+        return text
+    expanded = expand(text)
+    return os.fspath(expanded if is_remote(expanded) else expanded.absolute())
+
+
 def named_in(folder: AnyPath, path: str) -> AnyPath:
     """Returns a path that a file in `folder` names: relative to it, unless it is absolute or a URL."""
     # Not `folder / expand(path)`: a path of this machine would take a URL's for one of its own.

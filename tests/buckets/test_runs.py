@@ -134,8 +134,8 @@ def test_models_concepts_prompts_and_pictures(bucket, tiny_model, tmp_path, monk
     given = [f"--embedding={bucket / 'run'}", f"--prompts_file={bucket / 'prompts.txt'}", "--num=1", "--steps=2"]
     catversion("generate", *given, f"--out={bucket / 'pictures'}")
     catversion("generate", *given, f"--out={tmp_path / 'pictures'}")
-    names = [path.name for path, _ in entries(bucket / "pictures")]
-    assert names == ["a-red-teapot_0.png", "a-teapot_0.png", "grid.png"]
+    names = [path.name for path, _ in entries(bucket / "pictures") if not path.name.startswith(".")]
+    assert [name.split("_")[0] for name in names] == ["a-red-teapot", "a-teapot", "grid.png"]
     for name in names:
         assert (bucket / "pictures" / name).read_bytes() == (tmp_path / "pictures" / name).read_bytes()
     photos = [f"--references={bucket / 'heldout'}", f"--masks={bucket / 'masks'}"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -310,18 +311,23 @@ def test_a_concepts_own_sampler(finished, tmp_path):
     """Without flags, an image is sampled as those of the run's grid are, and is the same one."""
     prompt = "a photo of a teapot on the beach"
     catversion("generate", "--embedding", finished, f"--prompt={prompt}", "--num=1", f"--out={tmp_path}", here=False)
-    image = Image.open(tmp_path / "a-photo-of-a-teapot-on-the-beach_0.png").resize((128, 128), Image.Resampling.BICUBIC)
+    (path,) = tmp_path.glob("a-photo-of-a-teapot-on-the-beach_*_0.png")
+    image = Image.open(path).resize((128, 128), Image.Resampling.BICUBIC)
     grid = np.asarray(Image.open(finished / "samples.png"))
     cells = np.lib.stride_tricks.sliding_window_view(grid[-134:], (128, 128, 3))[:, 112, 0]
     assert min(np.abs(cell.astype(int) - np.asarray(image)).max() for cell in cells) == 0
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*_[0-9].png") if not path.name.startswith("grid")}
+    """By their names without keys, each of which names one picture here."""
+    found = [path for path in folder.glob("*_[0-9].png") if not path.name.startswith("grid")]
+    named = {re.sub(r"_[0-9a-f]{8}_", "_", path.name): path.read_bytes() for path in found}
+    assert len(named) == len(found)
+    return named
 
 
 def test_generate(finished, tmp_path):
-    """Pictures by prompt and seed; a second call adds; strength 0 is the base model under the same names."""
+    """Pictures by prompt and seed; a second call adds; strength 0 is the base model."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a teapot!\n\na red teapot\n")
     out = tmp_path / "out"

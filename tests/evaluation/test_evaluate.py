@@ -297,7 +297,7 @@ def test_pictures_and_masks_that_do_not_match(tmp_path):
         read(images=TEAPOT / "train", image_masks=tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"heldout/05.png: no mask named 05\.\* among its masks"):
         read(images=TEAPOT / "train", masks=TEAPOT / "train_masks")
-    with pytest.raises(UserError, match=r"train/00\.png: of none of the prompts; .*<prompt-slug>_<seed>.png"):
+    with pytest.raises(UserError, match=r"train/00\.png: of none of the prompts; .*<prompt-slug>_<key>_<seed>.png"):
         read(images=TEAPOT / "train", prompt=PROMPTS)
     for folder in (tmp_path, tmp_path / "masks"):
         Image.new("RGB", (8, 8)).save(folder / "a-blue-teapot_0.png")

@@ -1,0 +1,168 @@
+"""How a picture was made: what its PNG file says in text, so that people and programs can read it and make it again.
+
+Two text chunks have it: `parameters` in the form that AUTOMATIC1111's web UI writes, which many programs read, and
+`catversion` as JSON, which is complete.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from catversion_jax import __version__
+from catversion_jax.base import schedulers
+from catversion_jax.base.pipeline import BasePipeline, ModelConfig
+from catversion_jax.base.sampler_config import MAX_STRENGTH, SamplerConfig
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.model_names import public_name
+from catversion_jax.sampling.sampler import SampleRequest
+from catversion_jax.utils import records
+from catversion_jax.utils.errors import UserError, short
+from catversion_jax.utils.paths import AnyPath, local_copy
+from catversion_jax.utils.settings import broken, is_text
+
+PARAMETERS, CHUNK = "parameters", "catversion"
+"""Keywords of the two text chunks."""
+
+
+class UsedConcept(msgspec.Struct, frozen=True):
+    """A concept that was sampled with."""
+
+    class_word: str
+    method: str
+    strength: float
+    digest: str  # Concept.digest
+
+
+class PictureRecord(msgspec.Struct, frozen=True):
+    """How one picture was made."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    scheduler: str  # "": the model's own
+    steps: int
+    guidance: float
+    batch_size: int  # other sizes round the last bits otherwise
+    width: int
+    height: int
+    concepts: tuple[UsedConcept, ...]
+    model: str  # a name on Hugging Face, or the last part of a path; "": the mini model
+    fingerprint: str  # of its text encoders
+    dtype: str
+    version: str  # of this program
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        return SamplerConfig(self.steps, self.guidance, self.batch_size, self.scheduler)
+
+    @property
+    def key(self) -> str:
+        """Eight digits that tell prompts, settings and concepts apart: a hash of all but the seed and the version."""
+        values = msgspec.structs.asdict(msgspec.structs.replace(self, seed=0, version=""))
+        values["concepts"] = [msgspec.structs.asdict(used) for used in self.concepts]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def records_of(
+    request: SampleRequest, pipeline: BasePipeline, model: ModelConfig, concepts: Sequence[Concept]
+) -> Iterator[PictureRecord]:
+    """Yields the record of each of a request's images."""
+    used = tuple(UsedConcept(c.class_word, c.method_name, c.strength, c.digest) for c in concepts if c.strength)
+    for prompt, seed in zip(request.prompts, request.seeds, strict=True):
+        yield PictureRecord(
+            prompt=prompt,
+            negative_prompt=request.negative_prompt,
+            seed=seed,
+            **{name: getattr(request.sampler, name) for name in ("scheduler", "steps", "guidance", "batch_size")},
+            width=pipeline.networks.resolution,
+            height=pipeline.networks.resolution,
+            concepts=used,
+            model=public_name(model.path),
+            fingerprint=pipeline.fingerprint,
+            dtype=model.dtype,
+            version=__version__,
+        )
+
+
+def parameters(record: PictureRecord) -> str:
+    """Returns the text that AUTOMATIC1111's web UI writes for such a picture: prompts, and a line of settings."""
+    name, kind = schedulers.webui_name(record.scheduler)
+    settings = {
+        "Steps": record.steps,
+        "Sampler": name,
+        **({"Schedule type": kind} if kind else {}),
+        "CFG scale": f"{record.guidance:g}",
+        "Seed": record.seed,
+        "Size": f"{record.width}x{record.height}",
+        "Model": record.model or "mini",
+        **{f"Concept {i}": describe_used(used) for i, used in enumerate(record.concepts, 1)},
+        "Version": f"catversion-jax {record.version}",
+    }
+    negative = [f"Negative prompt: {record.negative_prompt}"] if record.negative_prompt else []
+    return "\n".join([record.prompt, *negative, ", ".join(f"{key}: {quoted(x)}" for key, x in settings.items())])
+
+
+def describe_used(used: UsedConcept) -> str:
+    return f"{used.class_word or 'unnamed'} {used.strength:g} {used.digest}"
+
+
+def quoted(value: object) -> str:
+    """Returns a value of the line of settings; one with a sign that separates them is quoted, as the web UI does."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:"\n') else text
+
+
+def texts_of(record: PictureRecord) -> dict[str, str]:
+    """Returns the texts of a picture by their keywords."""
+    return {PARAMETERS: parameters(record), CHUNK: records.encode(record)}
+
+
+def png_info(texts: Mapping[Any, Any]) -> PngInfo:
+    """Returns how a picture was made as the chunks of a PNG file: `image.save("a.png", pnginfo=png_info(image.info))`.
+
+    `texts` are those of `texts_of`, which the images of a Pipeline have in their `info`; other keys are left out.
+    """
+    info = PngInfo()
+    for keyword in (PARAMETERS, CHUNK):
+        text = texts.get(keyword, "")
+        # Programs look for the plain kind, which takes Latin-1 alone.
+        is_latin = all(ord(c) < 256 for c in text)
+        (info.add_text if is_latin else info.add_itxt)(keyword, text)
+    return info
+
+
+def read_picture(path: AnyPath) -> PictureRecord:
+    """Reads how a picture was made. Raises UserError, naming the file, if it is none of `catversion generate`."""
+    expected = f"{path}: does not say how it was made; expected a PNG file of catversion generate"
+    with local_copy(path) as local:
+        try:
+            with Image.open(local, formats=("PNG",)) as image:
+                text = image.info.get(CHUNK)
+            data = text.encode() if isinstance(text, str) else b""
+        except FileNotFoundError:
+            raise UserError(f"{path}: not found; expected a picture of catversion generate") from None
+        # Pillow's parser of chunks raises whatever it stumbles over.
+        except Exception as error:
+            raise UserError(f"{expected} ({short(error)})") from error
+    if not data:
+        raise UserError(expected)
+    record = records.decode(data, PictureRecord, str(path), "expected a picture of catversion generate")
+    check_record(record, str(path))
+    return record
+
+
+def check_record(record: PictureRecord, where: str) -> None:
+    """Raises UserError for values that no picture has."""
+    for key, value, expected in broken(record.sampler):
+        raise UserError(f"{where}: {key}={value!r}; expected {expected}")
+    if not 0 <= record.seed < 2**32:
+        raise UserError(f"{where}: seed {record.seed}; expected one below {2**32}")
+    if any(not 0 < used.strength <= MAX_STRENGTH for used in record.concepts):
+        raise UserError(f"{where}: a strength that no concept has; expected at most {MAX_STRENGTH:g}")
+    if not (is_text(record.prompt) and is_text(record.negative_prompt)):
+        raise UserError(f"{where}: a prompt with a NUL or half of a character; expected text")

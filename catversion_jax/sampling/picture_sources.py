@@ -1,0 +1,45 @@
+"""Where the concepts and the base models of a folder's pictures are on this machine.
+
+A picture, which may be shared, names its concepts by digests and its model without its folder. This file stays beside
+the pictures, as a run's config.json stays beside its concept.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from catversion_jax.methods.concept_file import Concept
+from catversion_jax.methods.model_names import public_name
+from catversion_jax.utils import records
+from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.paths import AnyPath, expand, whole
+
+FILE_NAME = ".sources.json"
+
+
+class Sources(msgspec.Struct):
+    concepts: dict[str, str] = {}  # paths or names on Hugging Face, by digest
+    models: dict[str, str] = {}  # paths, by what a picture names
+
+
+def read_sources(folder: AnyPath) -> Sources:
+    """Returns what a folder's file says. Raises UserError for a file that is not one."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return Sources()
+    return records.read_record(path, Sources, "expected what catversion generate wrote; remove it")
+
+
+def add_sources(folder: AnyPath, concepts: Mapping[str, Concept], model: str) -> None:
+    """Adds concepts, given by their sources, and a base model to a folder's file."""
+    sources = read_sources(folder)
+    found = {concept.digest: kept(source) for source, concept in concepts.items()}
+    models = {public_name(model): kept(model)} if model else {}
+    added = Sources(sources.concepts | found, sources.models | models)
+    if added != sources:
+        write_atomically(folder / FILE_NAME, lambda path: path.write_text(records.encode(added) + "\n"))
+
+
+def kept(source: str) -> str:
+    """Returns a path that means the same from every folder; a name on Hugging Face as it is."""
+    return whole(source) if expand(source).exists() else source
