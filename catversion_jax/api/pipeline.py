@@ -26,6 +26,7 @@ from catversion_jax.utils.types import UInt8
 MODEL = ("revision", "variant", "prediction_type", "dtype")
 SAMPLER = ("scheduler", "steps", "guidance", "batch_size")
 """The settings that a call may change: of config.model, and of config.sample."""
+REQUEST = {"negative_prompt", "width", "height"}
 
 
 @functools.cache
@@ -64,21 +65,22 @@ class Pipeline:
         concepts: Concept | Sequence[Concept] = (),
         num: int = 1,
         seed: int = 0,
-        negative_prompt: str = "",
-        **sampler: Any,
+        **how: Any,
     ) -> list[Image.Image]:
         """Returns `num` images of each prompt, ordered by prompt, with the seeds from `seed` on.
 
-        A prompt shows a concept if it has its class word. `sampler` are the settings of `config.sample`: `scheduler`,
-        `steps`, `guidance` and `batch_size`; those not given are as the concepts record them. Raises UserError for a
-        concept of another base model and for values that are out of range; likely mistakes are warnings.
+        A prompt shows a concept if it has its class word. `how` are `negative_prompt`, `width` and `height` (pixels; by
+        default the model's own), and the settings of `config.sample`: `scheduler`, `steps`, `guidance` and
+        `batch_size`; those not given are as the concepts record them. Raises UserError for a concept of another base
+        model and for values that are out of range; likely mistakes are warnings.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         given = [concepts] if isinstance(concepts, Concept) else list(concepts)
         self.check({f"the concept of {concept.class_word!r}": concept for concept in given})
         seeds = [(seed + i) % 2**32 for i in range(num)]
         recorded = recorded_sampler({concept.class_word: concept for concept in given})
-        request = SampleRequest.every(several, seeds, with_values(recorded, SAMPLER, sampler), negative_prompt)
+        of_request = {name: how.pop(name) for name in REQUEST & how.keys()}
+        request = replace(SampleRequest.every(several, seeds, with_values(recorded, SAMPLER, how)), **of_request)
         pairs = zip(self.sample(request, given), self.records(request, given), strict=True)
         return [with_texts(Image.fromarray(image), texts_of(picture)) for image, picture in pairs]
 

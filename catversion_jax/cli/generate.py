@@ -28,7 +28,7 @@ from catversion_jax.sampling.conditioning import acts, movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
 from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, png_info, read_picture, texts_of
 from catversion_jax.sampling.picture_sources import Sources, add_sources, read_sources
-from catversion_jax.sampling.sampler import SampleRequest
+from catversion_jax.sampling.sampler import MAX_SIDE, SampleRequest
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid, reduced
@@ -36,7 +36,18 @@ from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import AnyPath, expand
 
 GRID_COLUMNS = 8
-OF_A_PICTURE = ("prompt", "negative_prompt", "seed", "scheduler", "steps", "guidance", "batch_size", "dtype")
+OF_A_PICTURE = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "scheduler",
+    "steps",
+    "guidance",
+    "batch_size",
+    "dtype",
+    "width",
+    "height",
+)
 """Flags that are named as the record of a picture has them."""
 GRID_IMAGES, GRID_PIXELS = 256, 256
 """Images in the grid, and the side of each, at most: the grid of thousands of large ones would take gigabytes."""
@@ -49,6 +60,8 @@ def define_flags() -> None:
         "out", "pictures", f"Folder for the images and a grid of the first {GRID_IMAGES}; a second call adds to it."
     )
     flags.DEFINE_string("negative_prompt", "", "Prompt to steer away from; never sees the concept.")
+    for side in ("width", "height"):
+        flags.DEFINE_integer(side, None, f"Pixels, a multiple of 8, at most {MAX_SIDE}; if not set, the model's own.")
     flags.DEFINE_string(
         "like", None, "PNG file of catversion generate to make again; other flags change what it says, such as --seed."
     )
@@ -82,7 +95,8 @@ def main(arguments: flags.FlagValues) -> int:
             lines = movement(pipe.base, prompts, concept, others)
             print(*(f"{concept.class_word}: {line}" if others else line for line in lines), sep="\n")
         return 0
-    request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt)
+    size = (arguments.width or 0, arguments.height or 0)
+    request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt, *size)
     add_sources(out, concepts, pipe.model.path)
     rows = write_images(
         out, pipe.records(request, list(concepts.values())), pipe.sample(request, list(concepts.values()))

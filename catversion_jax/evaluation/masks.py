@@ -73,7 +73,9 @@ def word_attention(
     noisy = add_noise(latents, jnp.broadcast_to(noise, latents.shape), jnp.full(len(latents), alpha))
     timesteps = jnp.full(len(latents), timestep)
     _, sown = networks.unet.apply({"params": unet}, noisy, timesteps, *context, mutable="intermediates")
-    (attention,) = attention_to_words(sown["intermediates"], of_word[None], networks.resolution)
+    _, height, width, _ = latents.shape
+    scale = networks.vae.config.downscale
+    (attention,) = attention_to_words(sown["intermediates"], of_word[None], (height, width), scale)
     return attention
 
 

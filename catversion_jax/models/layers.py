@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from catversion_jax.models.attention import dot_product_attention, probabilities
 from catversion_jax.models.parametrized import Conv, Dense
@@ -46,7 +47,7 @@ class Downsample2D(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h//2 w//2 {self.channels}"]:
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ {self.channels}"]:
         return conv3x3(self.channels, self.dtype, "conv", strides=2, padding=self.padding)(x)
 
 
@@ -55,9 +56,16 @@ class Upsample2D(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B 2*h 2*w {self.channels}"]:
+    def __call__(
+        self, x: Float[Array, "B h w c"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "B _ _ {self.channels}"]:
+        """Doubles height and width, or brings them to `size`: what was halved may have been odd."""
         b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        if size in (None, (2 * h, 2 * w)):
+            x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        else:
+            rows, columns = (np.arange(to) * by // to for to, by in zip(size, (h, w), strict=True))
+            x = x[:, rows][:, :, columns]
         return conv3x3(self.channels, self.dtype, "conv")(x)
 
 

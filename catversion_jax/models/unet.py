@@ -42,6 +42,8 @@ ADDED_EMBEDDINGS = (None, "text_time")
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # whether a type has attention
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 BLOCKS = ", ".join([*DOWN_BLOCKS, *UP_BLOCKS])
+SIZES = 6
+"""Numbers of SDXL's size conditioning."""
 MOST_TRANSFORMERS = 256
 """Stable Diffusion XL has 26."""
 
@@ -69,7 +71,7 @@ class UNetConfig:
     addition_embed_type: str | None = None  # one of ADDED_EMBEDDINGS
     addition_time_embed_dim: Width | None = None
     projection_class_embeddings_input_dim: Width | None = None
-    resolution: int = not_in_file(512)  # pixels along each side, an input of SDXL's UNet
+    resolution: int = not_in_file(512)  # pixels along each side of an image of sample_size
     dtype: Any = not_in_file(jnp.float32)  # of the computation; norms' statistics and softmax stay float32
     remat: bool = not_in_file(False)  # layers are recomputed in the backward pass: less memory, a third more work
 
@@ -131,15 +133,18 @@ class UNetConfig:
 
     @property
     def pooled_dim(self) -> int | None:
-        """The size of the pooled embedding that SDXL's UNet takes, without that of `time_ids`; None in other models."""
+        """The size of the pooled embedding that SDXL's UNet takes, without the sizes'; None in other models."""
         if self.projection_class_embeddings_input_dim is None or self.addition_time_embed_dim is None:
             return None
-        return self.projection_class_embeddings_input_dim - len(self.time_ids) * self.addition_time_embed_dim
+        return self.projection_class_embeddings_input_dim - SIZES * self.addition_time_embed_dim
 
-    @property
-    def time_ids(self) -> tuple[int, ...]:
-        """SDXL's size conditioning (Podell et al. 2023): an image's original size, its crop's corner and its size."""
-        size = (self.resolution, self.resolution)
+    def time_ids(self, height: int, width: int) -> tuple[int, ...]:
+        """SDXL's size conditioning (Podell et al. 2023): an image's original size, its crop's corner and its size.
+
+        `height` and `width` are those of the latents.
+        """
+        pixels = self.resolution // self.sample_size
+        size = (height * pixels, width * pixels)
         return (*size, 0, 0, *size)
 
 
@@ -234,7 +239,7 @@ class UpBlock(nn.Module):
             if self.heads is not None:
                 x = transformer(self.config, self.heads, self.depth, j)(x, context)
         if self.upsample:
-            x = Upsample2D(self.channels, self.config.dtype, name="upsamplers_0")(x)
+            x = Upsample2D(self.channels, self.config.dtype, name="upsamplers_0")(x, skips[-1].shape[1:3])
         return x
 
 
@@ -260,7 +265,9 @@ class UNet2DConditionModel(nn.Module):
         if cfg.addition_embed_type is not None:
             if pooled is None or cfg.addition_time_embed_dim is None:
                 raise ValueError("pooled: missing; this UNet is conditioned on the prompt's embedding too")
-            sizes = sinusoids(jnp.asarray(cfg.time_ids), cfg.addition_time_embed_dim, cfg).reshape(1, -1)
+            sizes = sinusoids(jnp.asarray(cfg.time_ids(*latents.shape[1:3])), cfg.addition_time_embed_dim, cfg).reshape(
+                1, -1
+            )
             added = jnp.concatenate([pooled, jnp.broadcast_to(sizes, (len(pooled), sizes.size))], axis=-1)
             time += TimestepEmbedding(4 * channels[0], cfg.dtype, name="add_embedding")(added.astype(cfg.dtype))
 

@@ -55,7 +55,8 @@ def predict(
         # The branches are in the order of the context; the second one is the base model's, for the whole prompt.
         images = len(latents)
         of_base = jax.tree.map(lambda x: x[images : 2 * images], sown["intermediates"])
-        attention = regions.attention_to_words(of_base, guided.of_words, latents.shape[1])
+        _, height, width, _ = latents.shape
+        attention = regions.attention_to_words(of_base, guided.of_words, (height, width))
         conditional = regions.join_by_region(
             base, jnp.stack(concepts), regions.find_regions(attention, guided.of_words)
         )

@@ -73,14 +73,15 @@ def records_of(
 ) -> Iterator[PictureRecord]:
     """Yields the record of each of a request's images."""
     used = tuple(UsedConcept(c.class_word, c.method_name, c.strength, c.digest) for c in concepts if c.strength)
+    width, height = request.size(pipeline.networks)
     for prompt, seed in zip(request.prompts, request.seeds, strict=True):
         yield PictureRecord(
             prompt=prompt,
             negative_prompt=request.negative_prompt,
             seed=seed,
             **{name: getattr(request.sampler, name) for name in ("scheduler", "steps", "guidance", "batch_size")},
-            width=pipeline.networks.resolution,
-            height=pipeline.networks.resolution,
+            width=width,
+            height=height,
             concepts=used,
             model=public_name(model.path),
             fingerprint=pipeline.fingerprint,

@@ -10,8 +10,6 @@ where base is the base model's prediction for the whole prompt. A region is wher
 sees the concept's word more than the others' words, and more than THRESHOLD times as much as anywhere.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
@@ -23,22 +21,32 @@ THRESHOLD = 0.5
 
 
 def attention_to_words(
-    intermediates: Params, of_words: Float[AnyArray, "W B K"], side: int
-) -> Float[Array, "W B {side} {side}"]:
+    intermediates: Params, of_words: Float[AnyArray, "W B K"], latents: tuple[int, int], scale: int = 1
+) -> Float[Array, "W B _ _"]:
     """Returns each position's attention to each word, from what the UNet sowed for the B images.
 
     It is the sum of all cross-attention maps, each scaled to a maximum of 1, so that no layer dominates; the middle
-    block, whose map is the coarsest, is left out. `of_words` holds weights of each word's tokens, which sum to 1.
+    block, whose map is the coarsest, is left out. `of_words` holds weights of each word's tokens, which sum to 1. The
+    maps are brought to `scale` times the height and width of the `latents`.
     """
     words, images, _ = of_words.shape
-    total = jnp.zeros((words * images, side, side))
+    height, width = (side * scale for side in latents)
+    total = jnp.zeros((words * images, height, width))
     for path, (probabilities,) in flatten_dict(intermediates).items():
         if "attn2" in path and path[0] != "mid_block":
-            rows = math.isqrt(probabilities.shape[1])
-            seen = jnp.einsum("bqk,wbk->wbq", probabilities, of_words).reshape(-1, rows, rows)
+            seen = jnp.einsum("bqk,wbk->wbq", probabilities, of_words)
+            seen = seen.reshape(-1, *size_of_map(seen.shape[-1], latents))
             most = jnp.maximum(seen.max((1, 2), keepdims=True), jnp.finfo(seen.dtype).tiny)
             total += jax.image.resize(seen / most, total.shape, "cubic")
-    return total.reshape(words, images, side, side)
+    return total.reshape(words, images, height, width)
+
+
+def size_of_map(positions: int, latents: tuple[int, int]) -> tuple[int, int]:
+    """Returns height and width of an attention map: those of the latents, halved until the positions are as many."""
+    height, width = latents
+    while height * width > positions:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width
 
 
 def find_regions(attention: Float[Array, "W B h w"], of_words: Float[AnyArray, "W B K"]) -> Float[Array, "W B h w 1"]:

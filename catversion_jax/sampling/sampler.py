@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.base import schedulers
-from catversion_jax.base.pipeline import BasePipeline
+from catversion_jax.base.pipeline import BasePipeline, Networks
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.base.words import token_weights
 from catversion_jax.methods.composition import check_composition
@@ -21,6 +21,9 @@ from catversion_jax.sampling.denoising import Guided, decode_latents, denoise, i
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.types import Array, Bool, Float, UInt8
 
+MAX_SIDE = 4096
+"""Pixels along a side of an image, at most."""
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -30,6 +33,22 @@ class SampleRequest:
     seeds: tuple[int, ...]
     sampler: SamplerConfig = SamplerConfig()
     negative_prompt: str = ""
+    width: int = 0  # pixels; 0: the base model's own
+    height: int = 0
+
+    def size(self, networks: Networks) -> tuple[int, int]:
+        """Returns width and height in pixels. Raises UserError for sizes that the networks do not give."""
+        size = (self.width or networks.resolution, self.height or networks.resolution)
+        unit = networks.vae.config.downscale
+        for name, pixels in zip(("width", "height"), size, strict=True):
+            if pixels % unit or not unit <= pixels <= MAX_SIDE:
+                raise UserError(f"{name}={pixels}: expected a multiple of {unit}, at most {MAX_SIDE}")
+        return size
+
+    def latent_shape(self, networks: Networks) -> tuple[int, int, int]:
+        """Returns height, width and channels of each image's latents."""
+        width, height = (pixels // networks.vae.config.downscale for pixels in self.size(networks))
+        return height, width, networks.unet.config.in_channels
 
     @classmethod
     def every(cls, prompts: Sequence[str], seeds: Sequence[int], *rest: Any) -> "SampleRequest":
@@ -45,8 +64,8 @@ def sample_images(
 
     Each concept acts at its own strength, and several act at their own places (regions.py). An image depends on its
     prompt and seed, not on its neighbours. The negative (or unconditional) branch never sees a concept. Raises
-    UserError at once if the scheduler does not allow that many steps or the concepts cannot share a prompt, and on
-    demand if a network gives NaN or infinity, which would become black images.
+    UserError at once if the scheduler does not allow that many steps, the size cannot be or the concepts cannot share a
+    prompt, and on demand if a network gives NaN or infinity, which would become black images.
     """
 
     def images(latents: Float[Array, "B h w c"]) -> UInt8[np.ndarray, "B H W 3"]:
@@ -92,6 +111,7 @@ def sample_latents(
     """Returns an iterator over the latents of `sample_images`: a batch, and how many of its images were requested."""
     net, sampler = pipeline.networks, request.sampler
     size, count = sampler.batch_size, len(request.prompts)
+    shape = request.latent_shape(net)
     trajectory = schedulers.plan(net.schedule, sampler.scheduler, sampler.steps)
     # One call per dispatch on a CPU: XLA's CPU convolutions are slow in a loop's body (docs/performance.md).
     calls_per_dispatch = 1 if jax.default_backend() == "cpu" else len(trajectory.calls.number)
@@ -108,7 +128,7 @@ def sample_latents(
         seeds = jnp.asarray([request.seeds[i] for i in index], jnp.uint32)
         contexts, of_words = branches(pipeline, prompts, acting)
         context = jax.tree.map(lambda n, *p: jnp.stack([jnp.broadcast_to(n, p[0].shape), *p]), negative, *contexts)
-        noise = initial_latents(seeds, net.latent_shape)
+        noise = initial_latents(seeds, shape)
         guided = Guided(seeds, context, jnp.float32(sampler.guidance), of_words)
         latents = denoise(unet, noise, guided, trajectory, networks=net, calls_per_dispatch=calls_per_dispatch)
         check_finite(all_finite(context), "text encoder")

@@ -129,16 +129,18 @@ def test_conditioning(both):
         close(context.pooled, pooled)
 
 
-def test_unet(both):
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 5), (9, 8)], ids=str)
+def test_unet(both, size):
+    """Also at sizes that cannot be halved, and with SDXL's size conditioning for them."""
     theirs, ours = both
     states, pooled = their_states(theirs)
     rng = np.random.default_rng(0)
-    latents = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
+    latents = rng.normal(size=(2, *size, 4)).astype(np.float32)
     timesteps = np.asarray([7, 850])
     added = None
     if pooled is not None:
-        size = theirs.unet.config.sample_size * theirs.vae_scale_factor
-        time_ids = torch.tensor([[size, size, 0, 0, size, size]] * 2)
+        pixels = [side * theirs.vae_scale_factor for side in size]
+        time_ids = torch.tensor([[*pixels, 0, 0, *pixels]] * 2)
         added = {"text_embeds": pooled, "time_ids": time_ids}
     with torch.no_grad():
         expected = theirs.unet(

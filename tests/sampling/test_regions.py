@@ -42,7 +42,20 @@ def test_attention_to_words_against_numpy():
     of_words = np.float32([[[0, 1, 0, 0, 0]] * 2, [[0, 0, 0.5, 0.5, 0]] * 2])
     expected = np.stack([fine[..., 1], fine[..., 2:4].mean(-1)])
     expected = (expected / expected.max(-1, keepdims=True)).reshape(2, 2, 4, 4)
-    np.testing.assert_allclose(regions.attention_to_words(sown, of_words, 4), expected, atol=1e-6)
+    np.testing.assert_allclose(regions.attention_to_words(sown, of_words, (4, 4)), expected, atol=1e-6)
+
+
+def test_maps_of_other_sizes():
+    """Latents of 5 by 6 have maps of 5 by 6, 3 by 3 and 2 by 2, each of which shows where a word is."""
+    of_words = np.float32([[[0, 1.0]]])
+    for rows, columns in ((5, 6), (3, 3), (2, 2)):
+        seen = np.zeros((1, rows * columns, 2), np.float32)
+        seen[0, -1, 1] = 1  # the last position alone
+        sown = {"up": {"attn2": {"probabilities": (jnp.asarray(seen),)}}}
+        found = np.asarray(regions.attention_to_words(sown, of_words, (5, 6), 2))[0, 0]
+        assert found.shape == (10, 12)
+        assert np.unravel_index(found.argmax(), found.shape) == (9, 11)
+        assert regions.size_of_map(rows * columns, (5, 6)) == (rows, columns)
 
 
 def test_find_regions():

@@ -48,7 +48,7 @@ def test_the_networks(model):
     networks = tiny.load(model, variant="fp16").networks
     assert [text.config.depth for text in networks.text] == [3, 3]
     assert networks.heads == ((2, 16), (3, 16))
-    assert networks.unet.config.time_ids == (16, 16, 0, 0, 16, 16)
+    assert networks.unet.config.time_ids(8, 4) == (16, 8, 0, 0, 16, 8)
 
 
 def test_both_prefixes_are_learned_and_stored(model, learned):
