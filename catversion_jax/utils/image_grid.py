@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from catversion_jax.utils.errors import one_line
 from catversion_jax.utils.types import UInt8
@@ -22,29 +22,32 @@ def grid(
     captions: Sequence[str] = (),
     captions_above: int = 0,
 ) -> Image.Image:
-    """Draws rows of images, each resized to a square cell, with a label before each row.
+    """Draws rows of images, each resized to fit its cell, with a label before each row. Cells are as large as the
+    largest image, and at least CELL.
 
     One line of captions, one per column, stands above the row with index `captions_above`.
     """
     font = ImageFont.load_default(FONT_SIZE)
-    side = max(CELL, max(image.shape[0] for row in rows for image in row))
-    titles = [wrap(caption, side) for caption in captions]
+    height, width = (max(image.shape[axis] for row in rows for image in row) for axis in (0, 1))
+    scale = max(1.0, CELL / min(height, width))
+    height, width = round(height * scale), round(width * scale)
+    titles = [wrap(caption, width) for caption in captions]
     band = max((title.count("\n") + 1 for title in titles), default=0) * (FONT_SIZE + 4) + GAP
     columns = max(len(row) for row in rows)
-    size = (LABEL_WIDTH + columns * (side + GAP), GAP + band + len(rows) * (side + GAP))
+    size = (LABEL_WIDTH + columns * (width + GAP), GAP + band + len(rows) * (height + GAP))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     y = GAP
     for i, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
         if i == captions_above:
             for j, title in enumerate(titles):
-                draw.multiline_text((LABEL_WIDTH + j * (side + GAP), y), title, "black", font)
+                draw.multiline_text((LABEL_WIDTH + j * (width + GAP), y), title, "black", font)
             y += band
         draw.multiline_text((GAP, y), wrap(label, LABEL_WIDTH), "black", font)
         for j, image in enumerate(row):
-            cell = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
-            canvas.paste(cell, (LABEL_WIDTH + j * (side + GAP), y))
-        y += side + GAP
+            cell = ImageOps.contain(Image.fromarray(image), (width, height), Image.Resampling.BICUBIC)
+            canvas.paste(cell, (LABEL_WIDTH + j * (width + GAP), y))
+        y += height + GAP
     return canvas
 
 
