@@ -31,7 +31,7 @@ def catversion(
     *arguments: object, status: int = 0, full_disk: bool = False, here: bool | None = None
 ) -> subprocess.CompletedProcess:
     """Run to the end and check the exit status; no run may show a traceback. On a full disk no file grows beyond
-    two kilobytes. `here`: in this process; by default those of HERE, and all that are refused."""
+    three kilobytes. `here`: in this process; by default those of HERE, and all that are refused."""
     if here is None:
         here = not full_disk and (status == 1 or (bool(arguments) and arguments[0] in HERE))
     done = run_here(arguments) if here else run_apart(arguments, full_disk)
@@ -43,7 +43,7 @@ def catversion(
 def run_apart(arguments: tuple[object, ...], full_disk: bool) -> subprocess.CompletedProcess:
     run = command(*arguments)
     if full_disk:
-        run = ["bash", "-c", 'ulimit -f 2; exec "$@"', "bash", *run]
+        run = ["bash", "-c", 'ulimit -f 3; exec "$@"', "bash", *run]
     return subprocess.run(run, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
 
 

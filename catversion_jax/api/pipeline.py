@@ -14,12 +14,13 @@ from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import load_for_concepts, recorded_sampler, warnings
 from catversion_jax.sampling.conditioning import acts
+from catversion_jax.sampling.picture_input import DENOISE, PictureInput, read_input
 from catversion_jax.sampling.picture_record import PictureRecord, records_of, texts_of
 from catversion_jax.sampling.sampler import SampleRequest, sample_images
 from catversion_jax.utils import cache
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
-from catversion_jax.utils.paths import AnyPath
+from catversion_jax.utils.paths import AnyPath, expand
 from catversion_jax.utils.settings import SettingsT, broken
 from catversion_jax.utils.types import UInt8
 
@@ -27,6 +28,7 @@ MODEL = ("revision", "variant", "prediction_type", "dtype")
 SAMPLER = ("scheduler", "steps", "guidance", "batch_size")
 """The settings that a call may change: of config.model, and of config.sample."""
 REQUEST = {"negative_prompt", "width", "height"}
+START = {"image", "mask", "denoise"}
 
 
 @functools.cache
@@ -70,9 +72,10 @@ class Pipeline:
         """Returns `num` images of each prompt, ordered by prompt, with the seeds from `seed` on.
 
         A prompt shows a concept if it has its class word. `how` are `negative_prompt`, `width` and `height` (pixels; by
-        default the model's own), and the settings of `config.sample`: `scheduler`, `steps`, `guidance` and
-        `batch_size`; those not given are as the concepts record them. Raises UserError for a concept of another base
-        model and for values that are out of range; likely mistakes are warnings.
+        default the model's own), `image`, a picture to draw anew, with `mask`, where it is, and `denoise`, by what
+        share, and the settings of `config.sample`: `scheduler`, `steps`, `guidance` and `batch_size`; those not given
+        are as the concepts record them. Raises UserError for a concept of another base model and for values that are
+        out of range; likely mistakes are warnings.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         given = [concepts] if isinstance(concepts, Concept) else list(concepts)
@@ -80,9 +83,23 @@ class Pipeline:
         seeds = [(seed + i) % 2**32 for i in range(num)]
         recorded = recorded_sampler({concept.class_word: concept for concept in given})
         of_request = {name: how.pop(name) for name in REQUEST & how.keys()}
+        size = (of_request.get("width", 0), of_request.get("height", 0))
+        of_request["start"] = self.start({name: how.pop(name) for name in START & how.keys()}, size)
         request = replace(SampleRequest.every(several, seeds, with_values(recorded, SAMPLER, how)), **of_request)
         pairs = zip(self.sample(request, given), self.records(request, given), strict=True)
         return [with_texts(Image.fromarray(image), texts_of(picture)) for image, picture in pairs]
+
+    def start(self, given: Mapping[str, Any], size: tuple[int, int]) -> PictureInput | None:
+        """Returns the picture that a call's `image`, `mask` and `denoise` describe; None without one.
+
+        Raises UserError if it is no picture, or if there is a mask without one.
+        """
+        if given.get("image") is None:
+            if given:
+                raise UserError(f"{', '.join(sorted(given))}: of image, which is missing; give a picture to draw anew")
+            return None
+        image, mask = opened(given["image"]), opened(given["mask"]) if given.get("mask") is not None else None
+        return read_input(image, mask, given.get("denoise", DENOISE), self.base.networks, size)
 
     def records(self, request: SampleRequest, concepts: Sequence[Concept]) -> Iterator[PictureRecord]:
         """Yields how each of the request's images is made."""
@@ -101,6 +118,11 @@ class Pipeline:
         for warning in warnings(self.base, prompts, concepts) if concepts else ():
             warn(warning)
         return sample_images(self.base, request, [concept for concept in concepts if acts(concept)])
+
+
+def opened(source: str | AnyPath | Image.Image) -> AnyPath | Image.Image:
+    """Returns the path of a file, or an image in memory as it is."""
+    return source if isinstance(source, Image.Image) else expand(source)
 
 
 def with_texts(image: Image.Image, texts: Mapping[str, str]) -> Image.Image:

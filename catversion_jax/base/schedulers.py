@@ -27,7 +27,7 @@ diffusers 0.39.
 # which for the first of 50 steps of Stable Diffusion 1.5 (timesteps 981 to 961) is [1.1229, -0.1233, 0]. A scheduler
 # with a memory has a slot, and a row, for each thing that it remembers.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -49,18 +49,23 @@ class Calls(NamedTuple):
     number: Int[AnyArray, "calls"]
     timestep: Float[AnyArray, "calls"]
     update: Float[AnyArray, "calls slots slots+2"]  # `step`'s matrices
+    to: Float[AnyArray, "calls"]  # the noise level that each call leads to
 
 
 class Trajectory(NamedTuple):
     """From noise to latents. The state is a stack of slots: first the latents, then what the scheduler remembers."""
 
     scale: float  # of the initial noise, which has variance one
+    sigma: float  # the noise level of the first call
     calls: Calls
 
-    def start(self, noise: Float[Array, "B h w c"]) -> Float[Array, "slots B h w c"]:
-        """The state before the first call."""
+    def start(
+        self, noise: Float[Array, "B h w c"], clean: Float[Array, "B h w c"] | None = None
+    ) -> Float[Array, "slots B h w c"]:
+        """The state before the first call: noise alone, or clean latents with as much noise as the first call has."""
         slots = self.calls.update.shape[1]
-        return jnp.zeros((slots, *noise.shape), noise.dtype).at[0].set(self.scale * noise)
+        first = self.scale * noise if clean is None else noised(clean, noise, self.sigma)
+        return jnp.zeros((slots, *noise.shape), noise.dtype).at[0].set(first)
 
 
 def step(
@@ -76,6 +81,11 @@ def step(
 
 def signal(sigma):
     return 1 / np.hypot(1, sigma)
+
+
+def noised(clean: Float[Array, "B h w c"], noise: Float[Array, "B h w c"], sigma) -> Float[Array, "B h w c"]:
+    """Returns clean latents with noise of a level, of total variance one."""
+    return (clean + sigma * noise) / jnp.sqrt(1 + sigma * sigma)
 
 
 CLEAN = {
@@ -152,11 +162,12 @@ def to_timesteps(sigmas: Float[np.ndarray, "n"], trained: Float[np.ndarray, "tim
     return np.interp(np.log(sigmas), np.log(trained), np.arange(len(trained)))
 
 
-def trajectory(timesteps, updates, scale: float = 1.0) -> Trajectory:
-    calls = Calls(
-        np.arange(len(timesteps), dtype=np.int32), np.asarray(timesteps, np.float32), np.asarray(updates, np.float32)
+def trajectory(timesteps, updates, levels: Sequence[tuple[float, float]], scale: float = 1.0) -> Trajectory:
+    """`levels` are the noise levels of each call and of what it leads to."""
+    timestep, update, to = (np.asarray(x, np.float32) for x in (timesteps, updates, [to for _, to in levels]))
+    return Trajectory(
+        float(scale), float(levels[0][0]), Calls(np.arange(len(levels), dtype=np.int32), timestep, update, to)
     )
-    return Trajectory(float(scale), calls)
 
 
 def earlier(timesteps: np.ndarray, schedule: NoiseSchedule, options: Options, steps: int) -> np.ndarray:
@@ -167,25 +178,26 @@ def earlier(timesteps: np.ndarray, schedule: NoiseSchedule, options: Options, st
     return np.where(timesteps >= 0, trained[timesteps], 0.0 if options.set_alpha_to_one else trained[0])
 
 
-def ddim(schedule: NoiseSchedule, options: Options, steps: int) -> Trajectory:
+def ddim(schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0) -> Trajectory:
     """Song et al. 2021."""
-    timesteps = spaced(schedule, options, steps).round().astype(int)
-    levels = zip(trained_sigmas(schedule)[timesteps], earlier(timesteps, schedule, options, steps), strict=True)
+    timesteps = spaced(schedule, options, steps).round().astype(int)[skipped:]
+    levels = list(zip(trained_sigmas(schedule)[timesteps], earlier(timesteps, schedule, options, steps), strict=True))
     latents, prediction, _ = np.eye(3)
     clean = CLEAN[schedule.prediction_type]
-    return trajectory(timesteps, [[move(clean(prediction, latents, s), latents, s, to)] for s, to in levels])
+    updates = [[move(clean(prediction, latents, s), latents, s, to)] for s, to in levels]
+    return trajectory(timesteps, updates, levels)
 
 
-def pndm(schedule: NoiseSchedule, options: Options, steps: int) -> Trajectory:
+def pndm(schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0) -> Trajectory:
     """PLMS (Liu et al. 2022) without the Runge-Kutta start. The UNet is called twice at the second timestep."""
     # As in diffusers' step_plms: the multi-step formula needs past predictions, of which there are none at the start.
     # The first call at the second timestep only improves the first step: that step is repeated, from its own latents
     # (the slot `first`), with the mean of both predictions (Heun's method).
-    timesteps = spaced(schedule, options, steps).round().astype(int)
+    timesteps = spaced(schedule, options, steps).round().astype(int)[skipped:]
     timesteps = np.concatenate([timesteps[:2], timesteps[1:]])
     starts = timesteps.copy()
     starts[1:2] += schedule.num_train_timesteps // steps
-    levels = zip(trained_sigmas(schedule)[starts], earlier(starts, schedule, options, steps), strict=True)
+    levels = list(zip(trained_sigmas(schedule)[starts], earlier(starts, schedule, options, steps), strict=True))
     latents, first, *past, prediction, _ = np.eye(7)
     clean = CLEAN[schedule.prediction_type]
     updates = []
@@ -197,10 +209,12 @@ def pndm(schedule: NoiseSchedule, options: Options, steps: int) -> Trajectory:
             mean = np.sum([w * x for w, x in zip(weights, [prediction, *past], strict=False)], axis=0)
             source, remembered = latents, [prediction, *past[:2]]
         updates.append([move(clean(mean, source, sigma), source, sigma, to), source, *remembered])
-    return trajectory(timesteps, updates)
+    return trajectory(timesteps, updates, levels)
 
 
-def euler(schedule: NoiseSchedule, options: Options, steps: int, ancestral: bool = False) -> Trajectory:
+def euler(
+    schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0, ancestral: bool = False
+) -> Trajectory:
     """Euler steps: Karras et al. 2022, algorithm 2 without churn and without its second-order correction.
 
     `ancestral` steps to a lower noise level and adds fresh noise, with the variance of the DDPM posterior.
@@ -211,6 +225,7 @@ def euler(schedule: NoiseSchedule, options: Options, steps: int, ancestral: bool
     if options.use_karras_sigmas:
         sigmas = karras(sigmas, steps)
         timesteps = to_timesteps(sigmas, trained)
+    timesteps, sigmas = timesteps[skipped:], sigmas[skipped:]
     targets = np.append(sigmas[1:], FINAL_SIGMAS[options.final_sigmas_type](trained))
     latents, prediction, noise = np.eye(3)
     clean = CLEAN[schedule.prediction_type]
@@ -225,10 +240,10 @@ def euler(schedule: NoiseSchedule, options: Options, steps: int, ancestral: bool
     # ones in that scale, and multiplies the initial noise by sigma, or by sqrt(1 + sigma^2) for "leading".
     updates[-1][0] /= signal(targets[-1])
     scale = 1.0 if options.timestep_spacing == "leading" else sigmas[0] * signal(sigmas[0])
-    return trajectory(timesteps, updates, scale)
+    return trajectory(timesteps, updates, list(zip(sigmas, targets, strict=True)), scale)
 
 
-def dpmpp_2m(schedule: NoiseSchedule, options: Options, steps: int) -> Trajectory:
+def dpmpp_2m(schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0) -> Trajectory:
     """Lu et al. 2022, DPM-Solver++, algorithm 2."""
     trained = trained_sigmas(schedule)
     if options.use_karras_sigmas:
@@ -238,23 +253,24 @@ def dpmpp_2m(schedule: NoiseSchedule, options: Options, steps: int) -> Trajector
         unused = options.timestep_spacing != "trailing"  # diffusers spaces one more timestep than it calls
         timesteps = spaced(schedule, options, steps + unused).round()[:steps]
         sigmas = trained[timesteps.astype(int)]
-    sigmas = np.append(sigmas, FINAL_SIGMAS[options.final_sigmas_type](trained))
+    timesteps = timesteps[skipped:]
+    levels = list(pairwise(np.append(sigmas[skipped:], FINAL_SIGMAS[options.final_sigmas_type](trained))))
     lower = options.euler_at_final or (options.lower_order_final and steps < FEW_CALLS)
     lower_at_end = lower or options.final_sigmas_type == "zero"
     latents, past, prediction, _ = np.eye(4)
     updates = []
-    for i, (sigma, to) in enumerate(pairwise(sigmas)):
+    for i, (sigma, to) in enumerate(levels):
         clean = ahead = CLEAN[schedule.prediction_type](prediction, latents, sigma)
-        if i > 0 and not (i == steps - 1 and lower_at_end):
+        if i > 0 and not (i == len(levels) - 1 and lower_at_end):
             # D_i = (1 + 1 / (2 r_i)) x_theta(t_{i-1}) - 1 / (2 r_i) x_theta(t_{i-2}), where r_i = h_{i-1} / h_i.
-            ahead = clean + np.log(sigma / to) / np.log(sigmas[i - 1] / sigma) / 2 * (clean - past)
+            ahead = clean + np.log(sigma / to) / np.log(levels[i - 1][0] / sigma) / 2 * (clean - past)
         updates.append([move(ahead, latents, sigma, to), clean])
-    return trajectory(timesteps, updates)
+    return trajectory(timesteps, updates, levels)
 
 
 class Scheduler(NamedTuple):
     diffusers: str  # the class that gives the same results
-    plan: Callable[[NoiseSchedule, Options, int], Trajectory]
+    plan: Callable[[NoiseSchedule, Options, int, int], Trajectory]
     defaults: dict[str, Any]  # the class's defaults for keys that scheduler_config.json lacks
     fixed: dict[str, Any]  # keys that the class reads, with the only value that is implemented here
     forced: dict[str, Any] = {}  # override scheduler_config.json
@@ -304,8 +320,10 @@ SCHEDULERS = {
 """The schedulers by name, as --scheduler takes them."""
 
 
-def plan(schedule: NoiseSchedule, name: str, steps: int) -> Trajectory:
+def plan(schedule: NoiseSchedule, name: str, steps: int, skipped: int = 0) -> Trajectory:
     """Plans the trajectory of the scheduler `name`: a key of SCHEDULERS, or "" for the model's own.
+
+    The first `skipped` steps are left out, for latents that are not noise alone.
 
     Raises UserError for an unknown name, and for settings in scheduler_config.json that are not implemented.
     """
@@ -316,7 +334,7 @@ def plan(schedule: NoiseSchedule, name: str, steps: int) -> Trajectory:
     config = scheduler.defaults | config | {"_class_name": scheduler.diffusers}
     options = from_json(Options, config, scheduler.fixed, **scheduler.forced)
     check_choices(options, {"timestep_spacing": SPACINGS, "final_sigmas_type": FINAL_SIGMAS})
-    return scheduler.plan(schedule, options, steps)
+    return scheduler.plan(schedule, options, steps, skipped)
 
 
 def webui_name(name: str) -> tuple[str, str]:

@@ -26,9 +26,10 @@ from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_model import model_of, warnings
 from catversion_jax.sampling.conditioning import acts, movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
+from catversion_jax.sampling.picture_input import DENOISE, MAX_SIDE, PictureInput, read_input
 from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, png_info, read_picture, texts_of
 from catversion_jax.sampling.picture_sources import Sources, add_sources, read_sources
-from catversion_jax.sampling.sampler import MAX_SIDE, SampleRequest
+from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid, reduced
@@ -62,6 +63,11 @@ def define_flags() -> None:
     flags.DEFINE_string("negative_prompt", "", "Prompt to steer away from; never sees the concept.")
     for side in ("width", "height"):
         flags.DEFINE_integer(side, None, f"Pixels, a multiple of 8, at most {MAX_SIDE}; if not set, the model's own.")
+    flags.DEFINE_string("image", None, "Picture to draw anew: as a whole, or where --image_mask is bright or opaque.")
+    flags.DEFINE_string("image_mask", None, "Mask of --image, of its size; outside of it the picture stays as it is.")
+    flags.DEFINE_float(
+        "denoise", None, f"Share of the steps for --image: more change more; if not set, {DENOISE}.", 0, 1
+    )
     flags.DEFINE_string(
         "like", None, "PNG file of catversion generate to make again; other flags change what it says, such as --seed."
     )
@@ -95,9 +101,11 @@ def main(arguments: flags.FlagValues) -> int:
             lines = movement(pipe.base, prompts, concept, others)
             print(*(f"{concept.class_word}: {line}" if others else line for line in lines), sep="\n")
         return 0
+    start = given_start(arguments, pipe)
     size = (arguments.width or 0, arguments.height or 0)
-    request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt, *size)
-    add_sources(out, concepts, pipe.model.path)
+    request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt, *size, start)
+    files = [arguments.image, arguments.image_mask] if arguments.image_mask else [arguments.image]
+    add_sources(out, concepts, pipe.model.path, {start.digest: files} if start else {})
     rows = write_images(
         out, pipe.records(request, list(concepts.values())), pipe.sample(request, list(concepts.values()))
     )
@@ -121,12 +129,35 @@ def follow(arguments: flags.FlagValues) -> PictureRecord:
     values["num"] = 1
     if not arguments["embedding"].present:
         values["embedding"] = [concept_source(path, used, sources) for used in record.concepts]
+    if record.start:
+        values |= start_of(path, record, sources)
     if record.model in sources.models:
         values["model"] = sources.models[record.model]
     for name, value in values.items():
         if not arguments[name].present:
             arguments[name].value = value
     return record
+
+
+def start_of(picture: AnyPath, record: PictureRecord, sources: Sources) -> dict[str, object]:
+    """Returns the flags of the picture that another one began as. Raises UserError if its folder does not name it."""
+    files = sources.starts.get(record.start, ())
+    if not files:
+        raise UserError(f"{picture}: began as a picture of which its folder does not say where it is; give --image")
+    return dict(zip(("image", "image_mask"), files, strict=False)) | {"denoise": record.denoise}
+
+
+def given_start(arguments: flags.FlagValues, pipe: Pipeline) -> PictureInput | None:
+    """Returns the picture of --image; None without one. Raises UserError for flags that need it."""
+    if not arguments.image:
+        for name in ("image_mask", "denoise"):
+            if arguments[name].value is not None:
+                raise UserError(f"--{name}: of --image, which is missing; give the picture to draw anew")
+        return None
+    mask = expand(arguments.image_mask) if arguments.image_mask else None
+    denoise = DENOISE if arguments.denoise is None else arguments.denoise
+    size = (arguments.width or 0, arguments.height or 0)
+    return read_input(expand(arguments.image), mask, denoise, pipe.base.networks, size)
 
 
 def concept_source(picture: AnyPath, used: UsedConcept, sources: Sources) -> str:

@@ -76,7 +76,12 @@ def open_mask(path: AnyPath, size: tuple[int, int], photo: AnyPath) -> Image.Ima
     if image.size != size:
         raise UserError(f"{path}: {image.size} pixels; expected {size}, as its photo {photo}")
     with damage_named(path), our_limits():
-        return opacity(image) or eight_bits(image).convert("RGB").convert("L")
+        return grey_of_mask(image)
+
+
+def grey_of_mask(image: Image.Image) -> Image.Image:
+    """Returns a mask as 8-bit grey: its opacity or, if it is opaque, its brightness."""
+    return opacity(image) or eight_bits(image).convert("RGB").convert("L")
 
 
 def warn_of_masks(folder: str, shares: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.models.unet import Context
 from catversion_jax.sampling import regions
+from catversion_jax.sampling.picture_input import Kept
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Params, UInt8, UInt32
 
 
@@ -35,6 +36,7 @@ class Guided(NamedTuple):
     context: Context  # of each branch, [branches, B, ...]: unconditional, conditional and, of several concepts, each
     guidance: Float[Array, ""]  # the scale of classifier-free guidance; 1: none
     of_words: Float[AnyArray, "W B K"] | None = None  # of several concepts: weights of the tokens of each one's word
+    kept: Kept | None = None  # of a picture that is drawn anew in parts
 
 
 def predict(
@@ -77,7 +79,12 @@ def denoise_steps(
     def step(state, call: schedulers.Calls):
         prediction = predict(unet, state[0], call.timestep, guided, networks=networks)
         noise = step_noise(guided.seeds, call.number, prediction.shape[1:])
-        return schedulers.step(state, prediction, noise, call.update), None
+        state = schedulers.step(state, prediction, noise, call.update)
+        if (kept := guided.kept) is not None:
+            # What stays has at every noise level the picture's own latents (Lugmayr et al. 2022, without resampling).
+            own = schedulers.noised(kept.clean, kept.noise, call.to)
+            state = state.at[0].set(kept.drawn * state[0] + (1 - kept.drawn) * own)
+        return state, None
 
     # XLA's CPU convolutions are slow in a loop's body, even in a scan of one call (docs/performance.md).
     if len(calls.number) == 1:
@@ -87,18 +94,20 @@ def denoise_steps(
 
 def denoise(
     unet: Params,
-    noise: Float[Array, "B h w c"],
+    state: Float[Array, "slots B h w c"],
     guided: Guided,
     trajectory: schedulers.Trajectory,
     *,
     networks: Networks,
     calls_per_dispatch: int,
 ) -> Float[Array, "B h w c"]:
-    """Denoises pure noise to latents. `calls_per_dispatch` changes the speed, not the numbers."""
-    state = trajectory.start(noise)
+    """Denoises a trajectory's first state to latents. `calls_per_dispatch` changes the speed, not the numbers."""
     for start in range(0, len(trajectory.calls.number), calls_per_dispatch):
         part = schedulers.Calls(*(x[start : start + calls_per_dispatch] for x in trajectory.calls))
         state = denoise_steps(unet, state, guided, part, networks=networks)
+    if (kept := guided.kept) is not None:
+        # Some schedulers end at a level of a little noise, which the picture itself does not have.
+        return kept.drawn * state[0] + (1 - kept.drawn) * kept.clean
     return state[0]
 
 

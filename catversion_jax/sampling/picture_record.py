@@ -55,6 +55,8 @@ class PictureRecord(msgspec.Struct, frozen=True):
     fingerprint: str  # of its text encoders
     dtype: str
     version: str  # of this program
+    start: str = ""  # digest of the picture that it began as, and of its mask; "": of none
+    denoise: float = 0.0
 
     @property
     def sampler(self) -> SamplerConfig:
@@ -87,6 +89,8 @@ def records_of(
             fingerprint=pipeline.fingerprint,
             dtype=model.dtype,
             version=__version__,
+            start=request.start.digest if request.start else "",
+            denoise=request.start.denoise if request.start else 0.0,
         )
 
 
@@ -100,6 +104,7 @@ def parameters(record: PictureRecord) -> str:
         "CFG scale": f"{record.guidance:g}",
         "Seed": record.seed,
         "Size": f"{record.width}x{record.height}",
+        **({"Denoising strength": f"{record.denoise:g}"} if record.start else {}),
         "Model": record.model or "mini",
         **{f"Concept {i}": describe_used(used) for i, used in enumerate(record.concepts, 1)},
         "Version": f"catversion-jax {record.version}",

@@ -4,7 +4,7 @@ A picture, which may be shared, names its concepts by digests and its model with
 the pictures, as a run's config.json stays beside its concept.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -20,6 +20,7 @@ FILE_NAME = ".sources.json"
 class Sources(msgspec.Struct):
     concepts: dict[str, str] = {}  # paths or names on Hugging Face, by digest
     models: dict[str, str] = {}  # paths, by what a picture names
+    starts: dict[str, tuple[str, ...]] = {}  # the file that a picture began as and that of its mask, by digest
 
 
 def read_sources(folder: AnyPath) -> Sources:
@@ -30,12 +31,15 @@ def read_sources(folder: AnyPath) -> Sources:
     return records.read_record(path, Sources, "expected what catversion generate wrote; remove it")
 
 
-def add_sources(folder: AnyPath, concepts: Mapping[str, Concept], model: str) -> None:
-    """Adds concepts, given by their sources, and a base model to a folder's file."""
+def add_sources(
+    folder: AnyPath, concepts: Mapping[str, Concept], model: str, starts: Mapping[str, Sequence[str]]
+) -> None:
+    """Adds concepts, given by their sources, a base model and pictures to start from to a folder's file."""
     sources = read_sources(folder)
     found = {concept.digest: kept(source) for source, concept in concepts.items()}
     models = {public_name(model): kept(model)} if model else {}
-    added = Sources(sources.concepts | found, sources.models | models)
+    files = {digest: tuple(map(kept, paths)) for digest, paths in starts.items()}
+    added = Sources(sources.concepts | found, sources.models | models, sources.starts | files)
     if added != sources:
         write_atomically(folder / FILE_NAME, lambda path: path.write_text(records.encode(added) + "\n"))
 

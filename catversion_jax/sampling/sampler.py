@@ -18,11 +18,9 @@ from catversion_jax.methods.concept_file import Concept
 from catversion_jax.models.unet import Context
 from catversion_jax.sampling.conditioning import condition, with_unet
 from catversion_jax.sampling.denoising import Guided, decode_latents, denoise, initial_latents
+from catversion_jax.sampling.picture_input import Kept, PictureInput, check_size_of_image, drawn_latents, encode
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.types import Array, Bool, Float, UInt8
-
-MAX_SIDE = 4096
-"""Pixels along a side of an image, at most."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,15 @@ class SampleRequest:
     negative_prompt: str = ""
     width: int = 0  # pixels; 0: the base model's own
     height: int = 0
+    start: PictureInput | None = None  # that sampling starts from; None: noise alone
 
     def size(self, networks: Networks) -> tuple[int, int]:
         """Returns width and height in pixels. Raises UserError for sizes that the networks do not give."""
-        size = (self.width or networks.resolution, self.height or networks.resolution)
-        unit = networks.vae.config.downscale
-        for name, pixels in zip(("width", "height"), size, strict=True):
-            if pixels % unit or not unit <= pixels <= MAX_SIDE:
-                raise UserError(f"{name}={pixels}: expected a multiple of {unit}, at most {MAX_SIDE}")
+        own = self.start.pixels.shape[1::-1] if self.start else (networks.resolution, networks.resolution)
+        size = (self.width or own[0], self.height or own[1])
+        if self.start and size != own:
+            raise UserError(f"size {size}: expected that of the picture to start from, {own}")
+        check_size_of_image(*size, networks)
         return size
 
     def latent_shape(self, networks: Networks) -> tuple[int, int, int]:
@@ -68,10 +67,13 @@ def sample_images(
     prompt, and on demand if a network gives NaN or infinity, which would become black images.
     """
 
+    start = request.start
+
     def images(latents: Float[Array, "B h w c"]) -> UInt8[np.ndarray, "B H W 3"]:
         decoded, finite = decode_latents(pipeline.params["vae"], latents, networks=pipeline.networks)
         check_finite(finite, "VAE")
-        return np.asarray(decoded)
+        images = np.asarray(decoded)
+        return np.stack([start.keep(image) for image in images]) if start else images
 
     batches = sample_latents(pipeline, request, concepts)
     return itertools.chain.from_iterable(images(latents)[:real] for latents, real in batches)
@@ -105,6 +107,23 @@ def branches(
     return [condition(pipeline, prompts), *each], token_weights(pipeline.tokenizer, ids, words)
 
 
+def started_from(
+    start: PictureInput | None,
+    clean: Float[Array, "1 h w c"] | None,
+    noise: Float[Array, "B h w c"],
+    networks: Networks,
+) -> tuple[Float[Array, "B h w c"] | None, Kept | None]:
+    """Returns the clean latents that a batch starts from (None: noise alone), and what of them stays to its end."""
+    if start is None or clean is None:
+        return None, None
+    clean = jnp.broadcast_to(clean, noise.shape)
+    if start.mask is None:
+        return clean, None
+    kept = Kept(clean, noise, jnp.asarray(drawn_latents(start.mask, networks)))
+    # As diffusers' pipeline for inpainting: with all steps nothing of the picture remains inside the mask.
+    return (clean if start.denoise < 1 else None), kept
+
+
 def sample_latents(
     pipeline: BasePipeline, request: SampleRequest, concepts: Sequence[Concept] = ()
 ) -> Iterator[tuple[Float[Array, "B h w c"], int]]:
@@ -112,7 +131,10 @@ def sample_latents(
     net, sampler = pipeline.networks, request.sampler
     size, count = sampler.batch_size, len(request.prompts)
     shape = request.latent_shape(net)
-    trajectory = schedulers.plan(net.schedule, sampler.scheduler, sampler.steps)
+    picture = request.start
+    skipped = picture.skipped(sampler.steps) if picture else 0
+    trajectory = schedulers.plan(net.schedule, sampler.scheduler, sampler.steps, skipped)
+    clean = jnp.asarray(encode(pipeline, picture)) if picture else None
     # One call per dispatch on a CPU: XLA's CPU convolutions are slow in a loop's body (docs/performance.md).
     calls_per_dispatch = 1 if jax.default_backend() == "cpu" else len(trajectory.calls.number)
     check_composition(concepts)
@@ -129,8 +151,10 @@ def sample_latents(
         contexts, of_words = branches(pipeline, prompts, acting)
         context = jax.tree.map(lambda n, *p: jnp.stack([jnp.broadcast_to(n, p[0].shape), *p]), negative, *contexts)
         noise = initial_latents(seeds, shape)
-        guided = Guided(seeds, context, jnp.float32(sampler.guidance), of_words)
-        latents = denoise(unet, noise, guided, trajectory, networks=net, calls_per_dispatch=calls_per_dispatch)
+        first, kept = started_from(picture, clean, noise, net)
+        guided = Guided(seeds, context, jnp.float32(sampler.guidance), of_words, kept)
+        state = trajectory.start(noise, first)
+        latents = denoise(unet, state, guided, trajectory, networks=net, calls_per_dispatch=calls_per_dispatch)
         check_finite(all_finite(context), "text encoder")
         check_finite(all_finite(latents), "UNet")
         return latents, real

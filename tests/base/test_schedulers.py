@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 def run(trajectory: schedulers.Trajectory) -> np.ndarray:
     """The last latents with the golden arrays' noise and stand-in for the UNet."""
     state = trajectory.start(jnp.asarray(GOLDEN["first_noise"]))
-    for index, timestep, update in zip(*trajectory.calls, strict=True):
+    for index, timestep, update, _ in zip(*trajectory.calls, strict=True):
         state = STEP(state, np.tanh(np.float32(0.8) * state[0] + timestep / 1000), GOLDEN["noise"][index], update)
     return np.asarray(state[0])
 
@@ -63,7 +63,7 @@ def test_a_perfect_prediction_arrives(name, prediction_type, rescaled):
     timesteps, trained = np.arange(schedule.num_train_timesteps), schedulers.trained_sigmas(schedule)
     first = np.float32(np.interp(trajectory.calls.timestep[0], timesteps, trained))
     state = trajectory.start(noise).at[0].set(schedulers.signal(first) * (clean + first * noise))
-    for _, timestep, update in zip(*trajectory.calls, strict=True):
+    for _, timestep, update, _ in zip(*trajectory.calls, strict=True):
         alpha = jnp.full(2, schedulers.signal(np.interp(timestep, timesteps, trained)) ** 2, jnp.float32)
         signal, ratio = jnp.sqrt(alpha[0]), jnp.sqrt(1 - alpha[0])
         target = noise_schedule.TARGETS[prediction_type](clean, (state[0] - signal * clean) / ratio, alpha)

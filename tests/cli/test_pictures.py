@@ -3,24 +3,26 @@
 import numpy as np
 from PIL import Image
 
+from catversion_jax.base.pipeline import ModelConfig
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.cli import generate, train
 from catversion_jax.data.photos import read_photos
+from catversion_jax.sampling.picture_record import PictureRecord, records_of
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.image_grid import reduced
 
 
-def request_of(prompts: int, seeds: int) -> SampleRequest:
-    return SampleRequest.every([f"prompt {i}" for i in range(prompts)], range(seeds), SamplerConfig())
+def pictures_of(pipeline, prompts: int, seeds: int) -> list[PictureRecord]:
+    request = SampleRequest.every([f"prompt {i}" for i in range(prompts)], range(seeds), SamplerConfig())
+    return list(records_of(request, pipeline, ModelConfig(), []))
 
 
-def test_the_grid_keeps_small_copies_of_the_first_pictures(tmp_path, monkeypatch):
+def test_the_grid_keeps_small_copies_of_the_first_pictures(tiny_pipeline, tmp_path, monkeypatch):
     """Of hundreds, every one is written and 256 are kept, however large they are."""
     monkeypatch.setattr(generate, "write_atomically", lambda path, _: written.append(path.name))
     written: list[str] = []
-    request = request_of(20, 20)
     image = np.zeros((512, 256, 3), np.uint8)
-    rows = generate.write_images(tmp_path, request, iter([image] * 400))
+    rows = generate.write_images(tmp_path, pictures_of(tiny_pipeline, 20, 20), iter([image] * 400))
     assert len(set(written)) == 400
     assert [len(row) for row in rows.values()] == [20] * 12 + [16]
     assert {picture.shape for row in rows.values() for picture in row} == {(256, 128, 3)}
@@ -29,11 +31,11 @@ def test_the_grid_keeps_small_copies_of_the_first_pictures(tmp_path, monkeypatch
     assert grid.width * grid.height < 30 * 10**6
 
 
-def test_few_pictures_are_all_in_the_grid(tmp_path):
+def test_few_pictures_are_all_in_the_grid(tiny_pipeline, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
-    rows = generate.write_images(tmp_path, request_of(2, 3), iter(images))
+    rows = generate.write_images(tmp_path, pictures_of(tiny_pipeline, 2, 3), iter(images))
     np.testing.assert_array_equal([picture for row in rows.values() for picture in row], images)
-    assert len(list(tmp_path.glob("prompt-[01]_[012].png"))) == 6
+    assert len(list(tmp_path.glob("prompt-[01]_*_[012].png"))) == 6
 
 
 def test_reduced():
@@ -51,7 +53,7 @@ def test_train_prints_which_mask_is_whose(tmp_path, capsys):
         mask.save(tmp_path / "masks" / f"{name}.{ending}", lossless=True)
     train.print_photos(read_photos(tmp_path, None))
     assert capsys.readouterr().out.splitlines() == [
-        "photos:   2",
+        "photos:   2, 2 with masks",
         "mask of a: masks/a.png, covers 25.0%",
         "mask of b: masks/b.webp, covers 75.0%",
     ]

@@ -1,0 +1,111 @@
+"""Image to image and inpainting; the numbers are compared with diffusers' pipelines in tests/parity."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import catversion_jax as cv
+from catversion_jax.data import concept_sets
+from catversion_jax.sampling.picture_record import read_picture
+from catversion_jax.utils.errors import UserError
+from tests import tiny
+from tests.commands import catversion, error_of
+
+PHOTO = sorted((concept_sets.SHIPPED / "teapot" / "train").glob("*.png"))[0]
+MASK = concept_sets.SHIPPED / "teapot" / "train_masks" / PHOTO.name
+
+
+@pytest.fixture(scope="module")
+def concept(tiny_model, tiny_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("concept")
+    prefix = 3 * np.random.default_rng(0).normal(size=(2, 3, 2, 2, 16)).astype(np.float32)
+    made = tiny.concept(prefix, tiny_pipeline.fingerprint, model=tiny_model, scope="trigger")
+    tiny.save_run(folder / "concept.safetensors", dataclasses.replace(made, class_word="teapot"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model):
+    return cv.Pipeline.from_pretrained(tiny_model)
+
+
+def difference(a, b) -> float:
+    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "dpmpp_2m"])
+def test_more_denoising_changes_more(mini, scheduler):
+    """With the mini model, whose VAE gives a picture back: from nearly the same to another one."""
+    pipe, photo = cv.Pipeline(cv.Pipeline.from_pretrained().model, mini), Image.open(PHOTO).convert("RGB")
+    small = photo.resize((64, 64), Image.Resampling.BICUBIC)
+    drawn = [
+        pipe("a photo of a teapot", image=photo, denoise=share, steps=6, scheduler=scheduler, batch_size=1)[0]
+        for share in (0.2, 0.5, 1.0)
+    ]
+    changes = [difference(image, small) for image in drawn]
+    assert changes[0] < changes[1] < changes[2]
+    assert changes[0] < 0.8 * changes[2]
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler_ancestral", "dpmpp_2m"])
+@pytest.mark.parametrize("denoise", [0.5, 1.0])
+def test_outside_the_mask_nothing_changes(pipe, scheduler, denoise):
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (32, 24, 3), np.uint8))
+    inside = np.zeros((32, 24), bool)
+    inside[5:19, 3:11] = True
+    given = {"image": photo, "mask": Image.fromarray(inside), "denoise": denoise, "scheduler": scheduler, "steps": 4}
+    first, second = (np.asarray(pipe("a teapot", seed=seed, width=24, height=32, **given)[0]) for seed in (0, 1))
+    for drawn in (first, second):
+        np.testing.assert_array_equal(drawn[~inside], np.asarray(photo)[~inside])
+        assert difference(drawn[inside], np.asarray(photo)[inside]) > 5
+    assert difference(first[inside], second[inside]) > 1
+
+
+def test_a_mask_of_all_is_as_none(pipe):
+    photo = Image.open(PHOTO).convert("RGB")
+    given = {"image": photo, "denoise": 0.5, "steps": 4}
+    whole, masked = (pipe("a teapot", **given, **mask)[0] for mask in ({}, {"mask": Image.new("L", photo.size, 255)}))
+    assert difference(whole, masked) < 0.5
+
+
+def test_the_command(concept, tmp_path):
+    """The picture keeps its shape; it says how it was made, and is made again from that."""
+    photo = Image.open(PHOTO).convert("RGB").crop((0, 0, 128, 80))
+    photo.save(tmp_path / "photo.jpg")
+    Image.open(MASK).crop((0, 0, 128, 80)).save(tmp_path / "mask.png")
+    given = [f"--embedding={concept}", "--prompt=a teapot", "--num=2", "--steps=4", f"--out={tmp_path / 'out'}"]
+    given.append(f"--image={tmp_path / 'photo.jpg'}")
+    catversion("generate", *given, "--denoise=0.5")
+    catversion("generate", *given, f"--image_mask={tmp_path / 'mask.png'}")
+    found = sorted((tmp_path / "out").glob("a-teapot_*_1.png"), key=lambda path: read_picture(path).denoise)
+    assert [read_picture(path).denoise for path in found] == [0.5, 0.7]
+    assert "Denoising strength: 0.5" in Image.open(found[0]).info["parameters"]
+    for picture in found:
+        assert Image.open(picture).size == (26, 16)
+        assert str(tmp_path).encode() not in picture.read_bytes()
+        catversion("generate", f"--like={picture}", f"--out={tmp_path / 'again'}")
+        assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes()
+    (tmp_path / "again" / ".sources.json").unlink()
+    said = error_of("generate", f"--like={tmp_path / 'again' / found[0].name}", f"--embedding={concept}")
+    assert "began as a picture of which its folder does not say where it is; give --image" in said
+
+
+def test_mistakes(concept, pipe, tmp_path):
+    given = ["generate", f"--embedding={concept}", "--prompt=a teapot", f"--out={tmp_path / 'out'}", "--steps=4"]
+    assert "--denoise: of --image, which is missing" in error_of(*given, "--denoise=0.5")
+    assert "--image_mask: of --image, which is missing" in error_of(*given, f"--image_mask={MASK}")
+    given.append(f"--image={PHOTO}")
+    assert "leaves none of the 4 steps" in error_of(*given, "--denoise=0.2")
+    assert "denoise=0.0: expected more than 0" in error_of(*given, "--denoise=0")
+    assert "none.png" in error_of(*given[:-1], "--image=none.png")
+    Image.new("L", (5, 5), 255).save(tmp_path / "small.png")
+    assert "small.png: (5, 5) pixels; expected (128, 128)" in error_of(*given, f"--image_mask={tmp_path / 'small.png'}")
+    Image.new("L", (128, 128)).save(tmp_path / "empty.png")
+    assert "nothing in it is bright" in error_of(*given, f"--image_mask={tmp_path / 'empty.png'}")
+    with pytest.raises(UserError, match="mask: of image, which is missing"):
+        pipe("a teapot", mask=Image.open(MASK))
+    with pytest.raises(UserError, match=r"mask: \(3, 3\) pixels; expected \(128, 128\)"):
+        pipe("a teapot", image=PHOTO, mask=Image.new("L", (3, 3), 255), steps=2)
