@@ -13,16 +13,19 @@ import torch
 
 PATH = Path(__file__).parent / "golden" / "schedulers.npz"
 SHAPE = (1, 4, 4, 4)
-MOST_CALLS = 51  # PNDM repeats one of 50
+MOST_CALLS = 99  # Heun calls twice for each of 50 but the last
 CLASSES = {
     "ddim": ("DDIMScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
 }
 
+NOISY = ("EulerAncestralDiscreteScheduler", "LCMScheduler")
 BASE = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -57,6 +60,12 @@ OTHERS = [
         ("euler", {"use_karras_sigmas": True, "timestep_spacing": "leading"}, 7),
         ("euler", {"final_sigmas_type": "sigma_min", "timestep_spacing": "leading"}, 7),
         ("euler_ancestral", {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True}, 7),
+        ("heun", {"use_karras_sigmas": True}, 20),
+        ("heun", {"use_karras_sigmas": True, "timestep_spacing": "leading"}, 7),
+        ("heun", {}, 1),
+        ("lcm", {}, 1),
+        ("lcm", {}, 4),
+        ("lcm", {"original_inference_steps": 100, "timestep_scaling": 3.0}, 60),
         ("dpmpp_2m", {}, 1),
         ("dpmpp_2m", {"use_karras_sigmas": True}, 7),
         ("dpmpp_2m", {"final_sigmas_type": "sigma_min"}, 7),
@@ -90,7 +99,7 @@ def sample(name: str, config: dict, steps: int, first_noise: torch.Tensor) -> tu
     scheduler = getattr(diffusers, class_name).from_config(config, **changes)
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(1)
-    noisy = {"generator": generator} if class_name == "EulerAncestralDiscreteScheduler" else {}
+    noisy = {"generator": generator} if class_name in NOISY else {}
     latents = first_noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         prediction = model(scheduler.scale_model_input(latents, timestep), timestep)

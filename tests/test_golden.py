@@ -89,11 +89,12 @@ def test_guided_ddim(mini, golden):
     positive = encode((conditioning.Tokens(token_ids[:1], token_mask),), learned, 1.0, method=CatVersion((LAYERS,)))
     negative = encode((conditioning.Tokens(token_ids[1:2], base),), {}, 0.0, method=BaseModel())
     both = jax.tree.map(lambda *x: jnp.stack(x), negative, positive)
+    trajectory = schedulers.plan(mini.networks.schedule, "", 30)
     latents = denoising.denoise(
         mini.params["unet"],
-        jnp.asarray(golden["ddim.x_T"]),
+        trajectory.start(jnp.asarray(golden["ddim.x_T"])),
         denoising.Guided(jnp.zeros(1, jnp.uint32), both, jnp.float32(5.0)),
-        schedulers.plan(mini.networks.schedule, "", 30),
+        trajectory,
         networks=mini.networks,
         calls_per_dispatch=1,
     )

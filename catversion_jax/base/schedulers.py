@@ -1,6 +1,6 @@
 """Schedulers as data: for a number of steps, each one becomes a sequence of small matrices, one per call of the UNet.
 
-DDIM, PLMS, Euler and DPM-Solver++ are all linear in the latents, the UNet's predictions and fresh noise, with
+DDIM, PLMS, Euler, Heun, LCM and DPM-Solver++ are linear in the latents, the UNet's predictions and fresh noise, with
 coefficients that the host knows in advance. So one `step`, a matrix product, serves all of them: one compiled loop
 without branches, whose state is one array. The rows of a matrix come from running the scheduler's formulas on unit
 vectors instead of latents. Every scheduler is a DDIM step from one noise level to the next, with its own estimate of
@@ -29,7 +29,7 @@ diffusers 0.39.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
@@ -40,6 +40,7 @@ from msgspec import Meta
 from catversion_jax.base.noise_schedule import NoiseSchedule, check_choices
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.json_config import from_json
+from catversion_jax.utils.log import warn
 from catversion_jax.utils.types import AnyArray, Array, Float, Int
 
 
@@ -111,6 +112,8 @@ class Options:
     use_karras_sigmas: bool = False
     lower_order_final: bool = True
     euler_at_final: bool = False
+    original_inference_steps: Annotated[int, Meta(ge=1, le=1000)] = 50  # of the model that LCM was distilled from
+    timestep_scaling: Annotated[float, Meta(gt=0)] = 10.0
 
 
 SPACINGS = {
@@ -268,6 +271,61 @@ def dpmpp_2m(schedule: NoiseSchedule, options: Options, steps: int, skipped: int
     return trajectory(timesteps, updates, levels)
 
 
+def heun(schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0) -> Trajectory:
+    """Karras et al. 2022, algorithm 1 without churn: an Euler step, corrected by the slope where it arrives."""
+    trained = trained_sigmas(schedule)
+    timesteps = spaced(schedule, options, steps)
+    sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
+    if options.use_karras_sigmas:
+        sigmas = karras(sigmas, steps)
+        timesteps = to_timesteps(sigmas, trained)
+    timesteps, sigmas = timesteps[skipped:], sigmas[skipped:]
+    latents, source, slope, prediction, _ = np.eye(5)
+    clean = CLEAN[schedule.prediction_type]
+    called, updates, levels = [], [], []
+    for i, (sigma, to) in enumerate(pairwise(np.append(sigmas, 0.0))):
+        # Both slots are in the scale of Karras et al.
+        first = latents / signal(sigma)
+        down = (first - clean(prediction, latents, sigma)) / sigma
+        called.append(timesteps[i])
+        levels.append((sigma, to))
+        updates.append([signal(to) * (first + (to - sigma) * down), first, down])
+        if to > 0:
+            arrived = (latents / signal(to) - clean(prediction, latents, to)) / to
+            called.append(timesteps[i + 1])
+            levels.append((to, to))
+            updates.append([signal(to) * (source + (to - sigma) * (slope + arrived) / 2), source, slope])
+    scale = 1.0 if options.timestep_spacing == "leading" else sigmas[0] * signal(sigmas[0])
+    return trajectory(called, updates, levels, scale)
+
+
+SIGMA_DATA = 0.5
+"""Of the boundary condition of LCM's consistency function."""
+
+
+def lcm(schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0) -> Trajectory:
+    """Luo et al. 2023, algorithm 3: the consistency function's estimate of the clean latents, and fresh noise on it."""
+    original = options.original_inference_steps
+    if steps > original:
+        raise UserError(
+            f"steps: {steps}; lcm takes at most the {original} that its model was distilled from; use fewer"
+        )
+    stride = schedule.num_train_timesteps // original
+    taught = (np.arange(1, original + 1) * stride - 1)[::-1]
+    timesteps = taught[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)][skipped:]
+    sigmas = trained_sigmas(schedule)[timesteps]
+    levels = list(pairwise(np.append(sigmas, 0.0)))
+    latents, prediction, noise = np.eye(3)
+    clean = CLEAN[schedule.prediction_type]
+    updates = []
+    for timestep, (sigma, to) in zip(timesteps, levels, strict=True):
+        scaled = timestep * options.timestep_scaling
+        skip, out = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / np.hypot(scaled, SIGMA_DATA)
+        estimate = out * clean(prediction, latents, sigma) + skip * latents
+        updates.append([signal(to) * (estimate + to * noise)])
+    return trajectory(timesteps, updates, levels)
+
+
 class Scheduler(NamedTuple):
     diffusers: str  # the class that gives the same results
     plan: Callable[[NoiseSchedule, Options, int, int], Trajectory]
@@ -285,6 +343,7 @@ EULER_FIXED = {
     "use_beta_sigmas": False,
     "use_exponential_sigmas": False,
 }
+HEUN_FIXED = {"clip_sample": False, "use_beta_sigmas": False, "use_exponential_sigmas": False}
 DPM_FIXED = {
     "algorithm_type": "dpmsolver++",
     "lambda_min_clipped": -np.inf,
@@ -314,10 +373,28 @@ SCHEDULERS = {
     "euler_ancestral": Scheduler(
         "EulerAncestralDiscreteScheduler", partial(euler, ancestral=True), LINSPACE, {}, ANCESTRAL, ("Euler a", "")
     ),
+    "heun": Scheduler("HeunDiscreteScheduler", heun, LINSPACE, HEUN_FIXED, webui=("Heun", "")),
+    "lcm": Scheduler("LCMScheduler", lcm, LEADING, {"clip_sample": False, "thresholding": False}, webui=("LCM", "")),
     "dpmpp_2m": Scheduler(DPM, dpmpp_2m, LINSPACE, DPM_FIXED, webui=("DPM++ 2M", "")),
     "dpmpp_2m_karras": Scheduler(DPM, dpmpp_2m, LINSPACE, DPM_FIXED, KARRAS, ("DPM++ 2M", "Karras")),
 }
 """The schedulers by name, as --scheduler takes them."""
+NEAREST = {
+    "DDPMScheduler": "ddim",
+    "DEISMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "euler_ancestral",
+    "DPMSolverSinglestepScheduler": "dpmpp_2m",
+    "IPNDMScheduler": "pndm",
+    "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
+    "KDPM2DiscreteScheduler": "heun",
+    "LMSDiscreteScheduler": "euler",
+    "SASolverScheduler": "dpmpp_2m",
+    "TCDScheduler": "lcm",
+    "UniPCMultistepScheduler": "dpmpp_2m",
+}
+"""Classes that published models name and that are not implemented, and what is taken in their place."""
+OF_ALL = ("timestep_spacing", "steps_offset", "use_karras_sigmas")
+"""Keys that mean the same to every class."""
 
 
 def plan(schedule: NoiseSchedule, name: str, steps: int, skipped: int = 0) -> Trajectory:
@@ -328,6 +405,11 @@ def plan(schedule: NoiseSchedule, name: str, steps: int, skipped: int = 0) -> Tr
     Raises UserError for an unknown name, and for settings in scheduler_config.json that are not implemented.
     """
     config = dict(schedule.sampling)
+    class_name = config.get("_class_name")
+    if not name and class_name in NEAREST:
+        name = NEAREST[class_name]
+        config = {key: config[key] for key in OF_ALL if key in config}
+        tell_nearest(class_name, name)
     scheduler = SCHEDULERS.get(name) if name else own(config.get("_class_name"))
     if scheduler is None:
         raise UserError(f"scheduler={name}: no such scheduler; expected one of {', '.join(SCHEDULERS)}")
@@ -335,6 +417,12 @@ def plan(schedule: NoiseSchedule, name: str, steps: int, skipped: int = 0) -> Tr
     options = from_json(Options, config, scheduler.fixed, **scheduler.forced)
     check_choices(options, {"timestep_spacing": SPACINGS, "final_sigmas_type": FINAL_SIGMAS})
     return scheduler.plan(schedule, options, steps, skipped)
+
+
+@cache
+def tell_nearest(class_name: str, name: str) -> None:
+    """Warns, once, that another scheduler is taken than the one that a model names."""
+    warn(f"scheduler_config.json: {class_name} is not implemented; {name} is taken; choose another with --scheduler")
 
 
 def webui_name(name: str) -> tuple[str, str]:

@@ -33,7 +33,8 @@ class Guided(NamedTuple):
     """Seeds, conditioning and guidance of a batch of images."""
 
     seeds: UInt32[Array, "B"]
-    context: Context  # of each branch, [branches, B, ...]: unconditional, conditional and, of several concepts, each
+    context: Context  # of each branch, [branches, B, ...]: unconditional (unless guidance is 1), conditional and, of
+    # several concepts, each
     guidance: Float[Array, ""]  # the scale of classifier-free guidance; 1: none
     of_words: Float[AnyArray, "W B K"] | None = None  # of several concepts: weights of the tokens of each one's word
     kept: Kept | None = None  # of a picture that is drawn anew in parts
@@ -42,7 +43,10 @@ class Guided(NamedTuple):
 def predict(
     unet: Params, latents: Float[Array, "B h w c"], timestep: Float[AnyArray, ""], guided: Guided, *, networks: Networks
 ) -> Float[Array, "B h w c"]:
-    """Returns the UNet's guided prediction; with several concepts, their branches are joined by `regions`."""
+    """Returns the UNet's guided prediction; with several concepts, their branches are joined by `regions`.
+
+    Without an unconditional branch it is the conditional prediction.
+    """
     branches = len(guided.context.states)
     # All branches are one batch of the UNet.
     each = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), guided.context)
@@ -50,19 +54,21 @@ def predict(
     run = partial(networks.unet.apply, {"params": unet}, copies, jnp.full(len(copies), timestep), *each)
     if guided.of_words is None:
         out: Any = run()
-        unconditional, conditional = out.astype(jnp.float32).reshape(branches, *latents.shape)
+        *unconditional, conditional = out.astype(jnp.float32).reshape(branches, *latents.shape)
     else:
         out, sown = run(mutable="intermediates")
-        unconditional, base, *concepts = out.astype(jnp.float32).reshape(branches, *latents.shape)
-        # The branches are in the order of the context; the second one is the base model's, for the whole prompt.
+        each_branch = out.astype(jnp.float32).reshape(branches, *latents.shape)
+        # The branches are in the order of the context; before the concepts' is the base model's, for the whole prompt.
+        at = branches - len(guided.of_words) - 1
+        unconditional, base, concepts = list(each_branch[:at]), each_branch[at], each_branch[at + 1 :]
         images = len(latents)
-        of_base = jax.tree.map(lambda x: x[images : 2 * images], sown["intermediates"])
+        of_base = jax.tree.map(lambda x: x[at * images : (at + 1) * images], sown["intermediates"])
         _, height, width, _ = latents.shape
         attention = regions.attention_to_words(of_base, guided.of_words, (height, width))
-        conditional = regions.join_by_region(
-            base, jnp.stack(concepts), regions.find_regions(attention, guided.of_words)
-        )
-    return unconditional + guided.guidance * (conditional - unconditional)
+        conditional = regions.join_by_region(base, concepts, regions.find_regions(attention, guided.of_words))
+    if not unconditional:
+        return conditional
+    return unconditional[0] + guided.guidance * (conditional - unconditional[0])
 
 
 @partial(jax.jit, static_argnames=("networks",), donate_argnums=1)

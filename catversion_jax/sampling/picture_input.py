@@ -58,7 +58,7 @@ class Kept(NamedTuple):
     drawn: Float[Array, "1 h w 1"]  # 1 where it is drawn anew, else 0
 
 
-def encode(pipeline: BasePipeline, picture: PictureInput) -> Float[np.ndarray, "1 h w c"]:
+def clean_latents(pipeline: BasePipeline, picture: PictureInput) -> Float[np.ndarray, "1 h w c"]:
     """Returns the mean of the VAE's posterior, as the UNet takes it."""
     mean, _ = posteriors(pipeline.networks.vae, pipeline.params["vae"], picture.pixels[None], flip=False)
     return mean[:, 0]

@@ -18,7 +18,7 @@ from catversion_jax.methods.concept_file import Concept
 from catversion_jax.models.unet import Context
 from catversion_jax.sampling.conditioning import condition, with_unet
 from catversion_jax.sampling.denoising import Guided, decode_latents, denoise, initial_latents
-from catversion_jax.sampling.picture_input import Kept, PictureInput, check_size_of_image, drawn_latents, encode
+from catversion_jax.sampling.picture_input import Kept, PictureInput, check_size_of_image, clean_latents, drawn_latents
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.types import Array, Bool, Float, UInt8
 
@@ -134,13 +134,14 @@ def sample_latents(
     picture = request.start
     skipped = picture.skipped(sampler.steps) if picture else 0
     trajectory = schedulers.plan(net.schedule, sampler.scheduler, sampler.steps, skipped)
-    clean = jnp.asarray(encode(pipeline, picture)) if picture else None
+    clean = jnp.asarray(clean_latents(pipeline, picture)) if picture else None
     # One call per dispatch on a CPU: XLA's CPU convolutions are slow in a loop's body (docs/performance.md).
     calls_per_dispatch = 1 if jax.default_backend() == "cpu" else len(trajectory.calls.number)
     check_composition(concepts)
     acting = [concept for concept in concepts if concept.strength]
     unet = with_unet(pipeline, acting[0] if acting else None).params["unet"]
-    negative = condition(pipeline, [request.negative_prompt])
+    # Guidance of 1 is the conditional prediction itself: half of the work.
+    negative = [condition(pipeline, [request.negative_prompt])] if sampler.guidance != 1 else []
 
     def batch(start: int) -> tuple[Float[Array, "B h w c"], int]:
         real = min(size, count - start)
@@ -149,7 +150,10 @@ def sample_latents(
         prompts = [request.prompts[i] for i in index]
         seeds = jnp.asarray([request.seeds[i] for i in index], jnp.uint32)
         contexts, of_words = branches(pipeline, prompts, acting)
-        context = jax.tree.map(lambda n, *p: jnp.stack([jnp.broadcast_to(n, p[0].shape), *p]), negative, *contexts)
+        # The last one has the whole batch's shape.
+        context = jax.tree.map(
+            lambda *each: jnp.stack([jnp.broadcast_to(x, each[-1].shape) for x in each]), *negative, *contexts
+        )
         noise = initial_latents(seeds, shape)
         first, kept = started_from(picture, clean, noise, net)
         guided = Guided(seeds, context, jnp.float32(sampler.guidance), of_words, kept)

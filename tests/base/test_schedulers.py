@@ -125,7 +125,7 @@ def test_dispatches_give_the_same_latents(tiny_pipeline, name):
     results = [
         denoising.denoise(
             params["unet"],
-            denoising.initial_latents(seeds, net.latent_shape),
+            trajectory.start(denoising.initial_latents(seeds, net.latent_shape)),
             denoising.Guided(seeds, context, jnp.float32(2.0)),
             trajectory,
             networks=net,
@@ -160,8 +160,8 @@ def test_each_calls_noise_is_new():
 @pytest.mark.parametrize(
     ("config", "name", "steps", "message"),
     [
-        ({}, "heun", 5, "scheduler=heun: no such scheduler; expected one of ddim, pndm, euler, euler_ancestral,"),
-        ({"_class_name": "LMSDiscreteScheduler"}, "", 5, "LMSDiscreteScheduler: not supported; choose one of ddim,"),
+        ({}, "ipndm", 5, "scheduler=ipndm: no such scheduler; expected one of ddim, pndm, euler, euler_ancestral,"),
+        ({"_class_name": "EDMEulerScheduler"}, "", 5, "EDMEulerScheduler: not supported; choose one of ddim,"),
         ({}, "", 5, "scheduler_config.json: None: not supported"),
         ({"clip_sample": True}, "ddim", 5, "DDIMScheduler: not supported: clip_sample=True (only False)"),
         ({"skip_prk_steps": False}, "pndm", 5, "PNDMScheduler: not supported: skip_prk_steps=False (only True)"),
@@ -169,6 +169,7 @@ def test_each_calls_noise_is_new():
         ({"solver_order": 3}, "dpmpp_2m", 5, "DPMSolverMultistepScheduler: not supported: solver_order=3 (only 2)"),
         ({"timestep_spacing": "log"}, "ddim", 5, "timestep_spacing='log': expected one of leading, linspace, trailing"),
         ({"final_sigmas_type": "one"}, "euler", 5, "final_sigmas_type='one': expected one of zero, sigma_min"),
+        ({}, "lcm", 51, "steps: 51; lcm takes at most the 50"),
         ({}, "ddim", 1000, "steps: more than 1000 timesteps give with spacing 'leading'; use fewer"),
         ({"trained_betas": [0.1]}, "ddim", 5, "not supported: trained_betas=[0.1] (only None)"),
         ({"beta_schedule": "sigmoid"}, "ddim", 5, "beta_schedule='sigmoid': expected one of scaled_linear, linear"),
@@ -186,3 +187,17 @@ def test_a_model_with_another_scheduler_can_be_trained_on_and_drawn_from():
     schedule = NoiseSchedule.from_json({"_class_name": "LMSDiscreteScheduler", "prediction_type": "v_prediction"})
     assert schedule.prediction_type == "v_prediction"
     assert len(schedulers.plan(schedule, "ddim", 5).calls.number) == 5
+
+
+@pytest.mark.parametrize(("class_name", "name"), schedulers.NEAREST.items())
+def test_the_nearest_is_taken(class_name, name, caplog):
+    """Whatever the class's own keys say, and with one warning in a process."""
+    schedulers.tell_nearest.cache_clear()
+    shared = {"timestep_spacing": "trailing", "use_karras_sigmas": False}
+    config = {"_class_name": class_name, "solver_order": 3, "solver_type": "bh2", "clip_sample": True} | shared
+    found, _ = (schedulers.plan(NoiseSchedule.from_json(config), "", 7) for _ in range(2))
+    expected = schedulers.plan(NoiseSchedule.from_json(shared), name, 7)
+    np.testing.assert_array_equal(found.calls.update, expected.calls.update)
+    np.testing.assert_array_equal(found.calls.timestep, expected.calls.timestep)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"scheduler_config.json: {class_name} is not implemented; {name} is taken")

@@ -62,7 +62,7 @@ BAD = {
     "sample.steps": [0, 1001],
     "sample.guidance": [-1, math.nan, math.inf],
     "sample.batch_size": [0, 1025],
-    "sample.scheduler": ["heun"],
+    "sample.scheduler": ["ipndm"],
     "sample.every": [-1],
     "sample.prompts": [(), ("a", " ")],
 }

@@ -9,7 +9,7 @@ import pytest
 
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.sampling import conditioning, sampler
+from catversion_jax.sampling import conditioning, denoising, sampler
 from catversion_jax.utils.errors import UserError
 from tests import tiny
 from tests.conftest import max_error
@@ -57,6 +57,29 @@ def test_trigger_leaves_other_prompts_alone(tiny_pipeline, concept):
     with_concept = sample(tiny_pipeline, prompts, seeds, trigger)
     np.testing.assert_array_equal(base[0], with_concept[0])
     assert (base[1] != with_concept[1]).any()
+
+
+def test_guidance_of_one_is_half_the_work(tiny_pipeline, concept, monkeypatch):
+    """One branch instead of two, the same picture, and no negative prompt; for one concept and for two."""
+    rows, steps = [], denoising.denoise_steps
+    monkeypatch.setattr(
+        denoising,
+        "denoise_steps",
+        lambda *given, **how: rows.append(len(given[2].context.states)) or steps(*given, **how),
+    )
+    dog = dataclasses.replace(concept, class_word="dog")
+    for concepts, branches in (((concept,), 1), ((concept, dog), 3)):
+        found = []
+        for guidance, negative in ((1.0, ""), (1.0, "a cup"), (float(np.nextafter(np.float32(1), 2)), "")):
+            asked = sampler.SampleRequest(
+                ("a teapot and a dog",), (0,), SamplerConfig(2, guidance, 1, "ddim"), negative
+            )
+            ((latents, _),) = sampler.sample_latents(tiny_pipeline, asked, concepts)
+            found.append(np.asarray(latents))
+        assert rows == [branches] * 4 + [branches + 1] * 2
+        rows.clear()
+        np.testing.assert_array_equal(found[0], found[1])
+        np.testing.assert_allclose(found[0], found[2], atol=1e-4)
 
 
 def test_the_negative_branch_never_sees_the_prefix(tiny_pipeline, concept):
