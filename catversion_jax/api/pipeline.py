@@ -27,7 +27,6 @@ from catversion_jax.utils.types import UInt8
 MODEL = ("revision", "variant", "prediction_type", "dtype")
 SAMPLER = ("scheduler", "steps", "guidance", "batch_size")
 """The settings that a call may change: of config.model, and of config.sample."""
-REQUEST = {"negative_prompt", "width", "height"}
 START = {"image", "mask", "denoise"}
 
 
@@ -67,12 +66,13 @@ class Pipeline:
         concepts: Concept | Sequence[Concept] = (),
         num: int = 1,
         seed: int = 0,
+        negative_prompt: str = "",
         **how: Any,
     ) -> list[Image.Image]:
         """Returns `num` images of each prompt, ordered by prompt, with the seeds from `seed` on.
 
-        A prompt shows a concept if it has its class word. `how` are `negative_prompt`, `width` and `height` (pixels; by
-        default the model's own), `image`, a picture to draw anew, with `mask`, where it is, and `denoise`, by what
+        A prompt shows a concept if it has its class word. `how` are `width` and `height` (pixels; by default the
+        model's own), `image`, a picture to draw anew, with `mask`, where it is, and `denoise`, by what
         share, and the settings of `config.sample`: `scheduler`, `steps`, `guidance` and `batch_size`; those not given
         are as the concepts record them. Raises UserError for a concept of another base model and for values that are
         out of range; likely mistakes are warnings.
@@ -80,12 +80,12 @@ class Pipeline:
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         given = [concepts] if isinstance(concepts, Concept) else list(concepts)
         self.check({f"the concept of {concept.class_word!r}": concept for concept in given})
-        seeds = [(seed + i) % 2**32 for i in range(num)]
+        seeds = [(int(seed) + i) % 2**32 for i in range(num)]
         recorded = recorded_sampler({concept.class_word: concept for concept in given})
-        of_request = {name: how.pop(name) for name in REQUEST & how.keys()}
-        size = (of_request.get("width", 0), of_request.get("height", 0))
-        of_request["start"] = self.start({name: how.pop(name) for name in START & how.keys()}, size)
-        request = replace(SampleRequest.every(several, seeds, with_values(recorded, SAMPLER, how)), **of_request)
+        size = (how.pop("width", None) or 0, how.pop("height", None) or 0)
+        start = self.start({name: how.pop(name) for name in START & how.keys()}, size)
+        sampler = with_values(recorded, SAMPLER, how)
+        request = SampleRequest.every(several, seeds, sampler, negative_prompt, *size, start)
         pairs = zip(self.sample(request, given), self.records(request, given), strict=True)
         return [with_texts(Image.fromarray(image), texts_of(picture)) for image, picture in pairs]
 
@@ -94,16 +94,17 @@ class Pipeline:
 
         Raises UserError if it is no picture, or if there is a mask without one.
         """
-        if given.get("image") is None:
+        given = {name: value for name, value in given.items() if value is not None}
+        if "image" not in given:
             if given:
                 raise UserError(f"{', '.join(sorted(given))}: of image, which is missing; give a picture to draw anew")
             return None
-        image, mask = opened(given["image"]), opened(given["mask"]) if given.get("mask") is not None else None
+        image, mask = opened(given["image"]), opened(given["mask"]) if "mask" in given else None
         return read_input(image, mask, given.get("denoise", DENOISE), self.base.networks, size)
 
     def records(self, request: SampleRequest, concepts: Sequence[Concept]) -> Iterator[PictureRecord]:
         """Yields how each of the request's images is made."""
-        return records_of(request, self.base, self.model, [concept for concept in concepts if acts(concept)])
+        return records_of(request, self.base, self.model, concepts)
 
     def check(self, concepts: Mapping[str, Concept]) -> None:
         """Raises UserError for a concept, given by its source, that was learned on another base model."""
@@ -121,8 +122,12 @@ class Pipeline:
 
 
 def opened(source: str | AnyPath | Image.Image) -> AnyPath | Image.Image:
-    """Returns the path of a file, or an image in memory as it is."""
-    return source if isinstance(source, Image.Image) else expand(source)
+    """Returns the path of a file, or an image in memory as it is. Raises UserError for anything else."""
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(f"a {type(source).__name__} as a picture; expected a file's path or an image of Pillow")
+    return expand(source)
 
 
 def with_texts(image: Image.Image, texts: Mapping[str, str]) -> Image.Image:

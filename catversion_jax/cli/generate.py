@@ -1,6 +1,6 @@
 """`catversion generate`: samples images with a learned concept."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -23,11 +23,13 @@ from catversion_jax.cli.flags import (
     make_out,
 )
 from catversion_jax.methods.composition import check_composition
+from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import model_of, warnings
+from catversion_jax.methods.model_names import is_on_hub, public_name
 from catversion_jax.sampling.conditioning import acts, movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
 from catversion_jax.sampling.picture_input import DENOISE, MAX_SIDE, PictureInput, read_input
-from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, png_info, read_picture, texts_of
+from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, as_text, png_info, read_picture, texts_of
 from catversion_jax.sampling.picture_sources import Sources, add_sources, read_sources
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.errors import UserError
@@ -50,6 +52,7 @@ OF_A_PICTURE = (
     "height",
 )
 """Flags that are named as the record of a picture has them."""
+SIDES = ("width", "height")
 GRID_IMAGES, GRID_PIXELS = 256, 256
 """Images in the grid, and the side of each, at most: the grid of thousands of large ones would take gigabytes."""
 
@@ -61,8 +64,10 @@ def define_flags() -> None:
         "out", "pictures", f"Folder for the images and a grid of the first {GRID_IMAGES}; a second call adds to it."
     )
     flags.DEFINE_string("negative_prompt", "", "Prompt to steer away from; never sees the concept.")
-    for side in ("width", "height"):
-        flags.DEFINE_integer(side, None, f"Pixels, a multiple of 8, at most {MAX_SIDE}; if not set, the model's own.")
+    for side in SIDES:
+        flags.DEFINE_integer(
+            side, None, f"Pixels, a multiple of 8 (the mini model: 4), at most {MAX_SIDE}; if not set, the model's own."
+        )
     flags.DEFINE_string("image", None, "Picture to draw anew: as a whole, or where --image_mask is bright or opaque.")
     flags.DEFINE_string("image_mask", None, "Mask of --image, of its size; outside of it the picture stays as it is.")
     flags.DEFINE_float(
@@ -84,7 +89,6 @@ def main(arguments: flags.FlagValues) -> int:
         used = {used.digest: used.strength for used in record.concepts}
         concepts = {source: concept.at(used.get(concept.digest)) for source, concept in given.items()}
     check_composition(list(concepts.values()))
-    acting = [concept for concept in concepts.values() if acts(concept)]
     sampler = SamplerConfig() if arguments.check else given_sampler(arguments, concepts)
     prompts = given_prompts(arguments)
     if not arguments.out:  # a shell variable that is not set
@@ -93,15 +97,14 @@ def main(arguments: flags.FlagValues) -> int:
     if not arguments.check:
         make_out(out)
     pipe = Pipeline.for_concepts(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
+    if record:
+        check_same(record, arguments, pipe)
     if arguments.check:
-        for warning in warnings(pipe.base, prompts, list(concepts.values())):
-            warn(warning)
-        for concept in concepts.values():
-            others = [other for other in acting if other is not concept]
-            lines = movement(pipe.base, prompts, concept, others)
-            print(*(f"{concept.class_word}: {line}" if others else line for line in lines), sep="\n")
+        print_movement(pipe, prompts, list(concepts.values()))
         return 0
     start = given_start(arguments, pipe)
+    if record:
+        check_start(record, arguments, start)
     size = (arguments.width or 0, arguments.height or 0)
     request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt, *size, start)
     files = [arguments.image, arguments.image_mask] if arguments.image_mask else [arguments.image]
@@ -116,6 +119,17 @@ def main(arguments: flags.FlagValues) -> int:
     return 0
 
 
+def print_movement(pipe: Pipeline, prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
+    """Prints how far each concept moves each prompt's text states."""
+    for warning in warnings(pipe.base, prompts, concepts):
+        warn(warning)
+    acting = [concept for concept in concepts if acts(concept)]
+    for concept in concepts:
+        others = [other for other in acting if other is not concept]
+        lines = movement(pipe.base, prompts, concept, others)
+        print(*(f"{concept.class_word}: {line}" if others else line for line in lines), sep="\n")
+
+
 def follow(arguments: flags.FlagValues) -> PictureRecord:
     """Sets the flags that are not given to what the picture of --like says; returns its record.
 
@@ -128,15 +142,38 @@ def follow(arguments: flags.FlagValues) -> PictureRecord:
         values["prompt"] = [record.prompt]
     values["num"] = 1
     if not arguments["embedding"].present:
-        values["embedding"] = [concept_source(path, used, sources) for used in record.concepts]
+        if not record.concepts:
+            raise UserError(f"{path}: made without a concept; give --embedding")
+        arguments["embedding"].value = [concept_source(path, used, sources) for used in record.concepts]
     if record.start:
-        values |= start_of(path, record, sources)
-    if record.model in sources.models:
-        values["model"] = sources.models[record.model]
+        values["denoise"] = record.denoise
+        if not arguments["image"].present:
+            values |= start_of(path, record, sources)
+    if record.model_id in sources.models:
+        values["model"] = sources.models[record.model_id]
+    elif is_on_hub(record.model) and record.model not in {load_concept(s).model_path for s in arguments.embedding}:
+        values["model"] = record.model
     for name, value in values.items():
         if not arguments[name].present:
             arguments[name].value = value
     return record
+
+
+def check_same(record: PictureRecord, arguments: flags.FlagValues, pipe: Pipeline) -> None:
+    """Raises UserError if the base model is not that of the picture to make again, and none was asked for."""
+    if arguments["model"].present or arguments["embedding"].present:
+        return
+    model = pipe.model
+    if (as_text(public_name(model.path)), pipe.base.fingerprint) != (record.model, record.fingerprint):
+        raise UserError(f"{arguments.like}: made with the model {record.model or 'mini'!r}; give its path as --model")
+
+
+def check_start(record: PictureRecord, arguments: flags.FlagValues, start: PictureInput | None) -> None:
+    """Raises UserError if the picture that another one began as is not what it was, and no other was asked for."""
+    if any(arguments[name].present for name in ("image", "image_mask", *SIDES)):
+        return
+    if record.start and (start is None or start.digest != record.start):
+        raise UserError(f"{arguments.image}: another picture by now than the one that was drawn anew; give --image")
 
 
 def start_of(picture: AnyPath, record: PictureRecord, sources: Sources) -> dict[str, object]:
@@ -144,7 +181,7 @@ def start_of(picture: AnyPath, record: PictureRecord, sources: Sources) -> dict[
     files = sources.starts.get(record.start, ())
     if not files:
         raise UserError(f"{picture}: began as a picture of which its folder does not say where it is; give --image")
-    return dict(zip(("image", "image_mask"), files, strict=False)) | {"denoise": record.denoise}
+    return dict(zip(("image", "image_mask"), files, strict=False))
 
 
 def given_start(arguments: flags.FlagValues, pipe: Pipeline) -> PictureInput | None:

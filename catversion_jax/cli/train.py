@@ -52,7 +52,7 @@ def run_training(config: Config, resume: bool = False, track: Sequence[str] = ()
     if run.finished:
         print(f"{run.path}: finished already; nothing to do")
         return 0
-    with tracked(track, config, run.path.name) as trackers:
+    with tracked(track, config, run) as trackers:
         pipeline = load_model(config)
         outcome = train(config, run, pipeline, Watch(print_photos, trackers))
         concept = outcome.concept

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from catversion_jax.data.photo_folder import stem_of
+from catversion_jax.data.photo_folder import names_of, stem_of
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import read_text
 from catversion_jax.utils.log import warn
@@ -18,7 +18,7 @@ def captions_of(photos: Sequence[AnyPath], captions: Iterable[AnyPath]) -> dict[
 
     The same name in another case counts if no photo has it as it is. Raises UserError if a photo has two.
     """
-    exact = {name: photo for photo in photos for name in (stem_of(photo), photo.name)}
+    exact = {name: photo for photo in photos for name in names_of(photo)}
     in_any_case = {name.casefold(): photo for name, photo in exact.items()}
     found: dict[AnyPath, AnyPath] = {}
     for path in captions:

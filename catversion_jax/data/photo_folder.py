@@ -53,6 +53,12 @@ def stem_of(path: AnyPath) -> str:
     return unicodedata.normalize("NFC", os.fsencode(path.stem).decode(errors="backslashreplace"))
 
 
+def names_of(photo: AnyPath) -> tuple[str, str]:
+    """Returns what a file that belongs to a photo may be named like: the photo's stem, or its whole name."""
+    stem = stem_of(photo)
+    return stem, stem + photo.suffix
+
+
 def is_hidden(path: AnyPath) -> bool:
     # The last is what Windows notes beside a downloaded file, and WSL copies.
     name = path.name.lower()
@@ -90,11 +96,14 @@ def split_folder(folder: AnyPath, keep: Callable[[AnyPath], bool] = lambda _: Tr
     sure = [path for path in files if path.suffix.lower() in PHOTO_ENDINGS]
     stems = {stem_of(path) for path in sure}
     masks = {path for path in sure if is_mask(path, stems)}
-    names = {name.casefold() for path in sure if path not in masks for name in (path.name, stem_of(path))}
+    names = {name.casefold() for path in sure if path not in masks for name in names_of(path)}
     others = {path for path in set(files) - set(sure) if is_other(path, names)}
-    captions = {path for path in others if path.suffix.lower() in CAPTION_ENDINGS and stem_of(path).casefold() in names}
     left_out = masks | others
     photos = [path for path in files if path not in left_out]
+    photo_names = {name.casefold() for path in photos for name in names_of(path)}
+    captions = {
+        path for path in others if path.suffix.lower() in CAPTION_ENDINGS and stem_of(path).casefold() in photo_names
+    }
     return FolderFiles(photos, sorted(masks), sorted(captions), sorted(others - captions))
 
 

@@ -107,12 +107,16 @@ def find_images(task: ImagesTask) -> Samples[StoredImages]:
     by_slug = dict(zip(slugs, task.prompts, strict=True))
     named = "of several prompts, images are named <prompt-slug>_<key>_<seed>.png, as catversion generate does"
     by_prompt: dict[str, list[PhotoFile]] = {prompt: [] for prompt in task.prompts}
+    keys: dict[str, set[str | None]] = {}
     for photo in photos:
         match = NAMED.fullmatch(photo.name)
         prompt = by_slug.get(match["slug"]) if match else None
         if match is None or prompt is None:
             raise UserError(f"{photo.path}: of none of the prompts; {named}")
         by_prompt[prompt].append(photo)
+        keys.setdefault(prompt, set()).add(match["key"])
+    if mixed := [prompt for prompt, found in keys.items() if len(found) > 1]:
+        warn(f"{task.source}: images of several concepts or settings for {mixed[0]!r}, by their names; all count")
     if missing := [prompt for prompt, found in by_prompt.items() if not found]:
         raise UserError(f"{task.source}: no image of {len(missing)} prompts, such as {missing[0]!r}; {named}")
     prompts = [prompt for prompt, found in by_prompt.items() for _ in found]

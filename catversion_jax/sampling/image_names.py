@@ -12,7 +12,7 @@ SLUG_BYTES = 200
 """File systems take names of 255 bytes; the key, the seed and the ending follow the slug."""
 GRID = re.compile(r"grid(_\d+)?\.png")
 """File names of image grids, which are in the same folder as the images."""
-NAMED = re.compile(r"(?P<slug>.+?)(_[0-9a-f]{8})?_\d+")
+NAMED = re.compile(r"(?P<slug>.+?)(_(?P<key>[0-9a-f]{8}))?_\d+")
 """Stem of an image's file name: slug, key and seed; older names have no key."""
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from catversion_jax.base.pipeline import BasePipeline, Networks
-from catversion_jax.data.images import HALF, in_srgb, open_photo
+from catversion_jax.data.images import HALF, damage_named, in_srgb, open_photo, our_limits
 from catversion_jax.data.latents import posteriors
 from catversion_jax.data.subject_masks import grey_of_mask, open_mask
 from catversion_jax.utils.errors import UserError
@@ -18,6 +18,8 @@ from catversion_jax.utils.types import Array, Bool, Float, UInt8
 
 MAX_SIDE = 4096
 """Pixels along a side of an image, at most."""
+ORIENTATION = 0x0112
+"""The EXIF tag."""
 DENOISE = 0.7
 """The share of the steps that are taken, unless it is given; other values were not compared."""
 
@@ -88,19 +90,36 @@ def read_input(
     unit, own = networks.vae.config.downscale, networks.resolution
     fitting = (round(side * own / min(photo.size) / unit) * unit for side in photo.size)
     width, height = (given or side for given, side in zip(size, fitting, strict=True))
+    if max(width, height) > MAX_SIDE and 0 in size:
+        raise UserError(f"a picture of {photo.size} would become {width}x{height}; give its width and height")
     check_size_of_image(width, height, networks)
     pixels = np.asarray(ImageOps.fit(photo, (width, height), Image.Resampling.BICUBIC))
     if mask is None:
         return PictureInput(pixels, None, denoise)
     name = Path("image") if isinstance(image, Image.Image) else image
-    grey = grey_of_mask(mask) if isinstance(mask, Image.Image) else open_mask(mask, photo.size, name)
+    grey = turned_mask(mask, image) if isinstance(mask, Image.Image) else open_mask(mask, photo.size, name)
     if grey.size != photo.size:
         raise UserError(f"mask: {grey.size} pixels; expected {photo.size}, as its picture")
-    drawn = np.asarray(ImageOps.fit(grey, (width, height), Image.Resampling.BOX)) > HALF
+    # Any pixel counts, so that a thin part stays one when it is made smaller.
+    marked = grey.point(lambda value: 255 if value > HALF else 0)
+    drawn = np.asarray(ImageOps.fit(marked, (width, height), Image.Resampling.BOX)) > 0
     if not drawn.any():
         what = "mask" if isinstance(mask, Image.Image) else mask
-        raise UserError(f"{what}: nothing in it is bright or opaque, so nothing would be drawn; mark a part")
+        raise UserError(
+            f"{what}: nothing in it, cut to {width}x{height}, is bright (above 127 of 255) or opaque, so nothing would "
+            "be drawn; mark a part"
+        )
     return PictureInput(pixels, drawn, denoise)
+
+
+def turned_mask(mask: Image.Image, image: AnyPath | Image.Image) -> Image.Image:
+    """Returns a mask in memory as 8-bit grey, turned as its picture is: it was drawn on that as it is stored."""
+    with damage_named(Path("mask")), our_limits():
+        orientation = image.getexif().get(ORIENTATION) if isinstance(image, Image.Image) else None
+        if orientation and ORIENTATION not in mask.getexif():
+            mask = mask.copy()
+            mask.getexif()[ORIENTATION] = orientation
+        return grey_of_mask(ImageOps.exif_transpose(mask))
 
 
 def check_size_of_image(width: int, height: int, networks: Networks) -> None:

@@ -6,6 +6,7 @@ Two text chunks have it: `parameters` in the form that AUTOMATIC1111's web UI wr
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,14 +16,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from catversion_jax import __version__
 from catversion_jax.base import schedulers
-from catversion_jax.base.pipeline import BasePipeline, ModelConfig
+from catversion_jax.base.pipeline import DTYPES, BasePipeline, ModelConfig
 from catversion_jax.base.sampler_config import MAX_STRENGTH, SamplerConfig
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.model_names import public_name
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils import records
 from catversion_jax.utils.errors import UserError, short
-from catversion_jax.utils.paths import AnyPath, local_copy
+from catversion_jax.utils.paths import AnyPath, local_copy, whole
 from catversion_jax.utils.settings import broken, is_text
 
 PARAMETERS, CHUNK = "parameters", "catversion"
@@ -57,6 +58,7 @@ class PictureRecord(msgspec.Struct, frozen=True):
     version: str  # of this program
     start: str = ""  # digest of the picture that it began as, and of its mask; "": of none
     denoise: float = 0.0
+    model_id: str = ""  # of a local model: a digest of its path, as others may have its name
 
     @property
     def sampler(self) -> SamplerConfig:
@@ -74,24 +76,41 @@ def records_of(
     request: SampleRequest, pipeline: BasePipeline, model: ModelConfig, concepts: Sequence[Concept]
 ) -> Iterator[PictureRecord]:
     """Yields the record of each of a request's images."""
-    used = tuple(UsedConcept(c.class_word, c.method_name, c.strength, c.digest) for c in concepts if c.strength)
+    used = tuple(UsedConcept(c.class_word, c.method_name, float(c.strength), c.digest) for c in concepts)
+    sampler, start = request.sampler, request.start
     width, height = request.size(pipeline.networks)
     for prompt, seed in zip(request.prompts, request.seeds, strict=True):
         yield PictureRecord(
             prompt=prompt,
             negative_prompt=request.negative_prompt,
-            seed=seed,
-            **{name: getattr(request.sampler, name) for name in ("scheduler", "steps", "guidance", "batch_size")},
-            width=width,
-            height=height,
+            seed=int(seed),
+            scheduler=sampler.scheduler,
+            steps=int(sampler.steps),
+            guidance=float(sampler.guidance),
+            batch_size=int(sampler.batch_size),
+            width=int(width),
+            height=int(height),
             concepts=used,
-            model=public_name(model.path),
+            model=as_text(public_name(model.path)),
+            model_id=model_id(model.path),
             fingerprint=pipeline.fingerprint,
             dtype=model.dtype,
             version=__version__,
-            start=request.start.digest if request.start else "",
-            denoise=request.start.denoise if request.start else 0.0,
+            start=start.digest if start else "",
+            denoise=float(start.denoise) if start else 0.0,
         )
+
+
+def model_id(path: str) -> str:
+    """Returns eight digits that tell local models of one name apart; "" for one of Hugging Face, and the mini model."""
+    if not path or public_name(path) == path:
+        return ""
+    return hashlib.sha256(os.fsencode(whole(path))).hexdigest()[:8]
+
+
+def as_text(name: str) -> str:
+    """Returns a file's name as UTF-8 has it; bytes that are none are escaped."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def parameters(record: PictureRecord) -> str:
@@ -145,13 +164,14 @@ def png_info(texts: Mapping[Any, Any]) -> PngInfo:
 def read_picture(path: AnyPath) -> PictureRecord:
     """Reads how a picture was made. Raises UserError, naming the file, if it is none of `catversion generate`."""
     expected = f"{path}: does not say how it was made; expected a PNG file of catversion generate"
+    if not path.is_file():
+        what = "not a regular file" if path.exists() else "not found"
+        raise UserError(f"{path}: {what}; expected a picture of catversion generate")
     with local_copy(path) as local:
         try:
             with Image.open(local, formats=("PNG",)) as image:
                 text = image.info.get(CHUNK)
             data = text.encode() if isinstance(text, str) else b""
-        except FileNotFoundError:
-            raise UserError(f"{path}: not found; expected a picture of catversion generate") from None
         # Pillow's parser of chunks raises whatever it stumbles over.
         except Exception as error:
             raise UserError(f"{expected} ({short(error)})") from error
@@ -166,9 +186,11 @@ def check_record(record: PictureRecord, where: str) -> None:
     """Raises UserError for values that no picture has."""
     for key, value, expected in broken(record.sampler):
         raise UserError(f"{where}: {key}={value!r}; expected {expected}")
+    if record.dtype not in DTYPES:
+        raise UserError(f"{where}: dtype {record.dtype!r}; expected one of {', '.join(DTYPES)}")
     if not 0 <= record.seed < 2**32:
         raise UserError(f"{where}: seed {record.seed}; expected one below {2**32}")
-    if any(not 0 < used.strength <= MAX_STRENGTH for used in record.concepts):
+    if any(not 0 <= used.strength <= MAX_STRENGTH for used in record.concepts):
         raise UserError(f"{where}: a strength that no concept has; expected at most {MAX_STRENGTH:g}")
     if not (is_text(record.prompt) and is_text(record.negative_prompt)):
         raise UserError(f"{where}: a prompt with a NUL or half of a character; expected text")

@@ -5,21 +5,23 @@ the pictures, as a run's config.json stays beside its concept.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.methods.model_names import public_name
+from catversion_jax.sampling.picture_record import model_id
 from catversion_jax.utils import records
 from catversion_jax.utils.files import write_atomically
-from catversion_jax.utils.paths import AnyPath, expand, whole
+from catversion_jax.utils.paths import AnyPath, expand, is_remote, whole
+from catversion_jax.utils.settings import is_text
 
 FILE_NAME = ".sources.json"
 
 
 class Sources(msgspec.Struct):
     concepts: dict[str, str] = {}  # paths or names on Hugging Face, by digest
-    models: dict[str, str] = {}  # paths, by what a picture names
+    models: dict[str, str] = {}  # paths, by model_id
     starts: dict[str, tuple[str, ...]] = {}  # the file that a picture began as and that of its mask, by digest
 
 
@@ -37,9 +39,18 @@ def add_sources(
     """Adds concepts, given by their sources, a base model and pictures to start from to a folder's file."""
     sources = read_sources(folder)
     found = {concept.digest: kept(source) for source, concept in concepts.items()}
-    models = {public_name(model): kept(model)} if model else {}
+    models = {model_id(model): kept(model)} if model_id(model) else {}
     files = {digest: tuple(map(kept, paths)) for digest, paths in starts.items()}
-    added = Sources(sources.concepts | found, sources.models | models, sources.starts | files)
+
+    def may_be_told(path: str) -> bool:
+        # A bucket is seen by others, whom the paths of this machine do not concern, and JSON holds text alone.
+        return is_text(path) and not (is_remote(folder) and Path(path).is_absolute())
+
+    added = Sources(
+        sources.concepts | {key: path for key, path in found.items() if may_be_told(path)},
+        sources.models | {key: path for key, path in models.items() if may_be_told(path)},
+        sources.starts | {key: paths for key, paths in files.items() if all(map(may_be_told, paths))},
+    )
     if added != sources:
         write_atomically(folder / FILE_NAME, lambda path: path.write_text(records.encode(added) + "\n"))
 

@@ -65,6 +65,10 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def tracked(self) -> AnyPath:
+        return self.path / ".tracked"
+
+    @property
     def artifact(self) -> AnyPath:
         return self.path / concept_file.FILE_NAME
 
@@ -210,5 +214,5 @@ class RunDir:
         """Removes what a run leaves before its first step."""
         for folder in (self.data, self.checkpoints, self.events):
             remove_folder(folder)
-        for path in (self.class_latents, self.metrics, self.samples, self.path / STATUS, self.config):
+        for path in (self.class_latents, self.metrics, self.samples, self.tracked, self.path / STATUS, self.config):
             path.unlink(missing_ok=True)

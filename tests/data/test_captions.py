@@ -1,13 +1,17 @@
 """Caption files beside photos: which photo each belongs to, and what it says."""
 
+import unicodedata
 import zipfile
 
+import pillow_heif
 import pytest
 from PIL import Image
 
 from catversion_jax.data import dataset
 from catversion_jax.data.photos import DataConfig, count_photos, training_photos
 from catversion_jax.utils.errors import UserError
+
+pillow_heif.register_heif_opener()
 
 
 def photos(folder, *names):
@@ -29,6 +33,20 @@ def test_names(tmp_path, name, caplog):
     assert count_photos(DataConfig(dir=str(tmp_path))) == (2, 1)
     assert captions(tmp_path, captions=False) == {"a": "", "b": ""}
     assert count_photos(DataConfig(dir=str(tmp_path), captions=False)) == (2, 0)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.heic.txt"])
+def test_beside_what_phones_write(tmp_path, name):
+    photos(tmp_path, "a.heic", "b.avif")
+    (tmp_path / name).write_text("{concept}")
+    assert captions(tmp_path) == {"a": "{concept}", "b": ""}
+
+
+def test_accents_in_one_character_or_two(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    photos(tmp_path, f"{apart}.jpg")
+    (tmp_path / f"{composed}.jpg.txt").write_text("{concept}")
+    assert captions(tmp_path) == {composed: "{concept}"}
 
 
 def test_names_that_differ_by_case_alone(tmp_path):

@@ -93,6 +93,50 @@ def test_the_command(concept, tmp_path):
     assert "began as a picture of which its folder does not say where it is; give --image" in said
 
 
+def test_like_and_pictures_to_start_from(concept, tmp_path):
+    """A changed file is not taken for the old one; another picture may be given, with no mask of the old one."""
+    photo = tmp_path / "photo.png"
+    Image.open(PHOTO).save(photo)
+    given = [f"--embedding={concept}", "--prompt=a teapot", "--num=1", "--steps=4", f"--out={tmp_path / 'out'}"]
+    catversion("generate", *given, f"--image={photo}", f"--image_mask={MASK}", "--denoise=0.5")
+    (picture,) = (tmp_path / "out").glob("a-teapot_*_0.png")
+    Image.new("RGB", (96, 96)).save(tmp_path / "other.png")
+    other = [f"--like={picture}", f"--image={tmp_path / 'other.png'}", f"--out={tmp_path / 'other'}"]
+    catversion("generate", *other)
+    (drawn,) = (tmp_path / "other").glob("a-teapot_*_0.png")
+    assert read_picture(drawn).denoise == 0.5
+    assert read_picture(drawn).start != read_picture(picture).start
+    Image.new("RGB", (128, 128), "red").save(photo)
+    assert "another picture by now than the one that was drawn anew" in error_of("generate", f"--like={picture}")
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / picture.name
+    moved.write_bytes(picture.read_bytes())
+    again = [f"--like={moved}", f"--embedding={concept}", f"--image={PHOTO}", f"--image_mask={MASK}"]
+    catversion("generate", *again, f"--out={tmp_path / 'again'}")
+    assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes()
+
+
+def test_images_in_memory(pipe):
+    """As they come: nothing given, turned by their EXIF data, thin masks, and what is no picture."""
+    same = [np.asarray(pipe("a teapot", steps=2, image=None, mask=None, denoise=None)[0]), pipe("a teapot", steps=2)[0]]
+    np.testing.assert_array_equal(*same)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8))
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (0, 0, 8, 16))  # the bottom, once it is turned upright
+    photo.getexif()[0x0112] = 8
+    drawn = np.asarray(pipe("a teapot", image=photo, mask=mask, steps=4, width=16, height=32)[0])
+    upright = np.asarray(photo.transpose(Image.Transpose.ROTATE_90))
+    np.testing.assert_array_equal(drawn[:24], upright[:24])
+    assert difference(drawn[24:], upright[24:]) > 5
+    thin = Image.new("L", (256, 256))
+    thin.paste(255, (100, 0, 101, 256))
+    pipe("a teapot", image=Image.new("RGB", (256, 256)), mask=thin, steps=2)
+    with pytest.raises(UserError, match="a ndarray as a picture; expected"):
+        pipe("a teapot", image=np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(UserError, match=r"a picture of \(9000, 9\) would become .*; give its width and height"):
+        pipe("a teapot", image=Image.new("RGB", (9000, 9)))
+
+
 def test_mistakes(concept, pipe, tmp_path):
     given = ["generate", f"--embedding={concept}", "--prompt=a teapot", f"--out={tmp_path / 'out'}", "--steps=4"]
     assert "--denoise: of --image, which is missing" in error_of(*given, "--denoise=0.5")
@@ -104,7 +148,7 @@ def test_mistakes(concept, pipe, tmp_path):
     Image.new("L", (5, 5), 255).save(tmp_path / "small.png")
     assert "small.png: (5, 5) pixels; expected (128, 128)" in error_of(*given, f"--image_mask={tmp_path / 'small.png'}")
     Image.new("L", (128, 128)).save(tmp_path / "empty.png")
-    assert "nothing in it is bright" in error_of(*given, f"--image_mask={tmp_path / 'empty.png'}")
+    assert "nothing in it, cut to 16x16, is bright" in error_of(*given, f"--image_mask={tmp_path / 'empty.png'}")
     with pytest.raises(UserError, match="mask: of image, which is missing"):
         pipe("a teapot", mask=Image.open(MASK))
     with pytest.raises(UserError, match=r"mask: \(3, 3\) pixels; expected \(128, 128\)"):

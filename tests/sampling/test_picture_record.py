@@ -160,6 +160,31 @@ def test_what_cannot_be_made_again(concepts, tmp_path):
 LARGE = b"catversion\0\0" + zlib.compress(bytes(2**28))
 
 
+def test_without_the_concept(concepts, tmp_path):
+    """At strength 0 the concept stays out again; of no concept at all, one has to be given."""
+    out, given = tmp_path / "out", [f"--embedding={concepts[0]}", "--prompt=a teapot", "--num=1", "--steps=1"]
+    catversion("generate", *given, "--strength=0", f"--out={out}")
+    (picture,) = out.glob("*_0.png")
+    catversion("generate", f"--like={picture}", f"--out={tmp_path / 'again'}")
+    assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes()
+    written(tmp_path / "none.png", msgspec.structs.replace(RECORD, concepts=()))
+    assert "made without a concept; give --embedding" in error_of("generate", f"--like={tmp_path / 'none.png'}")
+
+
+def test_another_model(concepts, tiny_model, tmp_path):
+    """Models of one name do not share a key, and none takes the place of the one that is gone."""
+    model = shutil.copytree(tiny_model, tmp_path / "elsewhere" / tiny_model.name)
+    given = [f"--embedding={concepts[0]}", "--prompt=a teapot", "--num=1", "--steps=1", f"--out={tmp_path / 'out'}"]
+    catversion("generate", *given)
+    catversion("generate", *given, f"--model={model}")
+    first, second = (tmp_path / "out").glob("a-teapot_*_0.png")
+    for picture in (first, second):
+        catversion("generate", f"--like={picture}", f"--out={tmp_path / 'again'}")
+        assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes()
+    written(tmp_path / "out" / "x.png", msgspec.structs.replace(read_picture(first), fingerprint="0" * 16))
+    assert "made with the model" in error_of("generate", f"--like={tmp_path / 'out' / 'x.png'}")
+
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -176,6 +201,7 @@ def test_files_that_are_no_picture_of_ours(tmp_path):
         "steps=0; expected": bad | {"steps": 0},
         "seed -1; expected": bad | {"seed": -1},
         "scheduler='x'": bad | {"scheduler": "x"},
+        "dtype 'float99'; expected": bad | {"dtype": "float99"},
         "a strength that no": bad | {"concepts": [msgspec.to_builtins(UsedConcept("a", "b", 9.0, "c"))]},
         "expected a picture of catversion generate": {"prompt": 1},
         # A text of a few kilobytes that unpacks to a gigabyte.
@@ -201,7 +227,7 @@ def test_files_that_are_no_picture_of_ours(tmp_path):
 def test_in_python(concepts, tiny_model, tmp_path):
     pipe = cv.Pipeline.from_pretrained(tiny_model)
     teapot = cv.Concept.load(concepts[0])
-    (image,) = pipe("a teapot", concepts=[teapot], seed=3, steps=2)
+    (image,) = pipe("a teapot", concepts=[teapot], seed=np.int64(3), steps=2, guidance=np.float32(7.5))
     image.save(tmp_path / "a.png", pnginfo=cv.png_info(image.info))
     record = read_picture(tmp_path / "a.png")
     assert (record.prompt, record.seed, record.steps) == ("a teapot", 3, 2)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sqlite3
 import struct
 import tempfile
@@ -17,6 +18,7 @@ from catversion_jax.config import Config
 from catversion_jax.data import concept_sets
 from catversion_jax.training import trackers
 from catversion_jax.training.metric_writer import MetricRow
+from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.trackers import TrackedRun, shared_config, tracked
 from catversion_jax.utils.errors import UserError
 from tests.commands import catversion, error_of
@@ -99,7 +101,8 @@ def test_a_run_of_both(tiny_model, tmp_path):
         assert images_of(history[4]) >= {"validation", "samples"}
     (record,) = [record for record in wandb_records(tmp_path) if record.HasField("run")]
     config = {update.key: json.loads(update.value_json) for update in record.run.config.update}
-    assert (record.run.display_name, record.run.project) == ("mug", "catversion")
+    assert re.fullmatch("mug-[0-9a-f]{4}", record.run.display_name)
+    assert record.run.project == "catversion"
     assert (config["train.steps"], config["model.path"], config["data.dir"]) == (4, tiny_model.name, "")
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     for content in (path.read_bytes(), database_of(tmp_path).read_bytes()):
@@ -110,7 +113,7 @@ def test_a_run_of_both(tiny_model, tmp_path):
 def test_an_interrupted_run_goes_on_as_the_same(tmp_path):
     ids = []
     for steps in ((1, 2), (3,)):
-        with tracked(["wandb", "trackio"], Config(), "mug") as (wandb_run, trackio_run):
+        with tracked(["wandb", "trackio"], Config(), RunDir(tmp_path / "mug")) as (wandb_run, trackio_run):
             for step in steps:
                 for run in (wandb_run, trackio_run):
                     run.row(MetricRow(step, loss=0.5))
@@ -120,7 +123,12 @@ def test_an_interrupted_run_goes_on_as_the_same(tmp_path):
     assert ids[0] == ids[1]
     assert sorted(trackio_history(tmp_path)) == [1, 2, 3]
     with sqlite3.connect(database_of(tmp_path)) as database:
-        assert database.execute("select distinct run_name from metrics").fetchall() == [("mug",)]
+        ((name,),) = database.execute("select distinct run_name from metrics").fetchall()
+    assert name == f"mug-{(tmp_path / 'mug' / '.tracked').read_text()[:4]}"
+    with tracked(["trackio"], Config(), RunDir(tmp_path / "other" / "mug")) as (run,):
+        run.row(MetricRow(1, loss=0.5))
+    with sqlite3.connect(database_of(tmp_path)) as database:
+        assert len(database.execute("select distinct run_name from metrics").fetchall()) == 2
 
 
 def test_mistakes(tmp_path, monkeypatch):
@@ -138,7 +146,7 @@ def test_mistakes(tmp_path, monkeypatch):
 
 
 def test_one_that_fails_does_not_end_the_training(monkeypatch, caplog):
-    run = TrackedRun("trackio", Config(), "mug")
+    run = TrackedRun("trackio", Config(), "mug", "0" * 16)
     monkeypatch.setattr(run._package, "log", lambda *_, **__: 1 / 0)
     for step in (1, 2):
         run.row(MetricRow(step, loss=0.5))
@@ -157,5 +165,5 @@ def test_what_is_shared(tmp_path):
     assert shared["model.path"] == "model"
     assert not [key for key, value in shared.items() if isinstance(value, str) and value.startswith("/")]
     with pytest.raises(UserError, match="not installed"):
-        TrackedRun("no_such_package", config, "mug")
+        TrackedRun("no_such_package", config, "mug", "0" * 16)
     assert set(trackers.TRACKERS) == {"wandb", "trackio"}
