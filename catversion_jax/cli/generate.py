@@ -37,6 +37,7 @@ from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid, reduced
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import AnyPath, expand
+from catversion_jax.weights import hub
 
 GRID_COLUMNS = 8
 OF_A_PICTURE = (
@@ -152,6 +153,12 @@ def follow(arguments: flags.FlagValues) -> PictureRecord:
     if record.model_id in sources.models:
         values["model"] = sources.models[record.model_id]
     elif is_on_hub(record.model) and record.model not in {load_concept(s).model_path for s in arguments.embedding}:
+        # A picture may come from a stranger, and what it names is not downloaded.
+        if not arguments["model"].present and not hub.is_cached(record.model, ""):
+            raise UserError(
+                f"{path}: made with {record.model} of {hub.endpoint()}, which is not in the cache; to download it, say "
+                f"--model={record.model}"
+            )
         values["model"] = record.model
     for name, value in values.items():
         if not arguments[name].present:

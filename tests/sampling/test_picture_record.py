@@ -21,6 +21,7 @@ from catversion_jax.methods import concept_file
 from catversion_jax.methods.dreambooth import DreamBooth
 from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, parameters, png_info, read_picture
 from catversion_jax.utils.errors import UserError
+from catversion_jax.weights import hub
 from tests import tiny
 from tests.commands import catversion, error_of
 
@@ -183,6 +184,16 @@ def test_another_model(concepts, tiny_model, tmp_path):
         assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes()
     written(tmp_path / "out" / "x.png", msgspec.structs.replace(read_picture(first), fingerprint="0" * 16))
     assert "made with the model" in error_of("generate", f"--like={tmp_path / 'out' / 'x.png'}")
+
+
+def test_a_model_that_a_picture_names_is_not_downloaded(concepts, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("nothing may be downloaded")
+
+    monkeypatch.setattr(hub, "fetch", refuse)
+    written(tmp_path / "a.png", msgspec.structs.replace(RECORD, model="you/model"))
+    said = error_of("generate", f"--like={tmp_path / 'a.png'}", f"--embedding={concepts[0]}")
+    assert "made with you/model of https://huggingface.co, which is not in the cache; to download it, say" in said
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
