@@ -215,6 +215,25 @@ def pndm(schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0
     return trajectory(timesteps, updates, levels)
 
 
+def in_karras_scale(
+    schedule: NoiseSchedule, options: Options, steps: int, skipped: int
+) -> tuple[Float[np.ndarray, "calls"], Float[np.ndarray, "calls"]]:
+    """Returns the timesteps and noise levels of Euler's and Heun's steps, without those that are skipped."""
+    trained = trained_sigmas(schedule)
+    timesteps = spaced(schedule, options, steps)
+    sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
+    if options.use_karras_sigmas:
+        sigmas = karras(sigmas, steps)
+        timesteps = to_timesteps(sigmas, trained)
+    return timesteps[skipped:], sigmas[skipped:]
+
+
+def first_scale(options: Options, sigmas: Float[np.ndarray, "calls"]) -> float:
+    """Returns the scale of Euler's and Heun's initial noise."""
+    # diffusers multiplies it by sigma, or by sqrt(1 + sigma^2) for "leading", in the scale of Karras et al.
+    return 1.0 if options.timestep_spacing == "leading" else sigmas[0] * signal(sigmas[0])
+
+
 def euler(
     schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0, ancestral: bool = False
 ) -> Trajectory:
@@ -222,14 +241,8 @@ def euler(
 
     `ancestral` steps to a lower noise level and adds fresh noise, with the variance of the DDPM posterior.
     """
-    trained = trained_sigmas(schedule)
-    timesteps = spaced(schedule, options, steps)
-    sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
-    if options.use_karras_sigmas:
-        sigmas = karras(sigmas, steps)
-        timesteps = to_timesteps(sigmas, trained)
-    timesteps, sigmas = timesteps[skipped:], sigmas[skipped:]
-    targets = np.append(sigmas[1:], FINAL_SIGMAS[options.final_sigmas_type](trained))
+    timesteps, sigmas = in_karras_scale(schedule, options, steps, skipped)
+    targets = np.append(sigmas[1:], FINAL_SIGMAS[options.final_sigmas_type](trained_sigmas(schedule)))
     latents, prediction, noise = np.eye(3)
     clean = CLEAN[schedule.prediction_type]
     updates = []
@@ -239,11 +252,10 @@ def euler(
         down = to**2 / sigma if ancestral else to
         moved = move(clean(prediction, latents, sigma), latents, sigma, down) / signal(down)
         updates.append([signal(to) * (moved + np.sqrt(to**2 - down**2) * noise)])
-    # diffusers keeps Euler's latents in the scale of Karras et al., where the signal has weight 1: it decodes the last
-    # ones in that scale, and multiplies the initial noise by sigma, or by sqrt(1 + sigma^2) for "leading".
+    # diffusers keeps Euler's latents in the scale of Karras et al., where the signal has weight 1, and decodes the last
+    # ones in that scale.
     updates[-1][0] /= signal(targets[-1])
-    scale = 1.0 if options.timestep_spacing == "leading" else sigmas[0] * signal(sigmas[0])
-    return trajectory(timesteps, updates, list(zip(sigmas, targets, strict=True)), scale)
+    return trajectory(timesteps, updates, list(zip(sigmas, targets, strict=True)), first_scale(options, sigmas))
 
 
 def dpmpp_2m(schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0) -> Trajectory:
@@ -273,13 +285,7 @@ def dpmpp_2m(schedule: NoiseSchedule, options: Options, steps: int, skipped: int
 
 def heun(schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0) -> Trajectory:
     """Karras et al. 2022, algorithm 1 without churn: an Euler step, corrected by the slope where it arrives."""
-    trained = trained_sigmas(schedule)
-    timesteps = spaced(schedule, options, steps)
-    sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
-    if options.use_karras_sigmas:
-        sigmas = karras(sigmas, steps)
-        timesteps = to_timesteps(sigmas, trained)
-    timesteps, sigmas = timesteps[skipped:], sigmas[skipped:]
+    timesteps, sigmas = in_karras_scale(schedule, options, steps, skipped)
     latents, source, slope, prediction, _ = np.eye(5)
     clean = CLEAN[schedule.prediction_type]
     called, updates, levels = [], [], []
@@ -295,8 +301,7 @@ def heun(schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0
             called.append(timesteps[i + 1])
             levels.append((to, to))
             updates.append([signal(to) * (source + (to - sigma) * (slope + arrived) / 2), source, slope])
-    scale = 1.0 if options.timestep_spacing == "leading" else sigmas[0] * signal(sigmas[0])
-    return trajectory(called, updates, levels, scale)
+    return trajectory(called, updates, levels, first_scale(options, sigmas))
 
 
 SIGMA_DATA = 0.5

@@ -77,6 +77,11 @@ def opacity(image: Image.Image) -> Image.Image | None:
     return channel if (np.asarray(channel) <= HALF).mean() > 1 - ALMOST_ALL else None
 
 
+def given_photo(photo: AnyPath | Image.Image) -> Image.Image:
+    """Returns a file's photo, or an image in memory, as `open_photo` gives it."""
+    return in_srgb(photo) if isinstance(photo, Image.Image) else open_photo(photo)
+
+
 def in_srgb(image: Image.Image) -> Image.Image:
     """Returns an image in memory as `open_photo` gives it from a file. Raises UserError if it cannot be converted."""
     name = Path("an image in memory")

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from catversion_jax.data.captions import captions_of, read_caption
-from catversion_jax.data.images import HALF, KINDS, in_srgb, open_cutout, open_photo
+from catversion_jax.data.images import HALF, KINDS, given_photo, open_cutout
 from catversion_jax.data.photo_folder import split_folder, stem_of
 from catversion_jax.data.photo_sources import is_listed, local_source, urls_of
 from catversion_jax.data.subject_masks import find_masks, open_mask, warn_of_masks
@@ -202,7 +202,7 @@ def given_photos(photos: Sequence[str | AnyPath | Image.Image], resolution: int)
         raise UserError(f"{len(photos)} photos; expected 1 to {MAX_PHOTOS}")
 
     def read(photo: str | AnyPath | Image.Image) -> np.ndarray:
-        image = in_srgb(photo) if isinstance(photo, Image.Image) else open_photo(expand(photo))
+        image = given_photo(photo if isinstance(photo, Image.Image) else expand(photo))
         return fit(image, resolution, Image.Resampling.BICUBIC)
 
     return [Photo(f"{i:03}", read(photo), None) for i, photo in enumerate(photos)]

@@ -1,6 +1,7 @@
 """`concept.safetensors`: a concept and all that is needed to use it; kilobytes, unless its method changes the UNet."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ class Concept:
         sampler = self.sampler and {name: getattr(self.sampler, name) for name in SAMPLER}
         return of_method | self.method.metadata() | values | ({"sampler": sampler} if sampler else {})
 
-    @property
+    # Kept, as a concept that changes the UNet takes gigabytes.
+    @functools.cached_property
     def digest(self) -> str:
         """Sixteen digits that tell concepts apart: a hash of what was learned and how it acts, at any strength."""
         acts = self.method.metadata() | {"method": self.method_name, "class_word": self.class_word}

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from catversion_jax.base.pipeline import BasePipeline, Networks
-from catversion_jax.data.images import HALF, damage_named, in_srgb, open_photo, our_limits
+from catversion_jax.data.images import HALF, damage_named, given_photo, our_limits
 from catversion_jax.data.latents import posteriors
 from catversion_jax.data.subject_masks import grey_of_mask, open_mask
 from catversion_jax.utils.errors import UserError
@@ -86,7 +86,7 @@ def read_input(
     A width or height of 0 keeps the picture's shape, with the shorter side as the model's own. Raises UserError, naming
     the file, for one that is no picture, and for a mask of another size or without a part.
     """
-    photo = in_srgb(image) if isinstance(image, Image.Image) else open_photo(image)
+    photo = given_photo(image)
     unit, own = networks.vae.config.downscale, networks.resolution
     fitting = (round(side * own / min(photo.size) / unit) * unit for side in photo.size)
     width, height = (given or side for given, side in zip(size, fitting, strict=True))

@@ -79,26 +79,28 @@ def records_of(
     used = tuple(UsedConcept(c.class_word, c.method_name, float(c.strength), c.digest) for c in concepts)
     sampler, start = request.sampler, request.start
     width, height = request.size(pipeline.networks)
+    # What all of them share is made once: the digests are of whole pictures and concepts.
+    shared = PictureRecord(
+        prompt="",
+        negative_prompt=request.negative_prompt,
+        seed=0,
+        scheduler=sampler.scheduler,
+        steps=int(sampler.steps),
+        guidance=float(sampler.guidance),
+        batch_size=int(sampler.batch_size),
+        width=int(width),
+        height=int(height),
+        concepts=used,
+        model=as_text(public_name(model.path)),
+        model_id=model_id(model.path),
+        fingerprint=pipeline.fingerprint,
+        dtype=model.dtype,
+        version=__version__,
+        start=start.digest if start else "",
+        denoise=float(start.denoise) if start else 0.0,
+    )
     for prompt, seed in zip(request.prompts, request.seeds, strict=True):
-        yield PictureRecord(
-            prompt=prompt,
-            negative_prompt=request.negative_prompt,
-            seed=int(seed),
-            scheduler=sampler.scheduler,
-            steps=int(sampler.steps),
-            guidance=float(sampler.guidance),
-            batch_size=int(sampler.batch_size),
-            width=int(width),
-            height=int(height),
-            concepts=used,
-            model=as_text(public_name(model.path)),
-            model_id=model_id(model.path),
-            fingerprint=pipeline.fingerprint,
-            dtype=model.dtype,
-            version=__version__,
-            start=start.digest if start else "",
-            denoise=float(start.denoise) if start else 0.0,
-        )
+        yield msgspec.structs.replace(shared, prompt=prompt, seed=int(seed))
 
 
 def model_id(path: str) -> str:

@@ -105,6 +105,9 @@ def tracked(names: Sequence[str], config: Config, run: RunDir) -> Iterator[list[
 
     The run's folder keeps their id, so that the parts of an interrupted run are one, and another run is another one.
     """
+    if not names:  # a bucket is asked nothing
+        yield []
+        return
     stored = read_text(run.tracked, MOST_BYTES, "expected an id; remove it").strip() if run.tracked.is_file() else ""
     run_id = stored or uuid.uuid4().hex[:16]
     with contextlib.ExitStack() as stack:
@@ -112,7 +115,7 @@ def tracked(names: Sequence[str], config: Config, run: RunDir) -> Iterator[list[
         for name in dict.fromkeys(names):
             runs.append(TrackedRun(name, config, run.path.name, run_id))
             stack.callback(runs[-1].finish)
-        if runs and not stored:
+        if not stored:
             make_folder(run.path)
             write_atomically(run.tracked, lambda path: path.write_text(f"{run_id}\n"))
         yield runs

@@ -72,9 +72,7 @@ def check_prompts(config: Config, method: Method, pipeline: BasePipeline, photos
             f"captions of {listed(unused)} are not used, as they do not hold {config.concept.class_word!r} within the "
             "text encoder's length; write {concept} where the subject is named"
         )
-    if cut := [
-        text for text in captions.values() if len(pipeline.tokenizer.word(text)) > pipeline.tokenizer.length - 2
-    ]:
+    if cut := [text for text in captions.values() if is_cut(pipeline.tokenizer, text)]:
         warn(f"captions are too long: {told_prompts(pipeline.tokenizer, cut)}")
     check_templates(config, method, pipeline)
 
@@ -122,5 +120,9 @@ def prompt_tokens(
 def told_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> str:
     """Names prompts, and says which of them are cut off at the text encoder's length."""
     cut = f", cut off after {tokenizer.length} tokens"
-    most = tokenizer.length - 2
-    return listed(f"{p!r:.100}{cut if len(tokenizer.word(p)) > most else ''}" for p in dict.fromkeys(prompts))
+    return listed(f"{p!r:.100}{cut if is_cut(tokenizer, p) else ''}" for p in dict.fromkeys(prompts))
+
+
+def is_cut(tokenizer: Tokenizer, prompt: str) -> bool:
+    """Whether a prompt has more tokens than a text encoder takes between its start and end tokens."""
+    return len(tokenizer.word(prompt)) > tokenizer.length - 2
