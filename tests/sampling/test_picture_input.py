@@ -1,7 +1,5 @@
 """Image to image and inpainting; the numbers are compared with diffusers' pipelines in tests/parity."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,20 +8,15 @@ import catversion_jax as cv
 from catversion_jax.data import concept_sets
 from catversion_jax.sampling.picture_record import read_picture
 from catversion_jax.utils.errors import UserError
-from tests import tiny
 from tests.commands import catversion, error_of
 
 PHOTO = sorted((concept_sets.SHIPPED / "teapot" / "train").glob("*.png"))[0]
 MASK = concept_sets.SHIPPED / "teapot" / "train_masks" / PHOTO.name
 
 
-@pytest.fixture(scope="module")
-def concept(tiny_model, tiny_pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("concept")
-    prefix = 3 * np.random.default_rng(0).normal(size=(2, 3, 2, 2, 16)).astype(np.float32)
-    made = tiny.concept(prefix, tiny_pipeline.fingerprint, model=tiny_model, scope="trigger")
-    tiny.save_run(folder / "concept.safetensors", dataclasses.replace(made, class_word="teapot"))
-    return folder
+@pytest.fixture
+def concept(concepts):
+    return concepts[0]
 
 
 @pytest.fixture(scope="module")

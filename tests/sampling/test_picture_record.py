@@ -22,28 +22,12 @@ from catversion_jax.methods.dreambooth import DreamBooth
 from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, parameters, png_info, read_picture
 from catversion_jax.utils.errors import UserError
 from catversion_jax.weights import hub
-from tests import tiny
 from tests.commands import catversion, error_of
 
 RECORD = PictureRecord(
     "a photo of a teapot, on a beach", "blurry: dark", 7, "dpmpp_2m_karras", 20, 7.5, 4, 512, 512,
     (UsedConcept("teapot", "catversion", 0.7, "0123456789abcdef"),), "you/model", "f" * 16, "float32", "1",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def concepts(tiny_model, tiny_pipeline, tmp_path_factory) -> list:
-    """The files of a teapot and a dog."""
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("concepts")
-    paths = []
-    for word in ("teapot", "dog"):
-        prefix = 3 * rng.normal(size=(2, 3, 2, 2, 16)).astype(np.float32)
-        concept = tiny.concept(prefix, tiny_pipeline.fingerprint, model=tiny_model, scope="trigger")
-        paths.append(folder / word)
-        (folder / word).mkdir()
-        concept = dataclasses.replace(concept, class_word=word, strength=0.7, model_path=str(tiny_model))
-        tiny.save_run(folder / word / "concept.safetensors", concept)
-    return paths
 
 
 def written(path, record: PictureRecord) -> None:

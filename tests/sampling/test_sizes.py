@@ -1,7 +1,5 @@
 """Pictures of other sizes than the model's own; the UNet's numbers at these are compared in tests/parity."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,19 +7,7 @@ from PIL import Image
 import catversion_jax as cv
 from catversion_jax.sampling.picture_record import read_picture
 from catversion_jax.utils.errors import UserError
-from tests import tiny
 from tests.commands import catversion, error_of
-
-
-@pytest.fixture(scope="module")
-def concepts(tiny_model, tiny_pipeline, tmp_path_factory) -> list:
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("concepts")
-    for word in ("teapot", "dog"):
-        prefix = 3 * rng.normal(size=(2, 3, 2, 2, 16)).astype(np.float32)
-        concept = tiny.concept(prefix, tiny_pipeline.fingerprint, model=tiny_model, scope="trigger")
-        (folder / word).mkdir()
-        tiny.save_run(folder / word / "concept.safetensors", dataclasses.replace(concept, class_word=word))
-    return [folder / "teapot", folder / "dog"]
 
 
 def test_the_command(concepts, tmp_path):
