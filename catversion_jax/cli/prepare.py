@@ -121,7 +121,8 @@ def write_caption(path: Path, caption: str) -> None:
 def contact_sheet(photos: Sequence[Photo], warnings: Sequence[Sequence[str]]) -> Image.Image:
     """Returns each photo beside what its mask leaves, with its name, its caption and its warnings."""
     labels = [label(photo, of_photo) for photo, of_photo in zip(photos, warnings, strict=True)]
-    return grid([[photo.image, *subject(photo)] for photo in photos], labels, ["what training sees", "the subject"])
+    rows = [[photo.image, *subject(photo)] for photo in photos]
+    return grid(rows, labels, ["what training sees", "the subject"][: max(map(len, rows))])
 
 
 def label(photo: Photo, warnings: Sequence[str]) -> str:
