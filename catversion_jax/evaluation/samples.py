@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from catversion_jax.base.pipeline import BasePipeline, load_pipeline
+from catversion_jax.base.prompt_tokens import prompts_without
 from catversion_jax.base.sampler_config import SamplerConfig
-from catversion_jax.base.words import without_word
 from catversion_jax.data.photos import FolderRules, PhotoFile, find_photos
 from catversion_jax.data.prompts import article, fill
 from catversion_jax.evaluation import masks, scores
@@ -139,7 +139,7 @@ def base_model(task: ConceptTask, config: EvaluationConfig) -> BasePipeline:
 def check_class_word(pipeline: BasePipeline, task: ConceptTask) -> None:
     """Raises UserError if a prompt lacks the class word."""
     word = task.concept.class_word
-    without = without_word(pipeline.tokenizers, word, task.prompts)
+    (without,) = prompts_without(pipeline.tokenizers, [word], task.prompts)
     if word and without:
         raise UserError(
             f"prompt {without[0]!r}: no class word {word!r}, which the concept was learned with; "
@@ -204,7 +204,7 @@ def measure_drift(
     pipeline: BasePipeline, concept: Concept, config: EvaluationConfig, encoders: Encoders
 ) -> dict[str, Values]:
     """Returns the drift of each unrelated prompt that does not contain the class word."""
-    prompts = tuple(without_word(pipeline.tokenizers, concept.class_word, config.unrelated))
+    prompts = tuple(prompts_without(pipeline.tokenizers, [concept.class_word], config.unrelated)[0])
     if not prompts:
         return {}
     (acting,) = config.acting(concept)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from catversion_jax.base.prompt_tokens import PromptTokens, read_prompt
 from catversion_jax.base.tokenizer import Tokenizer
-from catversion_jax.base.words import find_words
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.types import Bool, Int
+from catversion_jax.utils.types import Bool
 
 
 def check_composition(concepts: Sequence[Concept]) -> None:
@@ -34,25 +34,23 @@ def words_of(concepts: Sequence[Concept]) -> list[str]:
     return [concept.method.word(concept.class_word) for concept in concepts]
 
 
-def token_ids(tokenizer: Tokenizer, prompts: Sequence[str], concept: Concept | None) -> Int[np.ndarray, "T Q"]:
-    """Returns what a text encoder is given: the prompts' tokens, with the concept's identifier, if it has one."""
-    return tokenizer.fit([prompt_ids(tokenizer, prompt, concept) for prompt in prompts])
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str, concept: Concept | None) -> tuple[int, ...]:
-    """Returns a prompt's tokens, of any number, with the concept's identifier, if it has one."""
-    ids = tokenizer.word(prompt)
-    return ids if concept is None else concept.method.prompt_ids(tokenizer, ids, concept.class_word)
+def tokens_for(tokenizer: Tokenizer, prompt: str, concept: Concept | None) -> PromptTokens:
+    """Returns what a text encoder is given: the prompt's tokens, with the concept's identifier, if it has one."""
+    if concept is None:
+        return read_prompt(tokenizer, prompt)
+    return read_prompt(tokenizer, prompt, concept.class_word, concept.method.identifier)
 
 
 def token_mask(
-    tokenizer: Tokenizer, token_ids: Int[np.ndarray, "T Q"], concept: Concept, others: Sequence[Concept] = ()
-) -> Bool[np.ndarray, "T Q 1"]:
-    """Returns where a concept's learned parameters enter prompts that it shares with `others`.
+    tokenizer: Tokenizer, prompt: PromptTokens, concept: Concept, others: Sequence[Concept] = ()
+) -> Bool[np.ndarray, "C Q 1"]:
+    """Returns where a concept's learned parameters enter a prompt that it shares with `others`.
 
-    A token belongs to one word: "mug" is not the mug of "coffee mug" if both are concepts. Beside others, a concept
-    enters only prompts that hold its word, whatever its scope: without one it has no place.
+    Every chunk of a long prompt is read by itself, so the first word of each counts. A token belongs to one word: "mug"
+    is not the mug of "coffee mug" if both are concepts. Beside others, a concept enters only prompts that hold its
+    word, whatever its scope: without one it has no place.
     """
-    last, *_ = find_words(tokenizer, token_ids, words_of([concept, *others]))
-    mask = concept.method.token_mask(last, token_ids.shape[1])
-    return mask & (last >= 0)[:, None, None] if others else mask
+    ends = prompt.ends_of(tokenizer, words_of([concept, *others]))[0]
+    last = np.where(ends.any(1), ends.argmax(1), -1)
+    mask = concept.method.token_mask(last, ends.shape[1])
+    return mask & ends.any() if others else mask

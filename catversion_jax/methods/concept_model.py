@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from catversion_jax.base.pipeline import MINI, BasePipeline, ModelConfig, load_pipeline
+from catversion_jax.base.prompt_tokens import prompts_without
 from catversion_jax.base.sampler_config import SamplerConfig
-from catversion_jax.base.words import is_word_cut, without_words
 from catversion_jax.methods import concept_file
-from catversion_jax.methods.composition import prompt_ids
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.model_names import is_on_hub
 from catversion_jax.utils.errors import UserError, listed
@@ -52,7 +51,7 @@ def load_for_concepts(
 
 
 def warnings(pipeline: BasePipeline, prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
-    """Returns one warning for each likely mistake: a strength of 0, no class word in a prompt, a truncated prompt."""
+    """Returns one warning for each likely mistake: a strength of 0, no class word in a prompt."""
     lines = []
     idle = [concept for concept in concepts if not concept.strength]
     if len(idle) == len(concepts):
@@ -61,23 +60,9 @@ def warnings(pipeline: BasePipeline, prompts: Sequence[str], concepts: Sequence[
         lines.append(f"strength=0 removes the concept of {idle[0].class_word!r}")
     concepts = [concept for concept in concepts if concept.strength] or concepts
     words = [concept.class_word for concept in concepts if concept.class_word]
-    lost: list[str] = []
-    for word, without in zip(words, without_words(pipeline.tokenizers, words, prompts), strict=True):
-        behind = [prompt for prompt in without if is_word_cut(pipeline.tokenizer, word, prompt)]
-        missing = [prompt for prompt in without if prompt not in behind]
+    for word, missing in zip(words, prompts_without(pipeline.tokenizers, words, prompts), strict=True):
         said = f"the class word {word!r}, which the concept was learned with"
         lines += [f"without {said}: {listed(map(repr, missing))}"] if missing else []
-        lines += [f"too long, so that {said}, is cut off: {listed(map(repr, behind))}"] if behind else []
-        lost += behind
-    tokenizer = pipeline.tokenizer
-    cut = [
-        prompt
-        for prompt in prompts
-        if prompt not in lost
-        and any(len(prompt_ids(tokenizer, prompt, concept)) > tokenizer.length - 2 for concept in concepts)
-    ]
-    if cut:
-        lines.append(f"cut to {tokenizer.length} tokens: {listed(map(repr, cut))}")
     return lines
 
 

@@ -1,5 +1,6 @@
 """The UNet's conditioning on prompts and concepts, and how far a concept moves it."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.base.pipeline import BasePipeline, Networks
+from catversion_jax.base.prompt_tokens import PromptTokens
 from catversion_jax.base.text_states import lower_layers
 from catversion_jax.methods import composition
 from catversion_jax.methods.base import BaseModel, Method
@@ -19,10 +21,10 @@ from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Params
 
 
 class Tokens(NamedTuple):
-    """The tokens of prompts for one text encoder."""
+    """The chunks of prompts, of one prompt after the other, for one text encoder."""
 
-    ids: Int[AnyArray, "B Q"]
-    mask: Bool[AnyArray, "B Q #P"]  # positions where a concept enters
+    ids: Int[AnyArray, "T Q"]
+    mask: Bool[AnyArray, "T Q #P"]  # positions where a concept enters
 
 
 @partial(jax.jit, static_argnames=("networks", "method"))
@@ -47,9 +49,10 @@ def condition(
     """Encodes prompts into the UNet's conditioning.
 
     Prompts that the concept does not enter get exactly the base model's, and so do all of them at strength 0. `others`
-    are concepts of the same prompts, which do not act here, but whose words are not the concept's.
+    are concepts of the same prompts, which do not act here, but whose words are not the concept's. All prompts have as
+    many chunks.
     """
-    return condition_tokens(pipeline, token_ids_of(pipeline, prompts, concept), concept, others)
+    return condition_tokens(pipeline, tokens_of(pipeline, prompts, concept), concept, others)
 
 
 def acts(concept: Concept | None) -> TypeGuard[Concept]:
@@ -57,25 +60,49 @@ def acts(concept: Concept | None) -> TypeGuard[Concept]:
     return concept is not None and concept.strength > 0
 
 
-def token_ids_of(
+def tokens_of(
     pipeline: BasePipeline, prompts: Sequence[str], concept: Concept | None
-) -> tuple[Int[np.ndarray, "B Q"], ...]:
+) -> tuple[tuple[PromptTokens, ...], ...]:
     """Returns what each text encoder is given: the prompts' tokens, with the concept's identifier."""
     given = concept if acts(concept) else None
-    return tuple(composition.token_ids(tokenizer, prompts, given) for tokenizer in pipeline.tokenizers)
+    return tuple(
+        tuple(composition.tokens_for(tokenizer, prompt, given) for prompt in prompts)
+        for tokenizer in pipeline.tokenizers
+    )
 
 
 def condition_tokens(
     pipeline: BasePipeline,
-    token_ids: Sequence[Int[np.ndarray, "B Q"]],
+    tokens: Sequence[Sequence[PromptTokens]],
     concept: Concept | None,
     others: Sequence[Concept] = (),
 ) -> Context:
     """Encodes the tokens of each text encoder, as `condition` does."""
+    first = tokens[0]
+    chunks = condition_chunks(pipeline, tokens, concept, others)
+    states = chunks.states.reshape(len(first), -1, chunks.states.shape[-1])
+    # As in ComfyUI, the UNet of SDXL takes the pooled embedding of the first chunk alone, whatever the weights.
+    pooled = None if chunks.pooled is None else chunks.pooled[:: len(first[0].ids)]
+    weights = np.stack([prompt.weights.ravel() for prompt in first])[..., None]
+    if (weights == 1).all():
+        return Context(states, pooled)
+    nothing = condition_chunks(pipeline, tokens_of(pipeline, [""], None), None).states
+    nothing = jnp.tile(nothing, (1, len(first[0].ids), 1))
+    return Context(jnp.where(weights == 1, states, nothing + weights * (states - nothing)), pooled)
+
+
+def condition_chunks(
+    pipeline: BasePipeline,
+    tokens: Sequence[Sequence[PromptTokens]],
+    concept: Concept | None,
+    others: Sequence[Concept] = (),
+) -> Context:
+    """Encodes the chunks of prompts, of one prompt after the other, without their weights."""
+    token_ids = [np.concatenate([prompt.ids for prompt in prompts]) for prompts in tokens]
 
     def run(masks, *concept, method) -> Context:
-        tokens = tuple(map(Tokens, token_ids, masks))
-        return encode_prompts(pipeline.params["text"], tokens, *concept, networks=pipeline.networks, method=method)
+        given = tuple(map(Tokens, token_ids, masks))
+        return encode_prompts(pipeline.params["text"], given, *concept, networks=pipeline.networks, method=method)
 
     def base() -> Context:
         nowhere = [np.zeros((*ids.shape, 1), bool) for ids in token_ids]
@@ -83,8 +110,11 @@ def condition_tokens(
 
     if not acts(concept):
         return base()
-    each = zip(pipeline.tokenizers, token_ids, strict=True)
-    masks = [composition.token_mask(tokenizer, ids, concept, others) for tokenizer, ids in each]
+    each = zip(pipeline.tokenizers, tokens, strict=True)
+    masks = [
+        np.concatenate([composition.token_mask(tokenizer, prompt, concept, others) for prompt in prompts])
+        for tokenizer, prompts in each
+    ]
     touched = np.any([mask.any((1, 2)) for mask in masks], axis=0)
     # Two compiled programs may round differently, so prompts that no concept enters go through the base model's own
     # program: they are promised to give its images bit for bit (docs/method.md).
@@ -105,10 +135,22 @@ def with_unet(pipeline: BasePipeline, concept: Concept | None) -> BasePipeline:
 
 
 def context(pipeline: BasePipeline, prompts: Sequence[str], concept: Concept | None = None) -> Context:
-    """Returns the UNet's conditioning on prompts, float32, on the host."""
+    """Returns the UNet's conditioning on prompts, float32, on the host; of one length, as `same_length` makes them."""
     # One prompt at a time, so that one compiled program serves any number of prompts.
-    parts = [condition(pipeline, [prompt], concept) for prompt in prompts]
+    parts = same_length([condition(pipeline, [prompt], concept) for prompt in prompts])
     return jax.tree.map(lambda *x: np.concatenate(x).astype(np.float32), *parts)
+
+
+def same_length(contexts: Sequence[Context]) -> list[Context]:
+    """Returns conditioning with the states of each repeated until all have as many.
+
+    The UNet's attention to states that are all there as often is the same as to each of them once.
+    """
+    length = math.lcm(*(context.states.shape[1] for context in contexts))
+    return [
+        context._replace(states=jnp.tile(context.states, (1, length // context.states.shape[1], 1)))
+        for context in contexts
+    ]
 
 
 def movement(
@@ -120,7 +162,7 @@ def movement(
     """
     unet = "; the UNet is another one" if concept.method.changes_unet and concept.strength else ""
     for prompt in prompts:
-        given = token_ids_of(pipeline, [prompt], concept)
+        given = tokens_of(pipeline, [prompt], concept)
         base, moved = (
             np.asarray(condition_tokens(pipeline, given, *which).states[0], np.float32)
             for which in ((None,), (concept, others))
@@ -130,6 +172,6 @@ def movement(
             yield f"{prompt!r}: nothing moved{unet}"
             continue
         most = int(steps.argmax())
-        token = pipeline.tokenizer.token(int(given[0][0, most]))
+        token = pipeline.tokenizer.token(int(given[0][0].ids.ravel()[most]))
         change = np.linalg.norm(moved - base) / np.linalg.norm(base)
         yield f"{prompt!r}: moved by {change:.2%}, the most at token {most}, {token!r}{unet}"

@@ -11,12 +11,12 @@ import numpy as np
 
 from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import BasePipeline, Networks
+from catversion_jax.base.prompt_tokens import word_weights
 from catversion_jax.base.sampler_config import SamplerConfig
-from catversion_jax.base.words import token_weights
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.models.unet import Context
-from catversion_jax.sampling.conditioning import condition, with_unet
+from catversion_jax.sampling.conditioning import condition, same_length, tokens_of, with_unet
 from catversion_jax.sampling.denoising import Guided, decode_latents, denoise, initial_latents
 from catversion_jax.sampling.picture_input import Kept, PictureInput, check_size_of_image, clean_latents, drawn_latents
 from catversion_jax.utils.errors import UserError
@@ -98,13 +98,22 @@ def branches(
 ) -> tuple[list[Context], Float[np.ndarray, "W B K"] | None]:
     """Returns the conditioning of each conditional branch, and where the words of several concepts are.
 
-    One concept has one branch. Several have one each, behind the base model's.
+    One concept has one branch. Several have one each, behind the base model's. All prompts have as many chunks.
     """
     if len(concepts) < 2:
         return [condition(pipeline, prompts, concepts[0] if concepts else None)], None
     each = [condition(pipeline, prompts, c, [other for other in concepts if other is not c]) for c in concepts]
-    ids, words = pipeline.tokenizer(prompts), [concept.class_word for concept in concepts]
-    return [condition(pipeline, prompts), *each], token_weights(pipeline.tokenizer, ids, words)
+    tokens, words = tokens_of(pipeline, prompts, None)[0], [concept.class_word for concept in concepts]
+    return [condition(pipeline, prompts), *each], word_weights(pipeline.tokenizer, tokens, words)
+
+
+def batches_of(chunks: Sequence[int], size: int) -> list[list[int]]:
+    """Returns the indices of images in batches of at most `size`, whose prompts have as many chunks each.
+
+    So an image does not depend on how long the prompts of its neighbours are.
+    """
+    each = (list(group) for _, group in itertools.groupby(range(len(chunks)), key=chunks.__getitem__))
+    return [group[start : start + size] for group in each for start in range(0, len(group), size)]
 
 
 def started_from(
@@ -129,7 +138,7 @@ def sample_latents(
 ) -> Iterator[tuple[Float[Array, "B h w c"], int]]:
     """Returns an iterator over the latents of `sample_images`: a batch, and how many of its images were requested."""
     net, sampler = pipeline.networks, request.sampler
-    size, count = sampler.batch_size, len(request.prompts)
+    size = sampler.batch_size
     shape = request.latent_shape(net)
     picture = request.start
     skipped = picture.skipped(sampler.steps) if picture else 0
@@ -139,28 +148,32 @@ def sample_latents(
     calls_per_dispatch = 1 if jax.default_backend() == "cpu" else len(trajectory.calls.number)
     check_composition(concepts)
     acting = [concept for concept in concepts if concept.strength]
-    unet = with_unet(pipeline, acting[0] if acting else None).params["unet"]
+    first = acting[0] if acting else None
+    unet = with_unet(pipeline, first).params["unet"]
     # Guidance of 1 is the conditional prediction itself: half of the work.
     negative = [condition(pipeline, [request.negative_prompt])] if sampler.guidance != 1 else []
 
-    def batch(start: int) -> tuple[Float[Array, "B h w c"], int]:
-        real = min(size, count - start)
+    chunks_of = {prompt: len(tokens_of(pipeline, [prompt], first)[0][0].ids) for prompt in {*request.prompts}}
+    chunks = [chunks_of[prompt] for prompt in request.prompts]
+
+    def batch(images: list[int]) -> tuple[Float[Array, "B h w c"], int]:
         # The last image is repeated to fill the batch, so that one compiled program serves all batches.
-        index = np.minimum(np.arange(start, start + size), start + real - 1)
+        index = images + images[-1:] * (size - len(images))
         prompts = [request.prompts[i] for i in index]
         seeds = jnp.asarray([request.seeds[i] for i in index], jnp.uint32)
         contexts, of_words = branches(pipeline, prompts, acting)
+        contexts = same_length([*negative, *contexts])
+        if of_words is not None:
+            of_words = np.tile(of_words, contexts[-1].states.shape[1] // of_words.shape[2])
         # The last one has the whole batch's shape.
-        context = jax.tree.map(
-            lambda *each: jnp.stack([jnp.broadcast_to(x, each[-1].shape) for x in each]), *negative, *contexts
-        )
+        context = jax.tree.map(lambda *each: jnp.stack([jnp.broadcast_to(x, each[-1].shape) for x in each]), *contexts)
         noise = initial_latents(seeds, shape)
-        first, kept = started_from(picture, clean, noise, net)
+        clean_start, kept = started_from(picture, clean, noise, net)
         guided = Guided(seeds, context, jnp.float32(sampler.guidance), of_words, kept)
-        state = trajectory.start(noise, first)
+        state = trajectory.start(noise, clean_start)
         latents = denoise(unet, state, guided, trajectory, networks=net, calls_per_dispatch=calls_per_dispatch)
         check_finite(all_finite(context), "text encoder")
         check_finite(all_finite(latents), "UNet")
-        return latents, real
+        return latents, len(images)
 
-    return map(batch, range(0, count, size))
+    return map(batch, batches_of(chunks, size))

@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from catversion_jax.base.pipeline import MINI
 from catversion_jax.base.tokenizer import Tokenizer
-from catversion_jax.base.words import find_word, find_words, is_word_cut, put_before, without_word
+from catversion_jax.base.words import find_word, find_words, put_before, without_word
 
 WORDS = ["a", "photo", "of", "the", "can", "bat", "mug", "coffee", "teapot", "sks", "toucan", "wombat", "café", "cat"]
 MERGED = ["can", "bat", "mug", "teapot", "sks", "coffee", "cat"]
@@ -89,7 +89,7 @@ def test_whole_words(tokenizer, prompt, word, index):
         ("a mug and a coffee mug", 1, 5),
         ("a coffee mug", -1, 2),
         ("a mug", 1, -1),
-        ("a coffee mug and a coffee mug", 6, 2),
+        ("a coffee mug and a coffee mug", -1, 2),
     ],
 )
 def test_words_of_words(tokenizer, prompt, mug, coffee_mug):
@@ -120,7 +120,6 @@ def test_prompts_without_the_word(tokenizer):
     prompts = ["a teapot", "a toucan", cut]
     assert without_word([tokenizer], "teapot", prompts) == prompts[1:]
     assert without_word([tokenizer], "", prompts) == prompts
-    assert [is_word_cut(tokenizer, "teapot", prompt) for prompt in [*prompts, ""]] == [False, False, True, False]
 
 
 def test_each_text_encoder_has_its_own_words(tokenizer, mini):

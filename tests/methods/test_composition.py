@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from catversion_jax.base.prompt_tokens import read_prompt
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.composition import check_composition, token_mask
 from catversion_jax.methods.concept_model import warnings
@@ -52,9 +53,10 @@ def test_a_word_within_a_word(tiny_pipeline, concepts):
     (line,) = warnings(tiny_pipeline, prompts, [mug, coffee])
     assert line == "without the class word 'mug', which the concept was learned with: 'a coffee mug'"
     tokenizer = tiny_pipeline.tokenizer
-    beside, alone = (token_mask(tokenizer, tokenizer(prompts), mug, others) for others in ([coffee], []))
-    assert beside.any((1, 2)).tolist() == [False, True]
-    assert alone.any((1, 2)).tolist() == [True, True]
+    read = [read_prompt(tokenizer, prompt) for prompt in prompts]
+    beside, alone = ([token_mask(tokenizer, p, mug, others).any() for p in read] for others in ([coffee], []))
+    assert beside == [False, True]
+    assert alone == [True, True]
 
 
 def test_beside_others_a_concept_needs_its_word(tiny_pipeline, concepts):
@@ -62,9 +64,10 @@ def test_beside_others_a_concept_needs_its_word(tiny_pipeline, concepts):
     teapot, dog = concepts
     everywhere = dataclasses.replace(teapot, method=dataclasses.replace(teapot.method, scope="all"))
     tokenizer = tiny_pipeline.tokenizer
-    ids = tokenizer(["a car", "a teapot and a dog"])
-    assert token_mask(tokenizer, ids, everywhere).all()
-    assert token_mask(tokenizer, ids, everywhere, [dog]).any((1, 2)).tolist() == [False, True]
+    car, both = (read_prompt(tokenizer, prompt) for prompt in ("a car", "a teapot and a dog"))
+    assert token_mask(tokenizer, car, everywhere).all()
+    assert not token_mask(tokenizer, car, everywhere, [dog]).any()
+    assert token_mask(tokenizer, both, everywhere, [dog]).any()
 
 
 def test_one_of_two_at_strength_0(tiny_pipeline, concepts):

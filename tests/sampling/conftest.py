@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from catversion_jax.methods import concept_file
 from tests import tiny
 
 
@@ -19,3 +20,9 @@ def concepts(tiny_model, tiny_pipeline, tmp_path_factory) -> list:
         concept = dataclasses.replace(concept, class_word=word, strength=0.7, model_path=str(tiny_model))
         tiny.save_run(folder / word / "concept.safetensors", concept)
     return [folder / "teapot", folder / "dog"]
+
+
+@pytest.fixture(scope="module")
+def loaded(concepts) -> list:
+    """The same two, loaded, at full strength."""
+    return [concept_file.load(folder).at(1.0) for folder in concepts]
