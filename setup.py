@@ -61,8 +61,14 @@ EXTRAS = {
         "wandb>=0.19",
         "transformers>=4.57,<6",  # whose tokenizer gives the ids that ours must give
     ],
-    # The last with Flax classes; einops for ComfyUI, which is unpacked beside them.
-    "parity": ["diffusers==0.39.0", "transformers==4.57.6", "torch==2.13.0", "einops>=0.8", "pytest>=8"],
+    "parity": [
+        "diffusers==0.39.0",  # the last with Flax classes, as is transformers'
+        "transformers==4.57.6",
+        "torch==2.13.0",
+        "torchsde>=0.2",  # diffusers' DPM++ SDE needs it
+        "einops>=0.8",  # ComfyUI, which is unpacked beside these, needs it
+        "pytest>=8",
+    ],
 }
 
 setup(

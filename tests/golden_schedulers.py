@@ -23,6 +23,8 @@ CLASSES = {
     "lcm": ("LCMScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
 }
 
 NOISY = ("EulerAncestralDiscreteScheduler", "LCMScheduler")
@@ -73,6 +75,15 @@ OTHERS = [
         ("dpmpp_2m", {"final_sigmas_type": "sigma_min", "lower_order_final": False}, 7),
         ("dpmpp_2m", {"final_sigmas_type": "sigma_min", "euler_at_final": True}, 20),
         ("dpmpp_2m_karras", {"final_sigmas_type": "sigma_min"}, 20),
+        ("dpmpp_sde", {"use_karras_sigmas": True}, 20),
+        ("dpmpp_sde", {"use_karras_sigmas": True, "timestep_spacing": "leading"}, 7),
+        ("dpmpp_sde", {}, 1),
+        ("unipc", {}, 1),
+        ("unipc", {}, 2),
+        ("unipc", {"use_karras_sigmas": True}, 20),
+        ("unipc", {"final_sigmas_type": "sigma_min"}, 20),
+        ("unipc", {"final_sigmas_type": "sigma_min", "lower_order_final": False}, 7),
+        ("unipc", {"solver_type": "midpoint"}, 7),
     ]
 ]
 
@@ -93,6 +104,23 @@ def model(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     return torch.tanh(0.8 * latents + timestep / 1000)
 
 
+class Brownian:
+    """Stands for diffusers' sampler of noise: what is drawn for a whole step goes on from what its first half got."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+        self.half = None
+
+    def __call__(self, sigma: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        fresh = torch.randn(SHAPE, generator=self.generator)
+        if self.half is None or not torch.isclose(self.half[0], sigma):
+            self.half = (sigma, to, fresh)
+            return fresh
+        _, middle, first = self.half
+        self.half = None
+        return ((sigma - middle).sqrt() * first + (middle - to).sqrt() * fresh) / (sigma - to).sqrt()
+
+
 def sample(name: str, config: dict, steps: int, first_noise: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The timesteps and the last latents; the noise of a step is the next that the generator gives."""
     class_name, changes = CLASSES[name] if name else (config["_class_name"], {})
@@ -100,6 +128,8 @@ def sample(name: str, config: dict, steps: int, first_noise: torch.Tensor) -> tu
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(1)
     noisy = {"generator": generator} if class_name in NOISY else {}
+    if class_name == "DPMSolverSDEScheduler":
+        scheduler.noise_sampler = Brownian(generator)
     latents = first_noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         prediction = model(scheduler.scale_model_input(latents, timestep), timestep)

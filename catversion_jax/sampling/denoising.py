@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import Networks
+from catversion_jax.base.trajectory import Calls, Trajectory, next_state, noised
 from catversion_jax.models.unet import Context
 from catversion_jax.sampling import regions
 from catversion_jax.sampling.picture_input import Kept
@@ -76,19 +76,19 @@ def denoise_steps(
     unet: Params,
     state: Float[Array, "slots B h w c"],
     guided: Guided,
-    calls: schedulers.Calls,
+    calls: Calls,
     *,
     networks: Networks,
 ) -> Float[Array, "slots B h w c"]:
     """Runs the guided steps of some calls, of any scheduler. The state's buffers are donated."""
 
-    def step(state, call: schedulers.Calls):
+    def step(state, call: Calls):
         prediction = predict(unet, state[0], call.timestep, guided, networks=networks)
         noise = step_noise(guided.seeds, call.number, prediction.shape[1:])
-        state = schedulers.step(state, prediction, noise, call.update)
+        state = next_state(state, prediction, noise, call.update)
         if (kept := guided.kept) is not None:
             # What stays has at every noise level the picture's own latents (Lugmayr et al. 2022, without resampling).
-            own = schedulers.noised(kept.clean, kept.noise, call.to)
+            own = noised(kept.clean, kept.noise, call.to)
             state = state.at[0].set(kept.drawn * state[0] + (1 - kept.drawn) * own)
         return state, None
 
@@ -102,14 +102,14 @@ def denoise(
     unet: Params,
     state: Float[Array, "slots B h w c"],
     guided: Guided,
-    trajectory: schedulers.Trajectory,
+    trajectory: Trajectory,
     *,
     networks: Networks,
     calls_per_dispatch: int,
 ) -> Float[Array, "B h w c"]:
     """Denoises a trajectory's first state to latents. `calls_per_dispatch` changes the speed, not the numbers."""
     for start in range(0, len(trajectory.calls.number), calls_per_dispatch):
-        part = schedulers.Calls(*(x[start : start + calls_per_dispatch] for x in trajectory.calls))
+        part = Calls(*(x[start : start + calls_per_dispatch] for x in trajectory.calls))
         state = denoise_steps(unet, state, guided, part, networks=networks)
     if (kept := guided.kept) is not None:
         # Some schedulers end at a level of a little noise, which the picture itself does not have.

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catversion_jax.base import noise_schedule, schedulers
+from catversion_jax.base import noise_schedule, schedulers, solvers
 from catversion_jax.base.noise_schedule import NoiseSchedule
 from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.base.trajectory import Trajectory, next_state, signal
 from catversion_jax.models.unet import Context
 from catversion_jax.sampling import denoising, sampler
 from catversion_jax.utils.errors import UserError
@@ -18,11 +19,11 @@ from tests.conftest import max_error
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "schedulers.npz"))
 CASES = [json.loads(case) for case in GOLDEN["cases"]]
-STEP = jax.jit(schedulers.step)
+STEP = jax.jit(next_state)
 TOLERANCE = 1e-4
 
 
-def run(trajectory: schedulers.Trajectory) -> np.ndarray:
+def run(trajectory: Trajectory) -> np.ndarray:
     """The last latents with the golden arrays' noise and stand-in for the UNet."""
     state = trajectory.start(jnp.asarray(GOLDEN["first_noise"]))
     for index, timestep, update, _ in zip(*trajectory.calls, strict=True):
@@ -50,7 +51,7 @@ def test_latents_are_those_of_diffusers(name):
 @pytest.mark.parametrize(
     ("prediction_type", "rescaled"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
 )
-@pytest.mark.parametrize("name", ["ddim", "euler", "euler_ancestral", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_sde", "unipc"])
 def test_a_perfect_prediction_arrives(name, prediction_type, rescaled):
     """A predictor that knows the clean latents brings every scheduler to them."""
     rng = np.random.default_rng(0)
@@ -60,13 +61,13 @@ def test_a_perfect_prediction_arrives(name, prediction_type, rescaled):
         {"prediction_type": prediction_type, "rescale_betas_zero_snr": rescaled} | spacing
     )
     trajectory = schedulers.plan(schedule, name, 10)
-    timesteps, trained = np.arange(schedule.num_train_timesteps), schedulers.trained_sigmas(schedule)
+    timesteps, trained = np.arange(schedule.num_train_timesteps), solvers.trained_sigmas(schedule)
     first = np.float32(np.interp(trajectory.calls.timestep[0], timesteps, trained))
-    state = trajectory.start(noise).at[0].set(schedulers.signal(first) * (clean + first * noise))
+    state = trajectory.start(noise).at[0].set(signal(first) * (clean + first * noise))
     for _, timestep, update, _ in zip(*trajectory.calls, strict=True):
-        alpha = jnp.full(2, schedulers.signal(np.interp(timestep, timesteps, trained)) ** 2, jnp.float32)
-        signal, ratio = jnp.sqrt(alpha[0]), jnp.sqrt(1 - alpha[0])
-        target = noise_schedule.TARGETS[prediction_type](clean, (state[0] - signal * clean) / ratio, alpha)
+        alpha = jnp.full(2, signal(np.interp(timestep, timesteps, trained)) ** 2, jnp.float32)
+        kept, ratio = jnp.sqrt(alpha[0]), jnp.sqrt(1 - alpha[0])
+        target = noise_schedule.TARGETS[prediction_type](clean, (state[0] - kept * clean) / ratio, alpha)
         state = STEP(state, target, jnp.asarray(rng.normal(size=noise.shape), jnp.float32), update)
     assert max_error(state[0], clean) < 1e-3
 
@@ -167,6 +168,7 @@ def test_each_calls_noise_is_new():
         ({"skip_prk_steps": False}, "pndm", 5, "PNDMScheduler: not supported: skip_prk_steps=False (only True)"),
         ({"interpolation_type": "log_linear"}, "euler", 5, "interpolation_type='log_linear' (only 'linear')"),
         ({"solver_order": 3}, "dpmpp_2m", 5, "DPMSolverMultistepScheduler: not supported: solver_order=3 (only 2)"),
+        ({"solver_type": "bh1"}, "unipc", 5, "scheduler_config.json: not supported: solver_type='bh1' (only 'bh2')"),
         ({"timestep_spacing": "log"}, "ddim", 5, "timestep_spacing='log': expected one of leading, linspace, trailing"),
         ({"final_sigmas_type": "one"}, "euler", 5, "final_sigmas_type='one': expected one of zero, sigma_min"),
         ({}, "lcm", 51, "steps: 51; lcm takes at most the 50"),
