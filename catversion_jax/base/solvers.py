@@ -249,9 +249,7 @@ def second_order(clean, past, levels: tuple[float, float, float]):
 def unipc(schedule: NoiseSchedule, options: Options, steps: int, skipped: int = 0) -> Trajectory:
     """Zhao et al. 2023, UniPC-2 with B_2(h): each call first corrects the step that led to it, then takes the next."""
     if options.solver_type == "bh1":
-        raise UserError(
-            "scheduler_config.json: solver_type='bh1': not supported (only 'bh2'); choose another scheduler"
-        )
+        raise UserError("scheduler_config.json: not supported: solver_type='bh1' (only 'bh2')")
     timesteps, levels = in_multistep(schedule, options, steps, skipped)
     # `corrected` are the latents that the last step started from, `past` and `older` the clean ones of two calls.
     latents, corrected, past, older, prediction, _ = np.eye(6)
