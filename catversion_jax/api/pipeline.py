@@ -13,10 +13,9 @@ from catversion_jax.base.pipeline import BasePipeline, ModelConfig, load_pipelin
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import load_for_concepts, recorded_sampler, warnings
-from catversion_jax.sampling.conditioning import acts
 from catversion_jax.sampling.picture_input import DENOISE, PictureInput, read_input
 from catversion_jax.sampling.picture_record import PictureRecord, records_of, texts_of
-from catversion_jax.sampling.sampler import SampleRequest, sample_images
+from catversion_jax.sampling.sampler import SampleRequest, sample_each, sample_images
 from catversion_jax.utils import cache
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
@@ -86,7 +85,7 @@ class Pipeline:
         start = self.start({name: how.pop(name) for name in START & how.keys()}, size)
         sampler = with_values(recorded, SAMPLER, how)
         request = SampleRequest.every(several, seeds, sampler, negative_prompt, *size, start)
-        pairs = zip(self.sample(request, given), self.records(request, given), strict=True)
+        pairs = zip(self.sample(request, given), self.records(request, [given] * len(request.prompts)), strict=True)
         return [with_texts(Image.fromarray(image), texts_of(picture)) for image, picture in pairs]
 
     def start(self, given: Mapping[str, Any], size: tuple[int, int]) -> PictureInput | None:
@@ -102,9 +101,9 @@ class Pipeline:
         image, mask = opened(given["image"]), opened(given["mask"]) if "mask" in given else None
         return read_input(image, mask, given.get("denoise", DENOISE), self.base.networks, size)
 
-    def records(self, request: SampleRequest, concepts: Sequence[Concept]) -> Iterator[PictureRecord]:
-        """Yields how each of the request's images is made."""
-        return records_of(request, self.base, self.model, concepts)
+    def records(self, request: SampleRequest, of_each: Sequence[Sequence[Concept]]) -> Iterator[PictureRecord]:
+        """Yields how each of the request's images is made, given the concepts of each."""
+        return records_of(request, self.base, self.model, of_each)
 
     def check(self, concepts: Mapping[str, Concept]) -> None:
         """Raises UserError for a concept, given by its source, that was learned on another base model."""
@@ -118,7 +117,17 @@ class Pipeline:
         prompts = list(dict.fromkeys(request.prompts))
         for warning in warnings(self.base, prompts, concepts) if concepts else ():
             warn(warning)
-        return sample_images(self.base, request, [concept for concept in concepts if acts(concept)])
+        return sample_images(self.base, request, concepts)
+
+    def sample_each(
+        self, request: SampleRequest, of_each: Sequence[Sequence[Concept]]
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "H W 3"]]]:
+        """Yields the request's images, each with concepts of its own, and their indices.
+
+        They come in the order in which most of them can share a batch. The base model is the same for all, and it is
+        compiled once: a concept is kilobytes.
+        """
+        return sample_each(self.base, request, of_each)
 
 
 def opened(source: str | AnyPath | Image.Image) -> AnyPath | Image.Image:

@@ -1,7 +1,6 @@
 """`catversion generate`: samples images with a learned concept."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import numpy as np
 from absl import flags
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from catversion_jax.api.pipeline import Pipeline
 from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.cli import generate_jobs
 from catversion_jax.cli.flags import (
     define_embedding,
     define_prompts,
@@ -22,6 +22,7 @@ from catversion_jax.cli.flags import (
     load_concept,
     make_out,
 )
+from catversion_jax.cli.pictures import save_picture
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import model_of, warnings
@@ -29,7 +30,7 @@ from catversion_jax.methods.model_names import is_on_hub, public_name
 from catversion_jax.sampling.conditioning import acts, movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
 from catversion_jax.sampling.picture_input import DENOISE, MAX_SIDE, PictureInput, read_input
-from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, as_text, png_info, read_picture, texts_of
+from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, as_text, read_picture
 from catversion_jax.sampling.picture_sources import Sources, add_sources, read_sources
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.errors import UserError
@@ -77,24 +78,31 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "like", None, "PNG file of catversion generate to make again; other flags change what it says, such as --seed."
     )
+    flags.DEFINE_string(
+        "jobs",
+        None,
+        "File of pictures to sample, each with concepts of its own: a JSON object a line (docs/pictures.md).",
+    )
     flags.DEFINE_bool("check", False, "Sample nothing; print how far the concept moves each prompt's text states.")
     define_sampling()
 
 
 def main(arguments: flags.FlagValues) -> int:
     """Writes `<prompt-slug>_<key>_<seed>.png` for every prompt and seed, and a grid of them."""
-    record = follow(arguments) if arguments.like else None
-    given, strength = given_concepts(arguments), given_strength(arguments)
-    concepts = {source: concept.at(strength) for source, concept in given.items()}
-    if record and strength is None:
-        used = {used.digest: used.strength for used in record.concepts}
-        concepts = {source: concept.at(used.get(concept.digest)) for source, concept in given.items()}
-    check_composition(list(concepts.values()))
-    sampler = SamplerConfig() if arguments.check else given_sampler(arguments, concepts)
-    prompts = given_prompts(arguments)
     if not arguments.out:  # a shell variable that is not set
         raise UserError("--out: empty; expected a folder; . is this one")
     out = expand(arguments.out)
+    if arguments.jobs is not None:
+        return generate_jobs.main(arguments, make_out(out))
+    record = follow(arguments) if arguments.like else None
+    loaded, strength = given_concepts(arguments), given_strength(arguments)
+    concepts = {source: concept.at(strength) for source, concept in loaded.items()}
+    if record and strength is None:
+        used = {used.digest: used.strength for used in record.concepts}
+        concepts = {source: concept.at(used.get(concept.digest)) for source, concept in loaded.items()}
+    check_composition(list(concepts.values()))
+    sampler = SamplerConfig() if arguments.check else given_sampler(arguments, concepts)
+    prompts = given_prompts(arguments)
     if not arguments.check:
         make_out(out)
     pipe = Pipeline.for_concepts(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
@@ -110,9 +118,9 @@ def main(arguments: flags.FlagValues) -> int:
     request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt, *size, start)
     files = [arguments.image, arguments.image_mask] if arguments.image_mask else [arguments.image]
     add_sources(out, concepts, pipe.model.path, {start.digest: files} if start else {})
-    rows = write_images(
-        out, pipe.records(request, list(concepts.values())), pipe.sample(request, list(concepts.values()))
-    )
+    given = list(concepts.values())
+    pictures = pipe.records(request, [given] * len(request.prompts))
+    rows = write_images(out, pictures, pipe.sample(request, given))
     path = free_grid_name(out)
     write_atomically(path, wrapped_grid(rows).save)
     count, shown = len(request.prompts), sum(map(len, rows.values()))
@@ -226,7 +234,7 @@ def write_images(out: AnyPath, pictures: Iterable[PictureRecord], images) -> dic
     left = GRID_IMAGES
     for picture, image in tqdm(zip(pictures, images, strict=True), total=len(pictures), unit=" images"):
         path = out / f"{slugs[picture.prompt]}_{picture.key}_{picture.seed}.png"
-        write_atomically(path, partial(Image.fromarray(image).save, pnginfo=png_info(texts_of(picture))))
+        save_picture(path, image, picture)
         if left:
             rows.setdefault(picture.prompt, []).append(reduced(image, GRID_PIXELS))
             left -= 1

@@ -73,10 +73,9 @@ class PictureRecord(msgspec.Struct, frozen=True):
 
 
 def records_of(
-    request: SampleRequest, pipeline: BasePipeline, model: ModelConfig, concepts: Sequence[Concept]
+    request: SampleRequest, pipeline: BasePipeline, model: ModelConfig, of_each: Sequence[Sequence[Concept]]
 ) -> Iterator[PictureRecord]:
-    """Yields the record of each of a request's images."""
-    used = tuple(UsedConcept(c.class_word, c.method_name, float(c.strength), c.digest) for c in concepts)
+    """Yields the record of each of a request's images, given the concepts of each."""
     sampler, start = request.sampler, request.start
     width, height = request.size(pipeline.networks)
     # What all of them share is made once: the digests are of whole pictures and concepts.
@@ -90,7 +89,7 @@ def records_of(
         batch_size=int(sampler.batch_size),
         width=int(width),
         height=int(height),
-        concepts=used,
+        concepts=(),
         model=as_text(public_name(model.path)),
         model_id=model_id(model.path),
         fingerprint=pipeline.fingerprint,
@@ -99,8 +98,13 @@ def records_of(
         start=start.digest if start else "",
         denoise=float(start.denoise) if start else 0.0,
     )
-    for prompt, seed in zip(request.prompts, request.seeds, strict=True):
-        yield msgspec.structs.replace(shared, prompt=prompt, seed=int(seed))
+    used_by_id: dict[int, UsedConcept] = {}
+    for prompt, seed, concepts in zip(request.prompts, request.seeds, of_each, strict=True):
+        for c in concepts:
+            if id(c) not in used_by_id:
+                used_by_id[id(c)] = UsedConcept(c.class_word, c.method_name, float(c.strength), c.digest)
+        used = tuple(used_by_id[id(c)] for c in concepts)
+        yield msgspec.structs.replace(shared, prompt=prompt, seed=int(seed), concepts=used)
 
 
 def model_id(path: str) -> str:

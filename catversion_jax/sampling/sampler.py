@@ -1,8 +1,8 @@
 """Samples images of any number of prompts, one batch of fixed size at a time."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -11,12 +11,11 @@ import numpy as np
 
 from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import BasePipeline, Networks
-from catversion_jax.base.prompt_tokens import word_weights
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.models.unet import Context
-from catversion_jax.sampling.conditioning import condition, same_length, tokens_of, with_unet
+from catversion_jax.sampling.branches import batch_key, batches_of, branches_of, join_branches
+from catversion_jax.sampling.conditioning import condition, with_unet
 from catversion_jax.sampling.denoising import Guided, decode_latents, denoise, initial_latents
 from catversion_jax.sampling.picture_input import Kept, PictureInput, check_size_of_image, clean_latents, drawn_latents
 from catversion_jax.utils.errors import UserError
@@ -66,17 +65,32 @@ def sample_images(
     UserError at once if the scheduler does not allow that many steps, the size cannot be or the concepts cannot share a
     prompt, and on demand if a network gives NaN or infinity, which would become black images.
     """
+    batches = latent_batches(pipeline, request, [concepts] * len(request.prompts))
+    return (image for _, image in decoded_images(pipeline, request, batches))
 
+
+def sample_each(
+    pipeline: BasePipeline, request: SampleRequest, of_each: Sequence[Sequence[Concept]]
+) -> Iterator[tuple[int, UInt8[np.ndarray, "H W 3"]]]:
+    """Returns an iterator over the request's images, each with concepts of its own, and their indices.
+
+    Images of different concepts share a batch. They come in the order in which most of them can.
+    """
+    return decoded_images(pipeline, request, latent_batches(pipeline, request, of_each, in_order=False))
+
+
+def decoded_images(
+    pipeline: BasePipeline,
+    request: SampleRequest,
+    batches: Iterable[tuple[list[int], Float[Array, "B h w c"]]],
+) -> Iterator[tuple[int, UInt8[np.ndarray, "H W 3"]]]:
+    """Yields the images of batches of latents, and their indices."""
     start = request.start
-
-    def images(latents: Float[Array, "B h w c"]) -> UInt8[np.ndarray, "B H W 3"]:
+    for indices, latents in batches:
         decoded, finite = decode_latents(pipeline.params["vae"], latents, networks=pipeline.networks)
         check_finite(finite, "VAE")
-        images = np.asarray(decoded)
-        return np.stack([start.keep(image) for image in images]) if start else images
-
-    batches = sample_latents(pipeline, request, concepts)
-    return itertools.chain.from_iterable(images(latents)[:real] for latents, real in batches)
+        for index, image in zip(indices, np.asarray(decoded), strict=False):  # the last batch has more images
+            yield index, start.keep(image) if start else image
 
 
 @jax.jit
@@ -91,29 +105,6 @@ def check_finite(finite: Bool[Array, ""] | bool, network: str) -> None:
         raise UserError(
             f"the {network} gives NaN or infinity; choose another dtype, guidance or scheduler, or check the concept"
         )
-
-
-def branches(
-    pipeline: BasePipeline, prompts: Sequence[str], concepts: Sequence[Concept]
-) -> tuple[list[Context], Float[np.ndarray, "W B K"] | None]:
-    """Returns the conditioning of each conditional branch, and where the words of several concepts are.
-
-    One concept has one branch. Several have one each, behind the base model's. All prompts have as many chunks.
-    """
-    if len(concepts) < 2:
-        return [condition(pipeline, prompts, concepts[0] if concepts else None)], None
-    each = [condition(pipeline, prompts, c, [other for other in concepts if other is not c]) for c in concepts]
-    tokens, words = tokens_of(pipeline, prompts, None)[0], [concept.class_word for concept in concepts]
-    return [condition(pipeline, prompts), *each], word_weights(pipeline.tokenizer, tokens, words)
-
-
-def batches_of(chunks: Sequence[int], size: int) -> list[list[int]]:
-    """Returns the indices of images in batches of at most `size`, whose prompts have as many chunks each.
-
-    So an image does not depend on how long the prompts of its neighbours are.
-    """
-    each = (list(group) for _, group in itertools.groupby(range(len(chunks)), key=chunks.__getitem__))
-    return [group[start : start + size] for group in each for start in range(0, len(group), size)]
 
 
 def started_from(
@@ -137,8 +128,19 @@ def sample_latents(
     pipeline: BasePipeline, request: SampleRequest, concepts: Sequence[Concept] = ()
 ) -> Iterator[tuple[Float[Array, "B h w c"], int]]:
     """Returns an iterator over the latents of `sample_images`: a batch, and how many of its images were requested."""
+    batches = latent_batches(pipeline, request, [concepts] * len(request.prompts))
+    return ((latents, len(images)) for images, latents in batches)
+
+
+def latent_batches(
+    pipeline: BasePipeline, request: SampleRequest, of_each: Sequence[Sequence[Concept]], in_order: bool = True
+) -> Iterator[tuple[list[int], Float[Array, "B h w c"]]]:
+    """Returns an iterator over batches of the request's images, with the concepts of each: indices and latents.
+
+    A batch may hold more latents than indices. All batches run one compiled program, unless their prompts are of other
+    lengths. Not `in_order`, images that can share a batch come together.
+    """
     net, sampler = pipeline.networks, request.sampler
-    size = sampler.batch_size
     shape = request.latent_shape(net)
     picture = request.start
     skipped = picture.skipped(sampler.steps) if picture else 0
@@ -146,34 +148,37 @@ def sample_latents(
     clean = jnp.asarray(clean_latents(pipeline, picture)) if picture else None
     # One call per dispatch on a CPU: XLA's CPU convolutions are slow in a loop's body (docs/performance.md).
     calls_per_dispatch = 1 if jax.default_backend() == "cpu" else len(trajectory.calls.number)
-    check_composition(concepts)
-    acting = [concept for concept in concepts if concept.strength]
-    first = acting[0] if acting else None
-    unet = with_unet(pipeline, first).params["unet"]
+    for concepts in {tuple(map(id, concepts)): concepts for concepts in of_each}.values():
+        check_composition(concepts)
     # Guidance of 1 is the conditional prediction itself: half of the work.
     negative = [condition(pipeline, [request.negative_prompt])] if sampler.guidance != 1 else []
+    asked = [
+        (prompt, tuple(concept for concept in concepts if concept.strength))
+        for prompt, concepts in zip(request.prompts, of_each, strict=True)
+    ]
+    # Of images with the same prompt and concepts, the first; concepts are told apart by identity, not by their arrays.
+    seen: dict[tuple, int] = {}
+    alike = [seen.setdefault((prompt, *map(id, concepts)), i) for i, (prompt, concepts) in enumerate(asked)]
+    key_of_first = {i: batch_key(pipeline, *asked[i]) for i in seen.values()}
+    keys = [key_of_first[i] for i in alike]
+    order = range(len(keys)) if in_order else sorted(range(len(keys)), key=keys.__getitem__)
+    by_id = {id(concept): concept for _, concepts in asked for concept in concepts}
+    conditioned = lru_cache(sampler.batch_size)(lambda first: branches_of(pipeline, *asked[first]))
+    unet_of = lru_cache(1)(lambda unet: with_unet(pipeline, by_id.get(unet)).params["unet"])
 
-    chunks_of = {prompt: len(tokens_of(pipeline, [prompt], first)[0][0].ids) for prompt in {*request.prompts}}
-    chunks = [chunks_of[prompt] for prompt in request.prompts]
-
-    def batch(images: list[int]) -> tuple[Float[Array, "B h w c"], int]:
+    def batch(images: list[int]) -> tuple[list[int], Float[Array, "B h w c"]]:
         # The last image is repeated to fill the batch, so that one compiled program serves all batches.
-        index = images + images[-1:] * (size - len(images))
-        prompts = [request.prompts[i] for i in index]
+        index = images + images[-1:] * (sampler.batch_size - len(images))
         seeds = jnp.asarray([request.seeds[i] for i in index], jnp.uint32)
-        contexts, of_words = branches(pipeline, prompts, acting)
-        contexts = same_length([*negative, *contexts])
-        if of_words is not None:
-            of_words = np.tile(of_words, contexts[-1].states.shape[1] // of_words.shape[2])
-        # The last one has the whole batch's shape.
-        context = jax.tree.map(lambda *each: jnp.stack([jnp.broadcast_to(x, each[-1].shape) for x in each]), *contexts)
+        context, of_words = join_branches([conditioned(alike[i]) for i in index], negative)
         noise = initial_latents(seeds, shape)
         clean_start, kept = started_from(picture, clean, noise, net)
         guided = Guided(seeds, context, jnp.float32(sampler.guidance), of_words, kept)
         state = trajectory.start(noise, clean_start)
+        unet = unet_of(keys[index[0]].unet)
         latents = denoise(unet, state, guided, trajectory, networks=net, calls_per_dispatch=calls_per_dispatch)
         check_finite(all_finite(context), "text encoder")
         check_finite(all_finite(latents), "UNet")
-        return latents, len(images)
+        return images, latents
 
-    return map(batch, batches_of(chunks, size))
+    return map(batch, batches_of(keys, order, sampler.batch_size))

@@ -14,12 +14,12 @@ from catversion_jax.utils.image_grid import reduced
 
 def pictures_of(pipeline, prompts: int, seeds: int) -> list[PictureRecord]:
     request = SampleRequest.every([f"prompt {i}" for i in range(prompts)], range(seeds), SamplerConfig())
-    return list(records_of(request, pipeline, ModelConfig(), []))
+    return list(records_of(request, pipeline, ModelConfig(), [[]] * len(request.prompts)))
 
 
 def test_the_grid_keeps_small_copies_of_the_first_pictures(tiny_pipeline, tmp_path, monkeypatch):
     """Of hundreds, every one is written and 256 are kept, however large they are."""
-    monkeypatch.setattr(generate, "write_atomically", lambda path, _: written.append(path.name))
+    monkeypatch.setattr(generate, "save_picture", lambda path, *_: written.append(path.name))
     written: list[str] = []
     image = np.zeros((512, 256, 3), np.uint8)
     rows = generate.write_images(tmp_path, pictures_of(tiny_pipeline, 20, 20), iter([image] * 400))

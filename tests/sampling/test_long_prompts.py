@@ -10,6 +10,7 @@ from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.dreambooth import DreamBooth
 from catversion_jax.models.unet import Context
 from catversion_jax.sampling import conditioning, sampler
+from catversion_jax.sampling.branches import BatchKey, batches_of
 from tests.commands import catversion, error_of
 from tests.conftest import max_error
 
@@ -23,7 +24,9 @@ def latents(pipeline, prompts, seeds, *concepts, negative_prompt="") -> np.ndarr
 
 
 def test_batches_of_equal_length():
-    assert sampler.batches_of([1, 1, 1, 2, 2, 1], 2) == [[0, 1], [2], [3, 4], [5]]
+    keys = [BatchKey(0, 1, chunks) for chunks in (1, 1, 1, 2, 2, 1)]
+    assert batches_of(keys, range(6), 2) == [[0, 1], [2], [3, 4], [5]]
+    assert batches_of(keys, sorted(range(6), key=keys.__getitem__), 2) == [[0, 1], [2, 5], [3, 4]]
 
 
 def test_neighbours_of_other_lengths(tiny_pipeline, loaded):
