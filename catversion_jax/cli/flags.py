@@ -48,7 +48,7 @@ def checked_config(arguments: flags.FlagValues, unset: tuple[str, ...] = ()) -> 
 def define_embedding(several: bool = False) -> None:
     """Defines --embedding and its alias --concept; with `several`, it may be repeated."""
     what = "Run directory of catversion train, its concept.safetensors, or its name on Hugging Face (owner/name)"
-    repeat = "; repeat it for several concepts in one prompt" if several else ""
+    repeat = "; may be repeated, for several concepts" if several else ""
     flags.DEFINE_multi_string("embedding", [], f"{what}{repeat}.")
     flags.DEFINE_alias("concept", "embedding")
 
@@ -57,7 +57,7 @@ def given_embedding(arguments: flags.FlagValues) -> str:
     """Returns the one value of --embedding, "" without one. Raises UserError if there are several."""
     given = arguments.embedding
     if len(given) > 1:
-        raise UserError(f"--embedding: {listed(given)}; expected one; only catversion generate takes several")
+        raise UserError(f"--embedding: {listed(given)}; expected one; only generate and export take several")
     return given[0] if given else ""
 
 

@@ -1,75 +1,102 @@
 """CatVersion for ComfyUI: a node that puts a learned concept into a CLIP. README.md says how to use it."""
 
+import os
 from contextlib import suppress
 from numbers import Integral
-from pathlib import Path
 
+import folder_paths
 import torch
 
-from .catversion_torch import MAX_STRENGTH, Handle, check, load
+from .catversion_torch import MAX_STRENGTH, Part, check, load
 
-FOLDER = Path(__file__).parent
+FOLDER = "catversion"
+"""Of ComfyUI's models/, where the concepts are."""
 ENCODERS = ("clip_l", "clip_h", "clip_g")
 """ComfyUI's names: Stable Diffusion 1.x has clip_l, 2.x clip_h, SDXL clip_l and clip_g."""
+OTHERS = ("t5xxl", "llama", "byt5")
+"""What a CLIP of another model has beside, such as Stable Diffusion 3's or Flux's."""
+
+folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
 def recorded_strength(files: list[str]) -> float:
-    """The strength that the first file records: ComfyUI has one default for all files, and the export writes one."""
+    """The strength that the first file records: ComfyUI has one default for all files."""
     with suppress(ValueError, OSError):  # of a damaged file or a broken link, which `apply` tells of
-        return load(FOLDER / files[0])[0].strength if files else 1.0
+        return load(folder_paths.get_full_path_or_raise(FOLDER, files[0]))[0].strength if files else 1.0
     return 1.0
 
 
 class ApplyCatVersion:
-    """A CLIP and a concept of this folder to a CLIP that knows the concept; the one that came in stays as it is."""
+    """A CLIP and a concept to a CLIP that knows the concept; the one that came in stays as it is."""
 
     CATEGORY = "conditioning"
     FUNCTION = "apply"
     RETURN_TYPES = ("CLIP",)
+    DESCRIPTION = "Puts a concept of models/catversion into a CLIP. Several: one node after the other."
 
     @classmethod
     def INPUT_TYPES(cls):
-        files = sorted(path.name for path in FOLDER.glob("*.safetensors"))
+        files = folder_paths.get_filename_list(FOLDER)
         strength = {"default": recorded_strength(files), "min": 0.0, "max": MAX_STRENGTH, "step": 0.05}
         return {"required": {"clip": ("CLIP",), "concept": (files,), "strength": ("FLOAT", strength)}}
 
     @classmethod
     def IS_CHANGED(cls, concept, **inputs):
-        return (FOLDER / concept).stat().st_mtime_ns
+        return os.stat(folder_paths.get_full_path_or_raise(FOLDER, concept)).st_mtime_ns
 
     def apply(self, clip, concept, strength):
-        """Object patches are in the shared model only while the clone is the one that ComfyUI has loaded."""
-        concepts = load(FOLDER / Path(concept).name)
-        names = [name for name in ENCODERS if hasattr(clip.cond_stage_model, name)]
-        if len(names) != len(concepts):
+        """Patches are in the shared model only while the clone is the one that ComfyUI has loaded."""
+        concepts = load(folder_paths.get_full_path_or_raise(FOLDER, concept))
+        model = clip.cond_stage_model
+        names = [name for name in ENCODERS if hasattr(model, name)]
+        others = [name for name in OTHERS if hasattr(model, name)]
+        if len(names) != len(concepts) or others:
             raise ValueError(
-                f"{concept}: for {len(concepts)} text encoder(s), but this CLIP has {len(names)} "
-                f"({', '.join(names) or 'none of CLIP'}); use the base model it was learned on"
+                f"{concept}: for {len(concepts)} text encoder(s) of Stable Diffusion 1.x, 2.x or XL, but this CLIP has "
+                f"{', '.join(names + others) or 'none of them'}; use the base model it was learned on"
             )
         clone = clip.clone()
-        for name, part in zip(names, concepts, strict=True):
-            encoder = getattr(clip.cond_stage_model, name)
-            patch(clone.patcher, name, encoder, Handle(part, getattr(clip.tokenizer, name).tokenizer, strength))
+        for name, of_encoder in zip(names, concepts, strict=True):
+            part = Part(of_encoder, getattr(clip.tokenizer, name).tokenizer, strength)
+            patch(clone.patcher, name, getattr(model, name), part)
         return (clone,)
 
 
-def patch(patcher, name, encoder, handle):
-    """Patch one text encoder: its forward, which sees the tokens, and the self-attention of the concept's layers."""
-    attentions = [layer.self_attn for layer in encoder.transformer.text_model.encoder.layers]
-    path = f"{name}.transformer.text_model.encoder.layers.{{}}.self_attn.forward"
-    forwards = [patcher.get_model_object(path.format(i)) for i in range(len(attentions))]
-    check(handle.concept, attentions, forwards)
-    encode = patcher.get_model_object(f"{name}.forward")
+def patch(patcher, name, encoder, part):
+    """Patch one text encoder: its forward, which sees the tokens, and the self-attention of the concept's layers.
 
-    def forward(tokens, *rest, **named):
+    What is patched are the modules' classes, so that each finds its module when it is called: a patcher may be loaded
+    into a copy of the model. The class that is there, of a node before, goes on to be called.
+    """
+    layers = encoder.transformer.text_model.encoder.layers
+    check(part.concept, [layer.self_attn for layer in layers])
+    path = f"{name}.__class__"
+    patcher.add_object_patch(path, looking(patcher.get_model_object(path), part))
+    for i in part.concept.layers:
+        path = f"{name}.transformer.text_model.encoder.layers.{i}.self_attn.__class__"
+        patcher.add_object_patch(path, adding(patcher.get_model_object(path), part, i))
+
+
+def looking(base: type, part: Part) -> type:
+    """A text encoder that shows a concept the tokens; they are the chunks of one prompt."""
+
+    def forward(self, tokens, *rest, **named):
         # A token is an id, or the vector of a textual inversion: that one is no word of the class.
         ids = [[token if isinstance(token, Integral) else -1 for token in row] for row in tokens]
-        handle.look(torch.tensor(ids))
-        return encode(tokens, *rest, **named)
+        part.look(torch.tensor(ids), one_prompt=True)
+        return base.forward(self, tokens, *rest, **named)
 
-    patcher.add_object_patch(f"{name}.forward", forward)
-    for i in handle.concept.layers:
-        patcher.add_object_patch(path.format(i), handle.forward(attentions[i], i, forwards[i], lambda x: x))
+    return type(base.__name__, (base,), {"forward": forward})
+
+
+def adding(base: type, part: Part, layer: int) -> type:
+    """A layer's self-attention that adds what a concept changes."""
+
+    def forward(self, x, mask=None, *rest, **named):
+        return part.add(self, layer, x, [mask], base.forward(self, x, mask, *rest, **named))
+
+    return type(base.__name__, (base,), {"forward": forward})
 
 
 NODE_CLASS_MAPPINGS = {"ApplyCatVersion": ApplyCatVersion}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from catversion_jax.methods import concept_file, model_names
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.sampling.conditioning import context
+from catversion_jax.sampling.image_names import slug
 from catversion_jax.sampling.sampler import SampleRequest, check_finite
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
@@ -21,16 +23,19 @@ from catversion_jax.weights import safetensors
 FOLDER = Path(__file__).parents[1] / "exported"
 """Code for other programs, which is copied as data and never imported here."""
 
-COMFYUI = "comfyui_catversion"
+NODE, MODELS = "ComfyUI/custom_nodes/catversion", "ComfyUI/models/catversion"
+"""Where ComfyUI has nodes, and the node its concepts."""
 FILES = {
     "catversion_torch.py": "catversion_torch.py",
-    f"{COMFYUI}/__init__.py": "comfyui_node.py",
-    f"{COMFYUI}/README.md": "comfyui_README.md",
-    f"{COMFYUI}/catversion_torch.py": "catversion_torch.py",
+    f"{NODE}/__init__.py": "comfyui_node.py",
+    f"{NODE}/README.md": "comfyui_README.md",
+    f"{NODE}/catversion_torch.py": "catversion_torch.py",
+    f"{NODE}/example_workflows/catversion.json": "comfyui_workflow.json",
+    f"{NODE}/pyproject.toml": "comfyui_pyproject.toml",
 }
 """Name of the written file -> name of the file in FOLDER that it is a copy of."""
+FOLDERS = (NODE, f"{NODE}/example_workflows", MODELS)
 
-CONCEPTS = (concept_file.FILE_NAME, f"{COMFYUI}/{concept_file.FILE_NAME}")
 EMBEDS = "prompt_embeds.safetensors"
 
 
@@ -40,13 +45,24 @@ def check_exportable(concept: Concept, source: str) -> None:
         raise UserError(f"{source}: learned by {concept.method_name}; only catversion's can be exported")
 
 
-def write_concept(out: AnyPath, concept: Concept) -> list[str]:
-    """Writes the concept and the code that uses it; returns the names of the files in `out`."""
+def concept_names(concepts: Sequence[Concept]) -> list[str]:
+    """Returns a file name for each concept: its class word and, if others have that too, its digest."""
+    words = [slug(concept.class_word or "concept") for concept in concepts]
+    return [
+        f"{word}.safetensors" if words.count(word) == 1 else f"{word}-{concept.digest[:8]}.safetensors"
+        for word, concept in zip(words, concepts, strict=True)
+    ]
+
+
+def write_concepts(out: AnyPath, concepts: Sequence[Concept]) -> list[str]:
+    """Writes concepts, and the code that uses them, into `out` and its FOLDERS; returns the concepts' file names."""
     for name, source in FILES.items():
         write_atomically(out / name, partial(shutil.copyfile, FOLDER / source))
-    for name in CONCEPTS:
-        concept_file.save(out / name, concept)
-    return [*FILES, *CONCEPTS]
+    names = concept_names(concepts)
+    for name, concept in zip(names, concepts, strict=True):
+        for path in (out / name, out / MODELS / name):
+            concept_file.save(path, concept)
+    return names
 
 
 def write_embeds(

@@ -144,7 +144,7 @@ def test_models_concepts_prompts_and_pictures(bucket, tiny_model, tmp_path, monk
         f"--out={bucket / 'scores.json'}",
     )  # fmt: skip
     catversion("export", f"--embedding={bucket / 'run'}", f"--out={bucket / 'exported'}")
-    assert (bucket / "exported" / "comfyui_catversion" / "__init__.py").is_file()
+    assert (bucket / "exported" / "ComfyUI" / "custom_nodes" / "catversion" / "__init__.py").is_file()
     # The model is copied once, and again when it is another.
     cached = next((tmp_path / "cache" / "catversion_jax" / "models").iterdir())
     before = (cached / "unet" / "config.json").stat().st_mtime_ns

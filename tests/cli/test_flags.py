@@ -97,9 +97,9 @@ def test_a_second_embedding(concept, tmp_path):
     """Is used, or refused, and never left out."""
     twice = [f"--embedding={concept}", f"--concept={concept}", f"--out={tmp_path / 'out'}", "--prompt=a teapot"]
     assert f"--embedding: {concept} twice; expected each concept once" in error_of("generate", *twice)
-    assert "expected one; only catversion generate takes several" in error_of("export", *twice)
+    assert "twice; expected each concept once" in error_of("export", *twice)
     references = f"--references={tmp_path}"
-    assert "expected one; only catversion generate takes several" in error_of("evaluate", *twice, references)
+    assert "expected one; only generate and export take several" in error_of("evaluate", *twice, references)
 
 
 def test_a_strangers_concept_contacts_nobody(concept, tmp_path, monkeypatch):

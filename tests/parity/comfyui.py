@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 SOURCE = Path(sys.prefix) / "comfyui"
-UNUSED = {"comfy_aimdo", "comfy_kitchen", "torchaudio", "torchsde", "torchvision"}
+UNUSED = {"av", "comfy_aimdo", "comfy_kitchen", "torchaudio", "torchsde", "torchvision"}
 """What ComfyUI imports for other models than CLIP and Stable Diffusion's."""
 
 

@@ -1,27 +1,31 @@
-"""What catversion export writes, at work in PyTorch: transformers' text encoder, a whole diffusers pipeline, and
-ComfyUI's interface, against our own text states."""
+"""What catversion export writes, at work in pipelines of diffusers, against our own text states."""
 
 import contextlib
 import copy
 import dataclasses
 import importlib.util
-import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from catversion_jax.methods import concept_file
+from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.sampling import conditioning, export
 from tests import tiny
 from tests.commands import catversion
 from tests.conftest import max_error
-from tests.parity import comfyui
 
 PROMPTS = ["a photo of a teapot on the beach", "a teapot and a red teapot", "a car"]
 NEGATIVE = "blurry, an ugly teapot"
@@ -89,7 +93,7 @@ def with_second(concept: concept_file.Concept) -> tuple[concept_file.Concept, co
 
 @contextlib.contextmanager
 def attached(pipe, path, **kwargs):
-    handle = catversion_torch.attach(pipe.text_encoder, path, tokenizer=pipe.tokenizer, **kwargs)
+    handle = catversion_torch.attach(pipe, path, **kwargs)
     try:
         yield handle
     finally:
@@ -124,9 +128,10 @@ def test_a_class_word_of_several_tokens(pipe, tiny_pipeline, make):
     concept, path = make("trigger", word="teddy bear")
     assert len(tiny_pipeline.tokenizer.word("teddy bear")) > 1
     prompts = ["a Teddy Bear and a teddy bear", "a bear", "teddy bears", "teddy bear " * 50]
+    # A pipeline cuts the last one, of which our first chunk is as long.
     with attached(pipe, path):
         states, _ = encode(pipe, prompts)
-    assert max_error(states, ours(tiny_pipeline, prompts, concept)) < TOLERANCE
+    assert max_error(states, ours(tiny_pipeline, prompts, concept)[:, :77]) < TOLERANCE
 
 
 def test_the_class_word_is_a_whole_word(pipe, tiny_pipeline, make):
@@ -141,39 +146,108 @@ def test_the_class_word_is_a_whole_word(pipe, tiny_pipeline, make):
     assert moved.tolist() == [False, True, True]
 
 
-def test_the_second_text_encoder(pipe, tiny_pipeline, make, tmp_path):
-    """A concept of SDXL holds a prefix for each text encoder; here the second is the first with other layers."""
-    concept, _ = make("all")
-    second, two = with_second(concept)
-    path = tmp_path / "two.safetensors"
-    concept_file.save(path, two)
-    for encoder, expected in ((1, concept), (2, second)):
-        with attached(pipe, path, encoder=encoder):
-            states, _ = encode(pipe, PROMPTS)
-        assert max_error(states, ours(tiny_pipeline, PROMPTS, expected)) < TOLERANCE
-    with pytest.raises(ValueError, match=r"for 2 text encoder\(s\); expected one for encoder 3"):
-        catversion_torch.attach(pipe.text_encoder, path, pipe.tokenizer, encoder=3)
-
-
 @pytest.mark.parametrize("scope", ["all", "trigger"])
-def test_base_model_bit_for_bit(pipe, make, scope):
+def test_the_negative_prompt_by_itself(pipe, make, scope):
+    """Never sees the concept, though it has the class word, and though it is the prompt's own text."""
     _, path = make(scope)
     states, negative = encode(pipe, PROMPTS, NEGATIVE)
     with attached(pipe, path) as handle:
-        assert not torch.equal(encode(pipe, PROMPTS, NEGATIVE)[0], states)
-        assert not torch.equal(encode(pipe, PROMPTS, NEGATIVE)[1], negative)  # as nobody said what it is
-        handle.negatives.add(NEGATIVE)
-        assert torch.equal(encode(pipe, PROMPTS, NEGATIVE)[1], negative)
-        with handle.disabled():
-            assert torch.equal(encode(pipe, PROMPTS)[0], states)
-        assert not torch.equal(encode(pipe, PROMPTS)[0], states)
-        assert torch.equal(encode(pipe, ["a car"])[0], encode(pipe, ["a car"])[0])
+        moved, same = encode(pipe, PROMPTS, NEGATIVE)
+        assert not torch.equal(moved, states)
+        assert torch.equal(same, negative)
+        moved, same = encode(pipe, [NEGATIVE], NEGATIVE)
+        assert not torch.equal(moved[0], negative[0])
+        assert torch.equal(same[0], negative[0])
         handle.strength = 0
         assert torch.equal(encode(pipe, PROMPTS)[0], states)
+        handle.strength = 1
+        ids = pipe.tokenizer(PROMPTS, padding="max_length", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            alone = pipe.text_encoder(ids)[0]  # by another program
+            with handle.enabled():
+                inside = pipe.text_encoder(ids)[0]
+        assert torch.equal(alone, states)
+        assert torch.equal(inside, encode(pipe, PROMPTS)[0])
     for module in pipe.text_encoder.modules():
-        assert "forward" not in vars(module)
         assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+    assert "encode_prompt" not in vars(pipe)
     assert torch.equal(encode(pipe, PROMPTS)[0], states)
+
+
+def test_several_concepts(pipe, tiny_pipeline, make):
+    """What they change is added; each at its strength; in any order, and taken out in any order."""
+    (teapot, one), (car, two) = make("trigger", 4), make("trigger", 2, word="car")
+    base = encode(pipe, PROMPTS)[0]
+    with attached(pipe, [one, two], strength=(0.5, 1.0)) as handle:
+        assert handle.strength == (0.5, 1.0)
+        states = encode(pipe, PROMPTS)[0]
+        assert max_error(states[:2], ours(tiny_pipeline, PROMPTS[:2], teapot, 0.5)) < TOLERANCE
+        assert max_error(states[2:], ours(tiny_pipeline, PROMPTS[2:], car)) < TOLERANCE
+        both = encode(pipe, ["a car and a teapot"])[0]
+        handle.strength = 0
+        assert torch.equal(encode(pipe, PROMPTS)[0], base)
+        with pytest.raises(ValueError, match="3 strengths; expected one, or one for each of 2"):
+            handle.strength = [1, 1, 1]
+    first = catversion_torch.attach(pipe, two)
+    second = catversion_torch.attach(pipe, one, strength=0.5)
+    assert max_error(encode(pipe, ["a car and a teapot"])[0], both) < TOLERANCE
+    assert torch.equal(encode(pipe, PROMPTS, NEGATIVE)[1][0], encode(pipe, [""], NEGATIVE)[1][0])
+    first.remove()
+    assert max_error(encode(pipe, PROMPTS[:1])[0], ours(tiny_pipeline, PROMPTS[:1], teapot, 0.5)) < TOLERANCE
+    second.remove()
+    assert torch.equal(encode(pipe, PROMPTS)[0], base)
+
+
+def test_sdxl(tmp_path_factory, tmp_path):
+    """Both text encoders, the pooled embedding and the negative prompt, by themselves."""
+    folder = tiny.write(tmp_path_factory.mktemp("xl"), changes=tiny.XL_CHANGES)
+    parts = {
+        name: kind.from_pretrained(folder / name, torch_dtype=torch.float32)
+        for name, kind in {
+            "vae": AutoencoderKL,
+            "text_encoder": CLIPTextModel,
+            "text_encoder_2": CLIPTextModelWithProjection,
+            "unet": UNet2DConditionModel,
+        }.items()
+    }
+    words = {name: CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")}
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    pipe = StableDiffusionXLPipeline(**parts, **words, scheduler=scheduler, add_watermarker=False)
+    pipeline = tiny.load(folder)
+    rng = np.random.default_rng(0)
+    learned = {
+        name: rng.normal(size=(2, 2, 2, *heads)).astype(np.float32)
+        for name, heads in zip(("prefix", "prefix_2"), pipeline.networks.heads, strict=True)
+    }
+    method = CatVersion(layers=((1, 2), (0, 2)), scope="trigger")
+    concept = concept_file.Concept(learned, method, "teapot", (), pipeline.fingerprint, "", 1, 0.01, 0)
+    concept_file.save(tmp_path / "teapot.safetensors", concept)
+    given = {"negative_prompt": [NEGATIVE] * len(PROMPTS), "device": "cpu"}
+    with torch.no_grad():
+        base = pipe.encode_prompt(PROMPTS, **given)
+        with attached(pipe, tmp_path / "teapot.safetensors"):
+            states, negative, pooled, negative_pooled = pipe.encode_prompt(PROMPTS, **given)
+    expected = conditioning.context(pipeline, PROMPTS, concept)
+    assert max_error(states, expected.states) < TOLERANCE
+    assert max_error(pooled, expected.pooled) < TOLERANCE
+    assert torch.equal(negative, base[1])
+    assert torch.equal(negative_pooled, base[3])
+    assert max_error(pooled[:1], base[2][:1]) > 0.01
+
+
+def test_from_the_hub(pipe, make, monkeypatch):
+    """A name that is no file here is downloaded."""
+    import huggingface_hub
+
+    _, path = make("all")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *given: asked.append(given) or str(path))
+    with attached(pipe, "someone/teapot"):
+        pass
+    assert asked == [("someone/teapot", "concept.safetensors")]
+    with attached(pipe, path.parent / path.name):
+        assert len(asked) == 1
 
 
 def test_half_precision(pipe, make):
@@ -181,11 +255,11 @@ def test_half_precision(pipe, make):
     with attached(pipe, path):
         single, _ = encode(pipe, PROMPTS)
     encoder = copy.deepcopy(pipe.text_encoder).bfloat16()
-    catversion_torch.attach(encoder, path, pipe.tokenizer)
-    ids = pipe.tokenizer(PROMPTS, padding="max_length", return_tensors="pt")["input_ids"]
-    half = encoder(ids).last_hidden_state
-    assert half.dtype == torch.bfloat16
-    assert max_error(half.detach().float(), single) < 0.1
+    half = StableDiffusionPipeline(**pipe.components | {"text_encoder": encoder}, requires_safety_checker=False)
+    with attached(half, path):
+        states, _ = encode(half, PROMPTS)
+    assert states.dtype == torch.bfloat16
+    assert max_error(states.float(), single) < 0.1
 
 
 @pytest.mark.parametrize("scope", ["all", "trigger"])
@@ -205,8 +279,7 @@ def test_whole_pipeline(pipe, make, tmp_path, scope):
     asked = {"prompt": PROMPTS, "negative_prompt": [NEGATIVE] * len(PROMPTS)}
     base = latents(**asked)
     expected = latents(**embeds)
-    with attached(pipe, path) as handle:
-        handle.negatives.add(NEGATIVE)
+    with attached(pipe, path):
         hooked = latents(**asked)
         for states, name in zip(encode(pipe, PROMPTS, NEGATIVE), embeds, strict=True):
             assert max_error(states, embeds[name]) < TOLERANCE
@@ -214,8 +287,8 @@ def test_whole_pipeline(pipe, make, tmp_path, scope):
     assert max_error(hooked[:2], base[:2]) > 0.01
 
 
-def test_the_recorded_strength(pipe, tiny_pipeline, make, tmp_path):
-    """It is what the handle and the node start from; a file of before it was recorded means 1."""
+def test_the_recorded_strength(pipe, tiny_pipeline, make):
+    """It is what the handle starts from; a file of before it was recorded means 1."""
     concept, path = make("all")
     with attached(pipe, path) as handle:
         assert handle.strength == 1
@@ -224,12 +297,6 @@ def test_the_recorded_strength(pipe, tiny_pipeline, make, tmp_path):
     with attached(pipe, path) as handle:
         assert handle.strength == 0.25
         assert max_error(encode(pipe, PROMPTS)[0], ours(tiny_pipeline, PROMPTS, concept, None)) < TOLERANCE
-    catversion("export", "--embedding", path, "--out", tmp_path / "out", "--strength=0.75")
-    folder = tmp_path / "out" / "comfyui_catversion"
-    node = load_module("comfyui_strength", folder / "__init__.py").NODE_CLASS_MAPPINGS["ApplyCatVersion"]
-    assert node.INPUT_TYPES()["required"]["strength"][1]["default"] == 0.75
-    (folder / concept_file.FILE_NAME).write_bytes(b"damaged")
-    assert node.INPUT_TYPES()["required"]["strength"][1]["default"] == 1
     path.write_bytes(path.read_bytes().replace(b'"strength":"0.25"', b'"strength":"9.25"'))
     with pytest.raises(ValueError, match=r"strength 9.25; expected 0 \(the base model\) to 2"):
         catversion_torch.load(path)
@@ -237,18 +304,20 @@ def test_the_recorded_strength(pipe, tiny_pipeline, make, tmp_path):
 
 def test_refused(pipe, make, tmp_path):
     concept, path = make("all")
-    with attached(pipe, path), pytest.raises(ValueError, match="holds a concept already"):
-        catversion_torch.attach(pipe.text_encoder, path, pipe.tokenizer)
-    with pytest.raises(ValueError, match="expected a transformers CLIPTextModel"):
-        catversion_torch.attach(pipe.unet, path, pipe.tokenizer)
+    with pytest.raises(ValueError, match="expected a pipeline of Stable Diffusion"):
+        catversion_torch.attach(pipe.text_encoder, path)
     with pytest.raises(ValueError, match=r"strength 3; expected 0"):
-        catversion_torch.attach(pipe.text_encoder, path, pipe.tokenizer, strength=3)
+        catversion_torch.attach(pipe, path, strength=3)
+    _, two = with_second(concept)
+    concept_file.save(tmp_path / "two.safetensors", two)
+    with pytest.raises(ValueError, match=r"for 2 text encoder\(s\), but this pipeline has 1"):
+        catversion_torch.attach(pipe, tmp_path / "two.safetensors")
     bad = tmp_path / "bad.safetensors"
     concept_file.save(
         bad, dataclasses.replace(concept, method=dataclasses.replace(concept.method, layers=((2, 3, 4),)))
     )
     with pytest.raises(ValueError, match=r"in layers \(2, 3, 4\), the text encoder 4 layers of width 32"):
-        catversion_torch.attach(pipe.text_encoder, bad, pipe.tokenizer)
+        catversion_torch.attach(pipe, bad)
     data = path.read_bytes()
     changes = {
         b"": "not a readable concept",
@@ -268,43 +337,4 @@ def test_refused(pipe, make, tmp_path):
     with pytest.raises(ValueError, match="larger than 64 MiB"):
         catversion_torch.load(bad)
     for module in pipe.text_encoder.modules():
-        assert "forward" not in vars(module)
-
-
-@pytest.mark.parametrize("scope", ["all", "trigger"])
-def test_comfyui(pipe, tiny_pipeline, make, tmp_path, scope):
-    """The node on ComfyUI's interface: the clone has the concept, the CLIP it came from has not, in any order."""
-    concept, path = make(scope)
-    catversion("export", "--embedding", path, "--out", tmp_path / "out")
-    package = load_module("comfyui_catversion", tmp_path / "out" / "comfyui_catversion" / "__init__.py")
-    node = package.NODE_CLASS_MAPPINGS["ApplyCatVersion"]
-    inputs = node.INPUT_TYPES()["required"]
-    assert inputs["concept"] == ([concept_file.FILE_NAME],)
-    assert inputs["strength"][1] == {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05}
-    assert node.IS_CHANGED(clip=None, concept=concept_file.FILE_NAME, strength=[1.0]) > 0
-
-    clip = comfyui.CLIP(pipe.text_encoder, pipe.tokenizer)
-    base = {prompt: clip.encode(prompt) for prompt in PROMPTS}
-    assert max_error(base[PROMPTS[0]], ours(tiny_pipeline, PROMPTS[:1])) < TOLERANCE
-
-    def apply(clip, strength):
-        return getattr(node(), node.FUNCTION)(clip, concept_file.FILE_NAME, strength)[0]
-
-    clones = {strength: apply(clip, strength) for strength in (1.0, 0.05, 1.5, 0.0)}
-    for prompt, (strength, clone) in itertools.product(PROMPTS, clones.items()):
-        assert max_error(clone.encode(prompt), ours(tiny_pipeline, [prompt], concept, strength)) < TOLERANCE
-        assert torch.equal(clip.encode(prompt), base[prompt])
-    assert torch.equal(clones[1.0].encode(""), clip.encode(""))
-    vector = torch.zeros(32)  # a textual inversion between the words
-    assert clones[1.0].encode("a teapot", vector).shape == (1, 77, 32)
-    with pytest.raises(ValueError, match="holds a concept already"):
-        apply(clones[1.0], 1.0)
-    message = r"for 1 text encoder\(s\), but this CLIP has 2 \(clip_l, clip_g\)"
-    with pytest.raises(ValueError, match=message):
-        apply(comfyui.CLIP(pipe.text_encoder, pipe.tokenizer, ("clip_l", "clip_g")), 1.0)
-
-    second, two = with_second(concept)
-    concept_file.save(tmp_path / "out" / "comfyui_catversion" / concept_file.FILE_NAME, two)
-    pair = apply(comfyui.CLIP(pipe.text_encoder, pipe.tokenizer, ("clip_l", "clip_g")), 1.0)
-    expected = np.concatenate([ours(tiny_pipeline, PROMPTS[:1], c) for c in (concept, second)], -1)
-    assert max_error(pair.encode(PROMPTS[0]), expected) < TOLERANCE
+        assert not module._forward_hooks

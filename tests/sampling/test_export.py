@@ -14,6 +14,7 @@ from catversion_jax.sampling import conditioning, export
 from tests import tiny
 from tests.commands import catversion, error_of
 
+CONCEPTS = ("teapot.safetensors", f"{export.MODELS}/teapot.safetensors")
 PROMPTS = ["a photo of a teapot on the beach", "a car"]
 
 
@@ -45,7 +46,7 @@ def test_prompts(concept, source, tiny_pipeline, tmp_path):
     assert (
         done.stderr.count("warning: without the class word 'teapot', which the concept was learned with: 'a car'") == 1
     )
-    assert written(out) == {export.EMBEDS, *export.FILES, *export.CONCEPTS}
+    assert written(out) == {export.EMBEDS, *export.FILES, *CONCEPTS}
 
     def states(prompts, strength):
         return conditioning.condition(tiny_pipeline, prompts, concept.at(strength)).states
@@ -58,7 +59,7 @@ def test_prompts(concept, source, tiny_pipeline, tmp_path):
     np.testing.assert_allclose(arrays["prompt_embeds"], states(PROMPTS, 0.5), atol=1e-5)
     np.testing.assert_allclose(arrays["negative_prompt_embeds"], states(["ugly", "ugly"], 0.0), atol=1e-5)
     assert np.abs(arrays["prompt_embeds"][0] - states(PROMPTS, 0.0)[0]).max() > 0.01
-    assert concept_file.load(out / concept_file.FILE_NAME).strength == 0.5
+    assert concept_file.load(out / "teapot.safetensors").strength == 0.5
     with safe_open(out / export.EMBEDS, framework="numpy") as file:
         assert {name: json.loads(value) for name, value in file.metadata().items()} == {
             "prompts": PROMPTS,
@@ -74,8 +75,8 @@ def test_without_a_prompt_no_model_is_needed(concept, tmp_path):
     concept_file.save(path, dataclasses.replace(concept, model_path="nowhere"))
     for _ in range(2):  # a second export replaces the first
         catversion("export", "--embedding", path, "--out", out)
-        assert written(out) == {*export.FILES, *export.CONCEPTS}
-    for name in export.CONCEPTS:
+        assert written(out) == {*export.FILES, *CONCEPTS}
+    for name in CONCEPTS:
         again = concept_file.load(out / name)
         np.testing.assert_array_equal(again.learned["prefix"], concept.learned["prefix"])
         assert dataclasses.replace(again, learned={}) == dataclasses.replace(concept_file.load(path), learned={})
@@ -86,9 +87,28 @@ def test_without_a_prompt_no_model_is_needed(concept, tmp_path):
     )
 
 
+def test_several(source, concept, tmp_path):
+    """Each under its class word, or with its digest if others have that too; text states hold one."""
+    other = dataclasses.replace(concept, class_word="café au lait", learned={"prefix": concept.learned["prefix"][:1]})
+    twin = dataclasses.replace(concept, learned={"prefix": concept.learned["prefix"][1:]})
+    given = ["--embedding", source]
+    for i, each in enumerate((other, twin)):
+        concept_file.save(tmp_path / f"{i}.safetensors", each)
+        given += ["--embedding", tmp_path / f"{i}.safetensors"]
+    done = catversion("export", *given, "--out", tmp_path / "out")
+    names = [f"teapot-{concept.digest[:8]}", "café-au-lait", f"teapot-{twin.digest[:8]}"]
+    assert done.stdout.startswith(", ".join(f"{name}.safetensors" for name in names))
+    for name, expected in zip(names, (concept, other, twin), strict=True):
+        assert concept_file.load(tmp_path / "out" / export.MODELS / f"{name}.safetensors").digest == expected.digest
+    refused = error_of("export", *given, "--out", tmp_path / "no", "--prompt=a teapot")
+    assert "--prompt: text states hold one concept, not 3; export each by itself" in refused
+    assert not (tmp_path / "no").exists()
+
+
 def test_refuses(source, tmp_path):
     out = tmp_path / "out"
     assert "--embedding: missing" in error_of("export", "--out", out)
+    assert "twice; expected each concept once" in error_of("export", *["--embedding", source] * 2, "--out", out)
     assert "--out: missing" in error_of("export", "--embedding", source)
     assert "not found; expected a learned concept" in error_of("export", "--embedding", tmp_path / "no", "--out", out)
     nowhere = ["--embedding", source, "--out", out, f"--prompts_file={tmp_path / 'nowhere.txt'}"]
