@@ -67,6 +67,7 @@ EXTRAS = {
         "torch==2.13.0",
         "torchsde>=0.2",  # diffusers' DPM++ SDE needs it
         "einops>=0.8",  # ComfyUI, which is unpacked beside these, needs it
+        "peft>=0.17",  # diffusers needs it to load a LoRA
         "pytest>=8",
     ],
 }

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from catversion_jax.base.lora import MOST_SCALE, merged, read_lora
 from catversion_jax.base.pipeline import BasePipeline, ModelConfig, load_pipeline
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import load_for_concepts, recorded_sampler, warnings
 from catversion_jax.sampling.picture_input import DENOISE, PictureInput, read_input
-from catversion_jax.sampling.picture_record import PictureRecord, records_of, texts_of
+from catversion_jax.sampling.picture_record import PictureRecord, UsedLora, as_text, records_of, texts_of
 from catversion_jax.sampling.sampler import SampleRequest, sample_each, sample_images
 from catversion_jax.utils import cache
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
-from catversion_jax.utils.paths import AnyPath, expand
+from catversion_jax.utils.paths import AnyPath, expand, local_copy
 from catversion_jax.utils.settings import SettingsT, broken
 from catversion_jax.utils.types import UInt8
 
@@ -38,8 +39,8 @@ def keep_compiled() -> None:
 class Pipeline:
     """A base model that samples images, with any concepts that were learned on it."""
 
-    def __init__(self, model: ModelConfig, base: BasePipeline):
-        self.model, self.base = model, base
+    def __init__(self, model: ModelConfig, base: BasePipeline, loras: tuple[UsedLora, ...] = ()):
+        self.model, self.base, self.loras = model, base, loras
 
     @classmethod
     def from_pretrained(cls, name: str | AnyPath = "", **how: Any) -> "Pipeline":
@@ -58,6 +59,23 @@ class Pipeline:
         pipe = cls(model, load_pipeline(model))
         pipe.check(concepts)
         return pipe
+
+    def with_lora(self, path: str | AnyPath, scale: float = 1.0) -> "Pipeline":
+        """Returns the pipeline with a LoRA of kohya or diffusers merged into it; this one stays as it is.
+
+        Concepts that were learned on the base model are used on top of it. Raises UserError for a file of another model
+        or kind, and for a scale that is not finite or beyond 10.
+        """
+        if not abs(scale) <= MOST_SCALE:
+            raise UserError(f"{path}: scale {scale}: expected a number up to {MOST_SCALE:g}")
+        file = expand(path)
+        if not file.is_file():
+            raise UserError(f"{file}: not found; expected a LoRA of kohya or diffusers")
+        with local_copy(file) as local:
+            lora = read_lora(local)
+            base = merged(self.base, lora, scale)
+        used = UsedLora(as_text(file.name), float(scale), lora.digest)
+        return Pipeline(self.model, base, (*self.loras, used))
 
     def __call__(
         self,
@@ -103,7 +121,7 @@ class Pipeline:
 
     def records(self, request: SampleRequest, of_each: Sequence[Sequence[Concept]]) -> Iterator[PictureRecord]:
         """Yields how each of the request's images is made, given the concepts of each."""
-        return records_of(request, self.base, self.model, of_each)
+        return records_of(request, self.base, self.model, of_each, self.loras)
 
     def check(self, concepts: Mapping[str, Concept]) -> None:
         """Raises UserError for a concept, given by its source, that was learned on another base model."""

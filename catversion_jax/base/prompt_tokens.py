@@ -5,7 +5,9 @@ states of all of them, end to end. A part of the prompt with a weight of its own
 divided: it begins the next chunk. So does ComfyUI (comfy/sd1_clip.py).
 """
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,8 @@ from catversion_jax.base.words import ends_of_words, place_before
 from catversion_jax.utils.types import Bool, Float, Int
 
 WHOLE = 8
+PLACEHOLDER = 0
+"""The token that keeps the place of a vector: any that is in every vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class PromptTokens:
     ids: Int[np.ndarray, "C Q"]
     weights: Float[np.ndarray, "C Q"]
     is_text: Bool[np.ndarray, "C Q"]  # of the prompt, not a start, end or padding token
+    vector: Int[np.ndarray, "C Q"]  # which of an embedding's vectors stands here; -1: none
 
     def ends_of(self, tokenizer: Tokenizer, words: Sequence[str]) -> Bool[np.ndarray, "W C Q"]:
         """Returns where each word ends, as words.ends_of_words does; a word may go over from one chunk to the next."""
@@ -33,24 +38,54 @@ class PromptTokens:
         return out
 
 
-def read_prompt(tokenizer: Tokenizer, prompt: str, class_word: str = "", identifier: str = "") -> PromptTokens:
-    """Returns a prompt's tokens; an identifier is put before the class word, if that is there."""
-    parts = [(tokenizer.word(text), weight) for text, weight in weighted_parts(prompt)]
+def read_prompt(
+    tokenizer: Tokenizer, prompt: str, class_word: str = "", identifier: str = "", vectors: int = 0
+) -> PromptTokens:
+    """Returns a prompt's tokens; an identifier is put before the class word, if that is there.
+
+    `vectors` take the place of the class word, wherever it stands.
+    """
+    put = tuple(~j for j in range(vectors))  # below 0: the vectors' places among the tokens
+    parts = [
+        (tuple(itertools.chain.from_iterable(between(map(tokenizer.word, texts), put))), weight)
+        for texts, weight in divided(prompt, class_word if vectors else "")
+    ]
     if identifier:
         parts = put_into(
             parts, tokenizer.word(identifier), place_before(tokenizer, ids_of(parts), class_word, identifier)
         )
     chunks = in_chunks([part for part in parts if part[0]], tokenizer.length - 2)
-    ids = tokenizer.fit([tuple(token for token, _ in chunk) for chunk in chunks])
+    given = [[token for token, _ in chunk] for chunk in chunks]
+    ids = tokenizer.fit([tuple(max(token, PLACEHOLDER) for token in chunk) for chunk in given])
     weights, is_text = np.ones(ids.shape, np.float32), np.zeros(ids.shape, bool)
+    vector = np.full(ids.shape, -1)
     for row, chunk in enumerate(chunks):
         inside = slice(1, 1 + len(chunk))
         weights[row, inside], is_text[row, inside] = [weight for _, weight in chunk], True
-    return PromptTokens(ids, weights, is_text)
+        vector[row, inside] = [~token if token < 0 else -1 for token, _ in chunk]
+    return PromptTokens(ids, weights, is_text, vector)
 
 
 def ids_of(parts: Sequence[tuple[tuple[int, ...], float]]) -> tuple[int, ...]:
     return tuple(token for ids, _ in parts for token in ids)
+
+
+def divided(prompt: str, word: str) -> Iterator[tuple[list[str], float]]:
+    """Yields a prompt's parts with their weights, each divided at a word, if there is one: whole, in any case.
+
+    By its letters and not by its tokens: "<toy>," has those of "<" and "toy", and one for ">,".
+    """
+    edges = [r"\b" if edge.isalnum() else "" for edge in (word[:1], word[-1:])]
+    for text, weight in weighted_parts(prompt):
+        yield re.split(f"{edges[0]}{re.escape(word)}{edges[1]}", text, flags=re.IGNORECASE) if word else [text], weight
+
+
+def between(pieces: Iterable[tuple[int, ...]], put: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yields pieces with something put between them."""
+    for i, piece in enumerate(pieces):
+        if i:
+            yield put
+        yield piece
 
 
 def put_into(

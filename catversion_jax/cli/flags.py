@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -122,6 +123,29 @@ def define_model() -> None:
         None,
         "Base model: a folder, a file or a name on Hugging Face; if not set, the one the concept was trained on.",
     )
+
+
+def define_lora() -> None:
+    flags.DEFINE_multi_string(
+        "lora",
+        [],
+        "LoRA of kohya or diffusers to merge into the base model, with its scale: FILE:0.8, or FILE for 1; may be "
+        "repeated.",
+    )
+
+
+def given_loras(arguments: flags.FlagValues) -> list[tuple[str, float]]:
+    """Returns the files of --lora with their scales. Raises UserError for an empty one."""
+    loras = []
+    for given in arguments.lora:
+        path, scale = given, 1.0
+        head, colon, tail = given.rpartition(":")
+        with suppress(ValueError):
+            path, scale = (head, float(tail)) if colon else (given, 1.0)
+        if not path:
+            raise UserError(f"--lora={given}: no file; expected FILE:SCALE, such as style.safetensors:0.8")
+        loras.append((path, scale))
+    return loras
 
 
 def define_sampling(images_per_prompt: int = 4) -> None:

@@ -12,6 +12,7 @@ from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.cli import generate_jobs
 from catversion_jax.cli.flags import (
     define_embedding,
+    define_lora,
     define_prompts,
     define_sampling,
     given_concepts,
@@ -22,7 +23,7 @@ from catversion_jax.cli.flags import (
     load_concept,
     make_out,
 )
-from catversion_jax.cli.pictures import save_picture
+from catversion_jax.cli.pictures import lora_sources, save_picture, with_loras
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import model_of, warnings
@@ -30,7 +31,7 @@ from catversion_jax.methods.model_names import is_on_hub, public_name
 from catversion_jax.sampling.conditioning import acts, movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
 from catversion_jax.sampling.picture_input import DENOISE, MAX_SIDE, PictureInput, read_input
-from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, as_text, read_picture
+from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, UsedLora, as_text, read_picture
 from catversion_jax.sampling.picture_sources import Sources, add_sources, read_sources
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.errors import UserError
@@ -84,6 +85,7 @@ def define_flags() -> None:
         "File of pictures to sample, each with concepts of its own: a JSON object a line (docs/pictures.md).",
     )
     flags.DEFINE_bool("check", False, "Sample nothing; print how far the concept moves each prompt's text states.")
+    define_lora()
     define_sampling()
 
 
@@ -106,6 +108,7 @@ def main(arguments: flags.FlagValues) -> int:
     if not arguments.check:
         make_out(out)
     pipe = Pipeline.for_concepts(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
+    pipe = with_loras(pipe, arguments)
     if record:
         check_same(record, arguments, pipe)
     if arguments.check:
@@ -117,7 +120,7 @@ def main(arguments: flags.FlagValues) -> int:
     size = (arguments.width or 0, arguments.height or 0)
     request = SampleRequest.every(prompts, given_seeds(arguments), sampler, arguments.negative_prompt, *size, start)
     files = [arguments.image, arguments.image_mask] if arguments.image_mask else [arguments.image]
-    add_sources(out, concepts, pipe.model.path, {start.digest: files} if start else {})
+    add_sources(out, concepts, pipe.model.path, {start.digest: files} if start else {}, lora_sources(pipe, arguments))
     given = list(concepts.values())
     pictures = pipe.records(request, [given] * len(request.prompts))
     rows = write_images(out, pictures, pipe.sample(request, given))
@@ -154,6 +157,8 @@ def follow(arguments: flags.FlagValues) -> PictureRecord:
         if not record.concepts:
             raise UserError(f"{path}: made without a concept; give --embedding")
         arguments["embedding"].value = [concept_source(path, used, sources) for used in record.concepts]
+    if record.loras and not arguments["lora"].present:
+        values["lora"] = [f"{lora_source(path, used, sources)}:{used.scale!r}" for used in record.loras]
     if record.start:
         values["denoise"] = record.denoise
         if not arguments["image"].present:
@@ -176,6 +181,8 @@ def follow(arguments: flags.FlagValues) -> PictureRecord:
 
 def check_same(record: PictureRecord, arguments: flags.FlagValues, pipe: Pipeline) -> None:
     """Raises UserError if the base model is not that of the picture to make again, and none was asked for."""
+    if not arguments["lora"].present and [x.digest for x in pipe.loras] != [x.digest for x in record.loras]:
+        raise UserError(f"{arguments.like}: its LoRAs are others by now; give them as --lora")
     if arguments["model"].present or arguments["embedding"].present:
         return
     model = pipe.model
@@ -210,6 +217,15 @@ def given_start(arguments: flags.FlagValues, pipe: Pipeline) -> PictureInput | N
     denoise = DENOISE if arguments.denoise is None else arguments.denoise
     size = (arguments.width or 0, arguments.height or 0)
     return read_input(expand(arguments.image), mask, denoise, pipe.base.networks, size)
+
+
+def lora_source(picture: AnyPath, used: UsedLora, sources: Sources) -> str:
+    """Returns where a picture's LoRA is. Raises UserError if it is not known."""
+    if used.digest not in sources.loras:
+        raise UserError(
+            f"{picture}: made with the LoRA {used.name}, of which its folder does not say where; give --lora"
+        )
+    return sources.loras[used.digest]
 
 
 def concept_source(picture: AnyPath, used: UsedConcept, sources: Sources) -> str:

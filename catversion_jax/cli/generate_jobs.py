@@ -10,7 +10,7 @@ from tqdm import tqdm
 from catversion_jax.api.pipeline import Pipeline
 from catversion_jax.base.pipeline import ModelConfig
 from catversion_jax.cli.flags import given_sampler, load_concept
-from catversion_jax.cli.pictures import save_picture
+from catversion_jax.cli.pictures import lora_sources, save_picture, with_loras
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import model_of, warnings
@@ -54,14 +54,14 @@ def main(arguments: flags.FlagValues, out: AnyPath) -> int:
     sampler = given_sampler(arguments, loaded)
     named = arguments.model or ""
     model = model_of(loaded, named, arguments.dtype) if loaded else ModelConfig(named, dtype=arguments.dtype)
-    pipe = Pipeline.for_concepts(loaded, model)
+    pipe = with_loras(Pipeline.for_concepts(loaded, model), arguments)
     warn_of_prompts(pipe, jobs, of_each)
     size = (arguments.width or 0, arguments.height or 0)
     prompts, seeds = (tuple(getattr(job, name) for job in jobs.values()) for name in ("prompt", "seed"))
     request = SampleRequest(prompts, seeds, sampler, arguments.negative_prompt, *size)
     pictures = list(pipe.records(request, of_each))
     names = [f"{slug(picture.prompt)}_{picture.key}_{picture.seed}.png" for picture in pictures]
-    add_sources(out, loaded, pipe.model.path, {})
+    add_sources(out, loaded, pipe.model.path, {}, lora_sources(pipe, arguments))
     lines = [records.encode({"job": place, "file": name}) for place, name in zip(jobs, names, strict=True)]
     write_atomically(out / INDEX, lambda file: file.write_text("\n".join([*lines, ""]), "utf-8"))
     # A name tells all that a picture depends on: one that is there is the one that is asked for.

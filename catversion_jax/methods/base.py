@@ -31,6 +31,7 @@ class Method(abc.ABC):
     changes_unet: ClassVar[bool] = False  # if so, concepts cannot share a training step
     # Not annotated, so they are not fields here; a method that uses them declares them as fields.
     identifier = ""  # the word put before the class word in every prompt; "": none
+    vectors = 0  # token embeddings that stand in the place of the class word
     prior_weight = 0.0  # loss weight of the base model's own images of the class; 0: none are used
 
     @classmethod

@@ -38,18 +38,21 @@ def tokens_for(tokenizer: Tokenizer, prompt: str, concept: Concept | None) -> Pr
     """Returns what a text encoder is given: the prompt's tokens, with the concept's identifier, if it has one."""
     if concept is None:
         return read_prompt(tokenizer, prompt)
-    return read_prompt(tokenizer, prompt, concept.class_word, concept.method.identifier)
+    method = concept.method
+    return read_prompt(tokenizer, prompt, concept.class_word, method.identifier, method.vectors)
 
 
 def token_mask(
     tokenizer: Tokenizer, prompt: PromptTokens, concept: Concept, others: Sequence[Concept] = ()
-) -> Bool[np.ndarray, "C Q 1"]:
+) -> Bool[np.ndarray, "C Q _"]:
     """Returns where a concept's learned parameters enter a prompt that it shares with `others`.
 
     Every chunk of a long prompt is read by itself, so the first word of each counts. A token belongs to one word: "mug"
     is not the mug of "coffee mug" if both are concepts. Beside others, a concept enters only prompts that hold its
     word, whatever its scope: without one it has no place.
     """
+    if concept.method.vectors:
+        return prompt.vector[..., None] == np.arange(concept.method.vectors)
     ends = prompt.ends_of(tokenizer, words_of([concept, *others]))[0]
     last = np.where(ends.any(1), ends.argmax(1), -1)
     mask = concept.method.token_mask(last, ends.shape[1])

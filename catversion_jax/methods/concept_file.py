@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from catversion_jax.base.pipeline import Networks
 from catversion_jax.base.sampler_config import MAX_STRENGTH, SamplerConfig
-from catversion_jax.methods import foreign_files, model_names
+from catversion_jax.methods import embedding_files, foreign_files, model_names
 from catversion_jax.methods.base import Method, check_keys
 from catversion_jax.methods.registry import METHODS, name_of
+from catversion_jax.methods.textual_inversion import TextualInversion
 from catversion_jax.utils import records, tree
 from catversion_jax.utils.errors import UserError, listed, short
 from catversion_jax.utils.paths import SCHEME, AnyPath, expand, local_copy
@@ -153,20 +154,25 @@ def load(path: str | AnyPath) -> Concept:
         folder = foreign.what_folder(path.parent) if path.name == FILE_NAME and path.parent.is_dir() else ""
         raise UserError(f"{path}: {folder}{what}; expected a learned concept; run catversion train first")
     with local_copy(path) as local:
-        concept = load_local(local, keeps=local is path)
+        concept = load_local(local, local is path, path.stem)
     return dataclasses.replace(concept, model_path=model_names.local(concept.model_path, path))
 
 
-def load_local(path: Path, keeps: bool) -> Concept:
+def load_local(path: Path, keeps: bool, name: str) -> Concept:
     """Reads a concept's file of this machine; `keeps`: it stays there, so that large arrays may be mapped.
 
-    `model_path` is as the file has it.
+    `model_path` is as the file has it; `name` is the file's own, without its ending.
     """
+    if path.suffix.lower() in embedding_files.ENDINGS and foreign_files.is_torch(path):
+        return of_embedding(path, {}, name)
     texts, names = read_header(path)
     kind = foreign_files.kind_of_tensors(names)
+    if kind and kind.startswith(embedding_files.KIND):
+        return of_embedding(path, texts, name)
     if kind or "format_version" not in texts:
         said = kind or f"tensors {listed(names) or 'none'} of another program"
-        raise UserError(f"{path}: {said}; expected a concept of catversion train")
+        hint = "; give it as --lora" if said == "a LoRA" else ""
+        raise UserError(f"{path}: {said}; expected a concept of catversion train{hint}")
     again = f"expected a concept of format {FORMAT_VERSION}; copy it again"
     metadata = {name: records.decode(text, object, f"{path}: metadata {name}", again) for name, text in texts.items()}
     version = metadata.pop("format_version", None)
@@ -187,6 +193,17 @@ def load_local(path: Path, keeps: bool) -> Concept:
     # A file without a digest may name and shape its arrays in any way.
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, msgspec.ValidationError) as error:
         raise UserError(f"{path}: {short(error)}; {again}") from error
+
+
+def of_embedding(path: Path, texts: Mapping[str, str], name: str) -> Concept:
+    """Reads another program's embedding as a concept of Textual Inversion, whose class word is the embedding's."""
+    check_size(path, MAX_BYTES)
+    word, learned = embedding_files.read_embedding(path, texts, name)
+    if not is_text(word):
+        raise UserError(f"{path}: its word holds a NUL or half of a character; expected text")
+    method = TextualInversion(vectors=len(learned["word"]))
+    unknown: dict[str, Any] = {"templates": (), "fingerprint": "", "model_path": "", "steps": 0, "learning_rate": 0.0}
+    return Concept(learned, method, word, seed=0, **unknown)
 
 
 def read_header(path: AnyPath) -> tuple[dict[str, str], list[str]]:

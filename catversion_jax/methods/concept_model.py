@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from catversion_jax.base.pipeline import MINI, BasePipeline, ModelConfig, load_pipeline
-from catversion_jax.base.prompt_tokens import prompts_without
+from catversion_jax.base.prompt_tokens import prompts_without, read_prompt
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
@@ -59,11 +59,19 @@ def warnings(pipeline: BasePipeline, prompts: Sequence[str], concepts: Sequence[
     elif idle:
         lines.append(f"strength=0 removes the concept of {idle[0].class_word!r}")
     concepts = [concept for concept in concepts if concept.strength] or concepts
-    words = [concept.class_word for concept in concepts if concept.class_word]
-    for word, missing in zip(words, prompts_without(pipeline.tokenizers, words, prompts), strict=True):
+    named = [concept for concept in concepts if concept.class_word]
+    words = [concept.class_word for concept in named]
+    for concept, without in zip(named, prompts_without(pipeline.tokenizers, words, prompts), strict=True):
+        word, vectors = concept.class_word, concept.method.vectors
+        missing = [p for p in prompts if not has_vectors(pipeline, p, word, vectors)] if vectors else without
         said = f"the class word {word!r}, which the concept was learned with"
         lines += [f"without {said}: {listed(map(repr, missing))}"] if missing else []
     return lines
+
+
+def has_vectors(pipeline: BasePipeline, prompt: str, word: str, vectors: int) -> bool:
+    """Whether an embedding's vectors have a place in a prompt."""
+    return bool((read_prompt(pipeline.tokenizer, prompt, word, vectors=vectors).vector >= 0).any())
 
 
 def recorded_sampler(concepts: Mapping[str, Concept]) -> SamplerConfig:

@@ -18,8 +18,9 @@ TENSORS = (
 )
 """As in weights/foreign.py; a whole model is no concept either."""
 
+TORCH = b"PK"
 HEADS = (
-    (b"PK", "a PyTorch file (.pt, .bin, .ckpt); `catversion convert` reads those of the paper's authors"),
+    (TORCH, "a PyTorch file (.pt, .bin, .ckpt); `catversion convert` reads those of the paper's authors"),
     (b"\x80\x02", "a pickle, which is never opened"),
     (b"\x89PNG", "a picture"),
     (b"\xff\xd8\xff", "a photo"),
@@ -35,6 +36,15 @@ def kind_of_tensors(names: Iterable[str]) -> str | None:
 
 def kind_of_file(path: AnyPath) -> str | None:
     """Names what a file that is not safetensors is by its first bytes, None if they tell nothing."""
-    with open_regular(path) as file:
-        head = file.read(8)
+    head = head_of(path)
     return next((kind for start, kind in HEADS if head.startswith(start)), None)
+
+
+def is_torch(path: AnyPath) -> bool:
+    """Whether a file begins as those of torch.save do."""
+    return head_of(path).startswith(TORCH)
+
+
+def head_of(path: AnyPath) -> bytes:
+    with open_regular(path) as file:
+        return file.read(8)

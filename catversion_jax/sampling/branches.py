@@ -27,15 +27,16 @@ class BatchKey(NamedTuple):
 
     unet: int  # identity of the concept that changes the UNet; 0: none
     concepts: int  # that act
-    chunks: int  # of each prompt: an image does not depend on how long the prompts of its neighbours are
+    chunks: tuple[int, ...]  # of each branch: an image does not depend on how long its neighbours' prompts are
 
 
 def batch_key(pipeline: BasePipeline, prompt: str, concepts: Sequence[Concept]) -> BatchKey:
     """Returns the key of an image of a prompt with the concepts that act in it."""
     changing = [id(concept) for concept in concepts if concept.method.changes_unet]
-    tokens = tokens_of(pipeline, [prompt], concepts[0] if concepts else None)
     # One concept has as many branches as none.
-    return BatchKey(sum(changing), max(1, len(concepts)), len(tokens[0][0].ids))
+    of_branches: list[Concept | None] = [None, *concepts] if len(concepts) > 1 else [*concepts] or [None]
+    chunks = [len(tokens_of(pipeline, [prompt], concept)[0][0].ids) for concept in of_branches]
+    return BatchKey(sum(changing), max(1, len(concepts)), tuple(chunks))
 
 
 def branches_of(pipeline: BasePipeline, prompt: str, concepts: Sequence[Concept]) -> Branches:

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from catversion_jax import __version__
 from catversion_jax.base import schedulers
+from catversion_jax.base.lora import MOST_SCALE
 from catversion_jax.base.pipeline import DTYPES, BasePipeline, ModelConfig
 from catversion_jax.base.sampler_config import MAX_STRENGTH, SamplerConfig
 from catversion_jax.methods.concept_file import Concept
@@ -39,6 +40,14 @@ class UsedConcept(msgspec.Struct, frozen=True):
     digest: str  # Concept.digest
 
 
+class UsedLora(msgspec.Struct, frozen=True):
+    """A LoRA that was merged into the base model."""
+
+    name: str  # of its file
+    scale: float
+    digest: str
+
+
 class PictureRecord(msgspec.Struct, frozen=True):
     """How one picture was made."""
 
@@ -58,6 +67,7 @@ class PictureRecord(msgspec.Struct, frozen=True):
     version: str  # of this program
     start: str = ""  # digest of the picture that it began as, and of its mask; "": of none
     denoise: float = 0.0
+    loras: tuple[UsedLora, ...] = ()
     model_id: str = ""  # of a local model: a digest of its path, as others may have its name
 
     @property
@@ -69,11 +79,18 @@ class PictureRecord(msgspec.Struct, frozen=True):
         """Eight digits that tell prompts, settings and concepts apart: a hash of all but the seed and the version."""
         values = msgspec.structs.asdict(msgspec.structs.replace(self, seed=0, version=""))
         values["concepts"] = [msgspec.structs.asdict(used) for used in self.concepts]
+        values["loras"] = [msgspec.structs.asdict(used) for used in self.loras]
+        if not self.loras:  # as the names of pictures were before there were any
+            del values["loras"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def records_of(
-    request: SampleRequest, pipeline: BasePipeline, model: ModelConfig, of_each: Sequence[Sequence[Concept]]
+    request: SampleRequest,
+    pipeline: BasePipeline,
+    model: ModelConfig,
+    of_each: Sequence[Sequence[Concept]],
+    loras: Sequence[UsedLora] = (),
 ) -> Iterator[PictureRecord]:
     """Yields the record of each of a request's images, given the concepts of each."""
     sampler, start = request.sampler, request.start
@@ -92,6 +109,7 @@ def records_of(
         concepts=(),
         model=as_text(public_name(model.path)),
         model_id=model_id(model.path),
+        loras=tuple(loras),
         fingerprint=pipeline.fingerprint,
         dtype=model.dtype,
         version=__version__,
@@ -132,6 +150,7 @@ def parameters(record: PictureRecord) -> str:
         **({"Denoising strength": f"{record.denoise:g}"} if record.start else {}),
         "Model": record.model or "mini",
         **{f"Concept {i}": describe_used(used) for i, used in enumerate(record.concepts, 1)},
+        **{f"Lora {i}": f"{used.name} {used.scale:g} {used.digest}" for i, used in enumerate(record.loras, 1)},
         "Version": f"catversion-jax {record.version}",
     }
     negative = [f"Negative prompt: {record.negative_prompt}"] if record.negative_prompt else []
@@ -198,5 +217,7 @@ def check_record(record: PictureRecord, where: str) -> None:
         raise UserError(f"{where}: seed {record.seed}; expected one below {2**32}")
     if any(not 0 <= used.strength <= MAX_STRENGTH for used in record.concepts):
         raise UserError(f"{where}: a strength that no concept has; expected at most {MAX_STRENGTH:g}")
+    if any(not abs(used.scale) <= MOST_SCALE for used in record.loras):
+        raise UserError(f"{where}: a scale that no LoRA has; expected at most {MOST_SCALE:g}")
     if not (is_text(record.prompt) and is_text(record.negative_prompt)):
         raise UserError(f"{where}: a prompt with a NUL or half of a character; expected text")

@@ -22,6 +22,7 @@ FILE_NAME = ".sources.json"
 class Sources(msgspec.Struct):
     concepts: dict[str, str] = {}  # paths or names on Hugging Face, by digest
     models: dict[str, str] = {}  # paths, by model_id
+    loras: dict[str, str] = {}  # paths, by digest
     starts: dict[str, tuple[str, ...]] = {}  # the file that a picture began as and that of its mask, by digest
 
 
@@ -34,9 +35,13 @@ def read_sources(folder: AnyPath) -> Sources:
 
 
 def add_sources(
-    folder: AnyPath, concepts: Mapping[str, Concept], model: str, starts: Mapping[str, Sequence[str]]
+    folder: AnyPath,
+    concepts: Mapping[str, Concept],
+    model: str,
+    starts: Mapping[str, Sequence[str]],
+    loras: Mapping[str, str],
 ) -> None:
-    """Adds concepts, given by their sources, a base model and pictures to start from to a folder's file."""
+    """Adds concepts, given by their sources, a base model, and pictures to start from and LoRAs by their digests."""
     sources = read_sources(folder)
     found = {concept.digest: kept(source) for source, concept in concepts.items()}
     models = {model_id(model): kept(model)} if model_id(model) else {}
@@ -46,9 +51,13 @@ def add_sources(
         # A bucket is seen by others, whom the paths of this machine do not concern, and JSON holds text alone.
         return is_text(path) and not (is_remote(folder) and Path(path).is_absolute())
 
+    def told(paths: Mapping[str, str]) -> dict[str, str]:
+        return {key: path for key, path in paths.items() if may_be_told(path)}
+
     added = Sources(
-        sources.concepts | {key: path for key, path in found.items() if may_be_told(path)},
-        sources.models | {key: path for key, path in models.items() if may_be_told(path)},
+        sources.concepts | told(found),
+        sources.models | told(models),
+        sources.loras | told({digest: kept(path) for digest, path in loras.items()}),
         sources.starts | {key: paths for key, paths in files.items() if all(map(may_be_told, paths))},
     )
     if added != sources:

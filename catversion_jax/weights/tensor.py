@@ -3,13 +3,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from catversion_jax.utils.errors import UserError
 
 
+@runtime_checkable
 class Tensor(Protocol):
     """The interface of a tensor in a file, whichever reader opened the file."""
 

@@ -180,9 +180,6 @@ ONE = np.zeros((4, 768), np.float32)
 @pytest.mark.parametrize(
     ("tensors", "metadata", "kind"),
     [
-        ({"emb_params": ONE}, {}, "a Textual Inversion embedding"),
-        ({"<my-mug>": ONE}, {}, "a Textual Inversion embedding"),
-        ({"clip_l": ONE, "clip_g": ONE}, {}, "a Textual Inversion embedding of SDXL"),
         ({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": ONE}, {"format_version": "1"}, "a LoRA"),
         ({"unet.down_blocks.0.attn1.to_q.lora_A.weight": ONE}, {}, "a LoRA"),
         ({"unet.up_blocks.1.attentions.0.to_q.lora.down.weight": ONE}, {}, "a LoRA"),
@@ -209,7 +206,7 @@ def test_files_of_other_programs(tmp_path, tensors, metadata, kind):
 @pytest.mark.parametrize(
     ("start", "kind"),
     [
-        (b"PK\3\4", "a PyTorch file"),
+        (b"PK\3\4", "cut short or damaged"),
         (b"\x80\x02}q\0", "a pickle, which is never opened"),
         (b"\x89PNG", "a picture"),
     ],

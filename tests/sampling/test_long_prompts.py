@@ -24,7 +24,7 @@ def latents(pipeline, prompts, seeds, *concepts, negative_prompt="") -> np.ndarr
 
 
 def test_batches_of_equal_length():
-    keys = [BatchKey(0, 1, chunks) for chunks in (1, 1, 1, 2, 2, 1)]
+    keys = [BatchKey(0, 1, (chunks,)) for chunks in (1, 1, 1, 2, 2, 1)]
     assert batches_of(keys, range(6), 2) == [[0, 1], [2], [3, 4], [5]]
     assert batches_of(keys, sorted(range(6), key=keys.__getitem__), 2) == [[0, 1], [2, 5], [3, 4]]
 
