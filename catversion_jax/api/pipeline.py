@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from catversion_jax.base.lora import MOST_SCALE, merged, read_lora
+from catversion_jax.base.lora import MOST_SCALE, merge_lora, read_lora
 from catversion_jax.base.pipeline import BasePipeline, ModelConfig, load_pipeline
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
@@ -73,7 +73,7 @@ class Pipeline:
             raise UserError(f"{file}: not found; expected a LoRA of kohya or diffusers")
         with local_copy(file) as local:
             lora = read_lora(local)
-            base = merged(self.base, lora, scale)
+            base = merge_lora(self.base, lora, scale)
         used = UsedLora(as_text(file.name), float(scale), lora.digest)
         return Pipeline(self.model, base, (*self.loras, used))
 

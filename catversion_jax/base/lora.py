@@ -85,7 +85,7 @@ class Place:
     kind: str  # of rules.LEAVES
 
 
-def merged(pipeline: BasePipeline, lora: Lora, scale: float) -> BasePipeline:
+def merge_lora(pipeline: BasePipeline, lora: Lora, scale: float) -> BasePipeline:
     """Returns the pipeline with a LoRA in its text encoders and its UNet.
 
     Its fingerprint stays that of the base model: a concept that was learned there is used on top of the LoRA. Raises

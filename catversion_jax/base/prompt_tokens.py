@@ -47,7 +47,7 @@ def read_prompt(
     """
     put = tuple(~j for j in range(vectors))  # below 0: the vectors' places among the tokens
     parts = [
-        (tuple(itertools.chain.from_iterable(between(map(tokenizer.word, texts), put))), weight)
+        (tuple(itertools.chain.from_iterable(with_between(map(tokenizer.word, texts), put))), weight)
         for texts, weight in divided(prompt, class_word if vectors else "")
     ]
     if identifier:
@@ -80,7 +80,7 @@ def divided(prompt: str, word: str) -> Iterator[tuple[list[str], float]]:
         yield re.split(f"{edges[0]}{re.escape(word)}{edges[1]}", text, flags=re.IGNORECASE) if word else [text], weight
 
 
-def between(pieces: Iterable[tuple[int, ...]], put: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def with_between(pieces: Iterable[tuple[int, ...]], put: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Yields pieces with something put between them."""
     for i, piece in enumerate(pieces):
         if i:

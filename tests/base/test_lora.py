@@ -1,4 +1,4 @@
-"""LoRAs merged into a base model, against numpy; against diffusers in tests/parity/test_other_files.py."""
+"""LoRAs merge_lora into a base model, against numpy; against diffusers in tests/parity/test_other_files.py."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def file_of(path, layers: dict, alpha: float | None = None):
 
 def changes(pipeline, path, scale=1.0) -> dict[str, np.ndarray]:
     """What a LoRA changes, by the parameter's path."""
-    after = lora.merged(pipeline, lora.read_lora(path), scale)
+    after = lora.merge_lora(pipeline, lora.read_lora(path), scale)
     assert after.fingerprint == pipeline.fingerprint
     trees = []
     for each in (pipeline, after):
@@ -141,7 +141,7 @@ def test_refused(tiny_pipeline, tmp_path, tensors, message):
     """What does not belong to the model is never left out."""
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=re.escape(message)):
-        lora.merged(tiny_pipeline, lora.read_lora(tmp_path / "a.safetensors"), 1.0)
+        lora.merge_lora(tiny_pipeline, lora.read_lora(tmp_path / "a.safetensors"), 1.0)
 
 
 def test_the_command(tmp_path, tiny_model):

@@ -153,7 +153,7 @@ def test_a_lora(tiny_model, tiny_pipeline, tmp_path, names, scale):
         pipe.fuse_lora(lora_scale=scale)
         predicted = pipe.unet(*given).sample
     assert max_error(predicted, before) > 0.01
-    ours = lora.merged(tiny_pipeline, lora.read_lora(tmp_path / "style.safetensors"), scale)
+    ours = lora.merge_lora(tiny_pipeline, lora.read_lora(tmp_path / "style.safetensors"), scale)
     inputs = np.float32(latents.transpose(0, 2, 3, 1)), np.int32([500]), np.float32(context)
     out = ours.networks.unet.apply({"params": ours.params["unet"]}, *inputs)
     assert max_error(np.asarray(out).transpose(0, 3, 1, 2), predicted) < TOLERANCE
@@ -193,7 +193,7 @@ def test_kohyas_names_for_sdxl(xl_model, tmp_path):
         tensors |= {f"{start}.lora_down.weight": down, f"{start}.lora_up.weight": up}
         tensors[f"{start}.alpha"] = torch.tensor(2.0)
     save_file(tensors, tmp_path / "style.safetensors")
-    ours = lora.merged(pipeline, lora.read_lora(tmp_path / "style.safetensors"), 1.0)
+    ours = lora.merge_lora(pipeline, lora.read_lora(tmp_path / "style.safetensors"), 1.0)
     clip = with_lora(comfyui.sdxl_clip(xl_model), tmp_path / "style.safetensors", 1.0)
     states, pooled = comfyui.encode(clip, "a car")
     context = conditioning.context(ours, ["a car"])
