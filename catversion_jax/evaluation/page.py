@@ -14,11 +14,11 @@ from catversion_jax.evaluation.image_sets import ImageSet
 from catversion_jax.evaluation.masks import fill_background
 from catversion_jax.evaluation.scores import SCORES
 from catversion_jax.utils.errors import one_line
-from catversion_jax.utils.image_grid import grid, reduced
+from catversion_jax.utils.image_grid import reduced
 from catversion_jax.utils.types import UInt8
 
 TEMPLATE = Path(__file__).parent / "page.html"
-THUMBNAIL = 128  # pixels
+THUMBNAIL = 160  # pixels
 COLUMNS = 6  # images in a row, at most; masked images follow them
 PLOTTED = ("clip_t", "clip_i", "masked_clip_i", "dino")  # the cosines
 COLOURS = ("#1b6ca8", "#d1603d", "#3f8f5b", "#7d5ba6")
@@ -39,7 +39,9 @@ def thumbnail(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
     small = Image.fromarray(reduced(image, THUMBNAIL))
     square = Image.new("RGB", (max(small.size),) * 2, "white")
     square.paste(small, ((square.width - small.width) // 2, (square.height - small.height) // 2))
-    return jpeg(square, 95)
+    buffer = io.BytesIO()
+    square.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 def thumbnails(shown: ImageSet) -> list[bytes]:
@@ -65,20 +67,8 @@ def thumbnail_rows(references: ImageSet, prompts: Sequence[str], sampled: ImageS
     return rows | {prompt: thumbnails(sampled.selected(index[prompt])) for prompt in list(index)[:MAX_ROWS]}
 
 
-def draw_rows(rows: Rows) -> Image.Image:
-    """Draws the grid of a concept."""
-    images = [[np.asarray(Image.open(io.BytesIO(data), formats=("JPEG",))) for data in row] for row in rows.values()]
-    return grid(images, list(rows))
-
-
 def encoded(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def jpeg(image: Image.Image, quality: int = 85) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
 
 
 @contextlib.contextmanager
@@ -160,6 +150,9 @@ def render(result: dict, pictures: dict[str, Rows]) -> str:
         number=format_score,
         rows_plot=rows_plot,
         plane=plane,
-        grids={name: encoded(jpeg(draw_rows(rows)), "jpeg") for name, rows in pictures.items()},
+        grids={
+            name: {label: [encoded(data, "jpeg") for data in row] for label, row in rows.items()}
+            for name, rows in pictures.items()
+        },
         most=MAX_ROWS,
     )

@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from catversion_jax.utils.errors import one_line
 from catversion_jax.utils.types import UInt8
 
-CELL = 128  # minimum side of a cell in pixels: a small model's images are too small to judge
+CELL = 160  # minimum side of a cell in pixels: a small model's images are too small to judge
 GAP = 6
-FONT_SIZE = 13
-LABEL_WIDTH = 112
+FONT_SIZE = 16
+LABEL_WIDTH = 144
 LABEL_LENGTH = 200  # characters
 
 

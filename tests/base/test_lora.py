@@ -1,4 +1,4 @@
-"""LoRAs merge_lora into a base model, against numpy; against diffusers in tests/parity/test_other_files.py."""
+"""LoRAs merged into a base model, against numpy; against diffusers in tests/parity/test_other_files.py."""
 
 import json
 import re

@@ -89,7 +89,9 @@ def test_every_score_of_drawn_pictures(drawn):
 
 def test_the_report_holds_its_pictures(drawn):
     html = drawn.with_suffix(".html").read_text()
-    assert len(re.findall("data:image/jpeg;base64,", html)) == 1
+    shown = len(re.findall("data:image/jpeg;base64,", html))
+    assert shown == len(re.findall(r'alt="[^"]*, \d+"', html))
+    assert shown > 2 * len(PROMPTS)
     assert len(re.findall("data:image/png;base64,", html)) == 2
     assert "http" not in html.split("</head>")[1]
     for prompt in PROMPTS:
