@@ -6,6 +6,7 @@ The names of kohya's sd-scripts (`lora_unet_down_blocks_0_...`, `lora_te1_...`, 
 to a layer of the model; nothing is left out.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from catversion_jax.utils import tree
 from catversion_jax.utils.errors import UserError, listed
 from catversion_jax.utils.types import Params
 from catversion_jax.weights import ldm, rules, safetensors, torch_zip
+from catversion_jax.weights.conversion import layout
 from catversion_jax.weights.rules import LEAVES, Rule
 from catversion_jax.weights.tensor import Tensor
 
@@ -150,30 +152,39 @@ def flattened(name: str) -> str:
 
 def change_of(lora: Lora, layer: str, place: Place, shape: tuple[int, ...]) -> np.ndarray:
     """Returns what a layer's matrices add to its kernel, at scale 1. Raises UserError if they do not fit it."""
-    parts = {part: np.asarray(tensor.read(), np.float32) for part, tensor in lora.layers[layer].items()}
-    down, up = parts["down"], parts["up"]
-    rank = down.shape[0] if down.ndim else 0
-    alpha = float(parts["alpha"].reshape(-1)[0]) if parts.get("alpha", np.zeros(0)).size else float(rank)
-    if not all(np.isfinite(values).all() for values in parts.values()):
-        raise UserError(f"{lora.path}: {layer} holds NaN or infinity; download the file again")
-    try:
-        if "mid" in parts:  # a convolution in three parts, as LoCon has it
-            product = np.einsum(
-                "or,rskl,si->oikl", up.reshape(up.shape[:2]), parts["mid"], down.reshape(down.shape[:2])
-            )
-        else:
-            product = np.einsum("or,ri...->oi...", up.reshape(up.shape[:2]), down)
-        # A matrix of a file may be a 1 x 1 convolution of the model, and the other way about.
-        sides = (len(shape) - 2) * (1,)
-        if product.ndim != len(shape) and set(product.shape[2:]) <= {1}:
-            product = product.reshape(*product.shape[:2], *sides)
-        ((_, op),) = LEAVES[place.kind]["weight"]
-        change = op(product)
-    except ValueError:
-        change = np.zeros(0)
-    if change.shape != shape or not rank:
-        sizes = ", ".join(f"{part} {list(values.shape)}" for part, values in parts.items() if values.ndim)
+    tensors = lora.layers[layer]
+    ((_, op),) = LEAVES[place.kind]["weight"]
+    product = product_shape(tensors, len(shape))
+    # Before anything is multiplied: two thin matrices of a small file could have a product that fills the memory.
+    if product is None or layout(op, product) != shape:
+        sizes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items() if part != "alpha")
         raise UserError(
             f"{lora.path}: {layer}: {sizes}; expected a change of {list(shape)}: a LoRA of another base model"
         )
-    return alpha / rank * change
+    parts = {part: np.asarray(tensor.read(), np.float32) for part, tensor in tensors.items()}
+    if not all(np.isfinite(values).all() for values in parts.values()):
+        raise UserError(f"{lora.path}: {layer} holds NaN or infinity; download the file again")
+    up, down, rank = parts["up"], parts["down"], len(parts["down"])
+    if "mid" in parts:  # a convolution in three parts, as LoCon has it
+        outer, inner = (matrix.reshape(matrix.shape[:2]) for matrix in (up, down))
+        change = np.einsum("or,rskl,si->oikl", outer, parts["mid"], inner)
+    else:
+        change = np.einsum("or,ri...->oi...", up.reshape(up.shape[:2]), down)
+    alpha = float(parts["alpha"].reshape(-1)[0]) if "alpha" in parts else rank
+    return alpha / rank * op(change.reshape(product))
+
+
+def product_shape(tensors: Mapping[str, Tensor], dimensions: int) -> tuple[int, ...] | None:
+    """Returns the shape of a layer's product as a weight of so many dimensions; None if its matrices do not fit."""
+    down, up, mid = (tuple(tensors[part].shape) if part in tensors else None for part in ("down", "up", "mid"))
+    if down is None or up is None or min(len(down), len(up)) < 2 or up[1] != down[0] or 0 in (*down, *up):
+        return None
+    if math.prod(up[2:]) != 1 or ("alpha" in tensors and math.prod(tensors["alpha"].shape) != 1):
+        return None
+    if mid is not None and (len(mid) != 4 or mid[:2] != (down[0], down[0]) or math.prod(down[2:]) != 1):
+        return None
+    sides = down[2:] if mid is None else mid[2:]
+    # A matrix of a file may be a 1 x 1 convolution of the model, and the other way about.
+    if len(sides) != dimensions - 2 and math.prod(sides) == 1:
+        sides = (1,) * (dimensions - 2)
+    return (up[0], down[1], *sides)

@@ -100,8 +100,9 @@ def concepts_of(path: AnyPath, jobs: Mapping[str, Job]) -> tuple[dict[str, Conce
 
 def source_of(path: AnyPath, concept: str) -> str:
     """Returns where a concept is that a file names: relative to the file, unless it is a name on Hugging Face."""
-    here = named_in(path.parent, concept)
-    return concept if is_on_hub(concept) and not here.exists() else str(here)
+    # A name like runs/mug, beside a folder of runs, is a path that was misspelt.
+    is_here = named_in(path.parent, concept.split("/")[0]).exists()
+    return concept if is_on_hub(concept) and not is_here else str(named_in(path.parent, concept))
 
 
 def warn_of_prompts(pipe: Pipeline, jobs: Mapping[str, Job], of_each: Sequence[Sequence[Concept]]) -> None:

@@ -63,7 +63,9 @@ def warnings(pipeline: BasePipeline, prompts: Sequence[str], concepts: Sequence[
     words = [concept.class_word for concept in named]
     for concept, without in zip(named, prompts_without(pipeline.tokenizers, words, prompts), strict=True):
         word, vectors = concept.class_word, concept.method.vectors
-        missing = [p for p in prompts if not has_vectors(pipeline, p, word, vectors)] if vectors else without
+        # Beside others, its place in the image is found by the tokens of its word.
+        alone = vectors and len(named) == 1
+        missing = [p for p in prompts if not has_vectors(pipeline, p, word, vectors)] if alone else without
         said = f"the class word {word!r}, which the concept was learned with"
         lines += [f"without {said}: {listed(map(repr, missing))}"] if missing else []
     return lines
