@@ -126,7 +126,14 @@ def bytes_of(photo: str | AnyPath | Image.Image) -> tuple[bytes, str]:
 
 
 def config_of(pipe: Pipeline, settings: Mapping[str, Any]) -> Config:
-    """Returns the config for a pipeline's model, with some settings changed. Raises UserError for an unknown one."""
+    """Returns the config for a pipeline's model, with some settings changed.
+
+    Raises UserError for an unknown one, and for a pipeline with a LoRA, which a concept could not record.
+    """
+    if pipe.loras:
+        raise UserError(
+            f"a pipeline with the LoRA {pipe.loras[0].name}: learn on its base model, and use both together"
+        )
     settings = dict(settings)
     name, method = settings.pop("config", None), settings.pop("method", "catversion")
     if name is not None:

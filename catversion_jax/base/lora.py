@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from catversion_jax.base.pipeline import BasePipeline
-from catversion_jax.utils import tree
+from catversion_jax.utils import records, tree
 from catversion_jax.utils.errors import UserError, listed
 from catversion_jax.utils.types import Params
 from catversion_jax.weights import ldm, rules, safetensors, torch_zip
@@ -26,6 +27,9 @@ from catversion_jax.weights.rules import LEAVES, Rule
 from catversion_jax.weights.tensor import Tensor
 
 MOST_SCALE = 10.0
+ADAPTER = "lora_adapter_metadata"
+"""The metadata with the settings of PEFT that diffusers writes."""
+NOT_KNOWN = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
 PARTS = {
     "down": r"(\.lora_down|\.lora_A|\.lora_A\.default|[._]lora\.down|\.lora_linear_layer\.down)\.weight",
     "up": r"(\.lora_up|\.lora_B|\.lora_B\.default|[._]lora\.up|\.lora_linear_layer\.up)\.weight",
@@ -52,6 +56,7 @@ class Lora:
 
     path: Path
     digest: str
+    alphas: Mapping[str, float]  # component -> the alpha of the layers that have none of their own
     layers: Mapping[str, Mapping[str, Tensor]]  # layer -> down, up and perhaps mid and alpha
 
 
@@ -59,6 +64,12 @@ def read_lora(path: Path) -> Lora:
     """Reads a LoRA's names, and its digest. Raises UserError for a file that is none, and for kinds not known."""
     is_torch = path.suffix.lower() in (".pt", ".bin", ".ckpt")
     tensors: Mapping[str, Tensor] = torch_zip.open_checkpoint(path) if is_torch else safetensors.open_safetensors(path)
+    alphas = {} if is_torch else alphas_of(path, safetensors.read_metadata(path))
+    if peft := [name for name in tensors if name.startswith("base_model.")]:
+        raise UserError(
+            f"{path}: {peft[0]} of PEFT, whose scale is in another file; expected a LoRA that diffusers saved, by "
+            "save_lora_weights"
+        )
     layers: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for name, tensor in tensors.items():
@@ -67,6 +78,8 @@ def read_lora(path: Path) -> Lora:
             unknown.append(name)
             continue
         ((layer, part),) = found
+        if part in layers.get(layer, {}):
+            raise UserError(f"{path}: {layer}: given by two names; expected one of each matrix")
         layers.setdefault(layer, {})[part] = tensor
     if unknown or not layers:
         raise UserError(
@@ -75,7 +88,23 @@ def read_lora(path: Path) -> Lora:
         )
     if odd := [layer for layer, parts in layers.items() if not {"down", "up"} <= parts.keys()]:
         raise UserError(f"{path}: {listed(odd)}: without both of its matrices; download the file again")
-    return Lora(path, tree.fingerprint({name: tree.digest(tensor.read()) for name, tensor in tensors.items()}), layers)
+    digests = {name: tree.digest(tensor.read()) for name, tensor in tensors.items()}
+    return Lora(path, tree.fingerprint(digests | {"": repr(sorted(alphas.items())).encode()}), alphas, layers)
+
+
+def alphas_of(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
+    """Returns the alpha of each network that diffusers writes into a file's metadata.
+
+    Raises UserError for settings of PEFT by which layers would differ, or be scaled otherwise.
+    """
+    if ADAPTER not in metadata:
+        return {}
+    said = records.decode(metadata[ADAPTER], dict[str, Any], f"{path}: {ADAPTER}", "download the file again")
+    if odd := [key for key, value in said.items() if key.rpartition(".")[2] in NOT_KNOWN and value]:
+        raise UserError(f"{path}: {ADAPTER} has {listed(odd)}, which are not known; expected a plain LoRA")
+    components = {start.rstrip("."): name for start, name in COMPONENTS if start.endswith(".")}
+    alphas = {name: said.get(f"{start}.lora_alpha") for start, name in components.items()}
+    return {name: float(alpha) for name, alpha in alphas.items() if isinstance(alpha, int | float)}
 
 
 @dataclass(frozen=True)
@@ -140,7 +169,6 @@ def rules_of(pipeline: BasePipeline, component: str) -> Sequence[Rule]:
 
 def key_of(layer: str) -> tuple[str, str]:
     """Returns the network of a layer's name in a file, and the name as `flattened` spells it."""
-    layer = layer.removeprefix("base_model.model.")
     start, component = next((start, name) for start, name in COMPONENTS if layer.startswith(start))
     name = re.sub(r"\.processor\.to_out$", ".to_out.0", layer.removeprefix(start)).replace(".processor.", ".")
     return component, flattened(name)
@@ -167,10 +195,10 @@ def change_of(lora: Lora, layer: str, place: Place, shape: tuple[int, ...]) -> n
     up, down, rank = parts["up"], parts["down"], len(parts["down"])
     if "mid" in parts:  # a convolution in three parts, as LoCon has it
         outer, inner = (matrix.reshape(matrix.shape[:2]) for matrix in (up, down))
-        change = np.einsum("or,rskl,si->oikl", outer, parts["mid"], inner)
+        change = np.einsum("or,rskl,si->oikl", outer, parts["mid"], inner, optimize=True)
     else:
         change = np.einsum("or,ri...->oi...", up.reshape(up.shape[:2]), down)
-    alpha = float(parts["alpha"].reshape(-1)[0]) if "alpha" in parts else rank
+    alpha = float(parts["alpha"].reshape(-1)[0]) if "alpha" in parts else lora.alphas.get(place.component, rank)
     return alpha / rank * op(change.reshape(product))
 
 

@@ -7,31 +7,43 @@
 This is the notation of AUTOMATIC1111's web UI as ComfyUI reads it (comfy/sd1_clip.py), unpaired parentheses included.
 """
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache
 
 from catversion_jax.utils.errors import UserError
 
 EMPHASIS = 1.1
+MOST_WEIGHT = 1000.0
+MOST_DEPTH = 100
 
 
-def weighted_parts(prompt: str) -> list[tuple[str, float]]:
-    """Returns the parts of a prompt with their weights, in order. Raises UserError for a weight that is not finite."""
-    parts = []
-    # Behind it are the parts that are still to be taken apart: a prompt may nest deeper than Python calls.
-    waiting: list[tuple[Sequence[str], float, bool]] = [(re.findall(r"\\[()]|.", prompt, re.DOTALL), 1.0, True)]
-    while waiting:
-        signs, weight, is_open = waiting.pop()
-        if is_open:
-            waiting += [(*piece_weight(piece, weight),) for piece in reversed(list(pieces(signs)))]
-        else:
-            parts.append(("".join(sign[-1] if len(sign) == 2 else sign for sign in signs), weight))
+@lru_cache(1024)  # a prompt is read for each text encoder and each concept
+def weighted_parts(prompt: str) -> tuple[tuple[str, float], ...]:
+    """Returns the parts of a prompt with their weights, in order.
+
+    Raises UserError for a weight beyond MOST_WEIGHT and for parentheses that are nested deeper than MOST_DEPTH.
+    """
+    parts = tuple(parts_of(re.findall(r"\\[()]|.", prompt, re.DOTALL), 1.0, prompt, 0))
     for text, weight in parts:
-        if not math.isfinite(weight):
-            raise UserError(f"prompt {prompt!r:.200}: the weight of {text!r:.60} is {weight}; expected a finite number")
+        if not abs(weight) <= MOST_WEIGHT:
+            raise UserError(
+                f"prompt {prompt!r:.200}: the weight of {text!r:.60} is {weight:g}; expected at most {MOST_WEIGHT:g}"
+            )
     return parts
+
+
+def parts_of(signs: Sequence[str], weight: float, prompt: str, depth: int) -> Iterator[tuple[str, float]]:
+    """Yields the parts of what is inside `depth` parentheses."""
+    if depth > MOST_DEPTH:
+        raise UserError(f"prompt {prompt!r:.200}: more than {MOST_DEPTH} parentheses in each other; expected fewer")
+    for piece in pieces(signs):
+        inner, of_inner, is_group = piece_weight(piece, weight)
+        if is_group:
+            yield from parts_of(inner, of_inner, prompt, depth + 1)
+        else:
+            yield "".join(sign[-1] if len(sign) == 2 else sign for sign in inner), of_inner
 
 
 def pieces(signs: Sequence[str]) -> Iterator[Sequence[str]]:

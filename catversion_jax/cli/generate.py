@@ -31,7 +31,14 @@ from catversion_jax.methods.model_names import is_on_hub, public_name
 from catversion_jax.sampling.conditioning import acts, movement
 from catversion_jax.sampling.image_names import free_grid_name, unique_slugs
 from catversion_jax.sampling.picture_input import DENOISE, MAX_SIDE, PictureInput, read_input
-from catversion_jax.sampling.picture_record import PictureRecord, UsedConcept, UsedLora, as_text, read_picture
+from catversion_jax.sampling.picture_record import (
+    PictureRecord,
+    UsedConcept,
+    UsedLora,
+    as_text,
+    read_picture,
+    reading_of,
+)
 from catversion_jax.sampling.picture_sources import Sources, add_sources, read_sources
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils.errors import UserError
@@ -95,6 +102,8 @@ def main(arguments: flags.FlagValues) -> int:
         raise UserError("--out: empty; expected a folder; . is this one")
     out = expand(arguments.out)
     if arguments.jobs is not None:
+        if not arguments.jobs:
+            raise UserError("--jobs: empty; expected a file with a JSON object a line")
         return generate_jobs.main(arguments, make_out(out))
     record = follow(arguments) if arguments.like else None
     loaded, strength = given_concepts(arguments), given_strength(arguments)
@@ -181,6 +190,11 @@ def follow(arguments: flags.FlagValues) -> PictureRecord:
 
 def check_same(record: PictureRecord, arguments: flags.FlagValues, pipe: Pipeline) -> None:
     """Raises UserError if the base model is not that of the picture to make again, and none was asked for."""
+    prompts = (record.prompt, record.negative_prompt)
+    if not arguments["prompt"].present and max(reading_of(pipe.base, prompt) for prompt in prompts) != record.reading:
+        raise UserError(
+            f"{arguments.like}: made when prompts had no weights and were cut; give --prompt, with \\( for ("
+        )
     if not arguments["lora"].present and [x.digest for x in pipe.loras] != [x.digest for x in record.loras]:
         raise UserError(f"{arguments.like}: its LoRAs are others by now; give them as --lora")
     if arguments["model"].present or arguments["embedding"].present:

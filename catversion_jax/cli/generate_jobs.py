@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
+import msgspec
 from absl import flags
 from tqdm import tqdm
 
@@ -17,13 +18,14 @@ from catversion_jax.methods.concept_model import model_of, warnings
 from catversion_jax.methods.model_names import is_on_hub
 from catversion_jax.sampling.image_names import slug
 from catversion_jax.sampling.job_file import Job, read_jobs
+from catversion_jax.sampling.picture_record import PictureRecord
 from catversion_jax.sampling.picture_sources import add_sources
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.utils import records
 from catversion_jax.utils.errors import UserError, listed, told
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.log import warn
-from catversion_jax.utils.paths import AnyPath, expand, named_in
+from catversion_jax.utils.paths import AnyPath, entries, expand, named_in
 
 INDEX = "index.jsonl"
 """Tells which picture is which job's."""
@@ -44,6 +46,13 @@ NOT_WITH_JOBS = (
 MOST_WARNINGS = 10
 
 
+class IndexLine(msgspec.Struct, frozen=True):
+    """A line of the index."""
+
+    job: str  # file and line
+    file: str
+
+
 def main(arguments: flags.FlagValues, out: AnyPath) -> int:
     """Writes `<prompt-slug>_<key>_<seed>.png` for each job whose picture is not there, and INDEX."""
     if given := [name for name in NOT_WITH_JOBS if arguments[name].present]:
@@ -62,10 +71,10 @@ def main(arguments: flags.FlagValues, out: AnyPath) -> int:
     pictures = list(pipe.records(request, of_each))
     names = [f"{slug(picture.prompt)}_{picture.key}_{picture.seed}.png" for picture in pictures]
     add_sources(out, loaded, pipe.model.path, {}, lora_sources(pipe, arguments))
-    lines = [records.encode({"job": place, "file": name}) for place, name in zip(jobs, names, strict=True)]
-    write_atomically(out / INDEX, lambda file: file.write_text("\n".join([*lines, ""]), "utf-8"))
-    # A name tells all that a picture depends on: one that is there is the one that is asked for.
-    there = {entry.name for entry in out.iterdir()}
+    check_names(names, pictures, list(jobs))
+    add_to_index(out, path, dict(zip(jobs, names, strict=True)))
+    # A name tells prompt, settings and concepts: one that is there is taken for the one that is asked for.
+    there = {entry.name for entry, is_folder in entries(out) if not is_folder}
     left = [i for name, i in {name: i for i, name in enumerate(names)}.items() if name not in there]
     asked = replace(request, prompts=tuple(prompts[i] for i in left), seeds=tuple(seeds[i] for i in left))
     images = pipe.sample_each(asked, [of_each[i] for i in left])
@@ -73,6 +82,23 @@ def main(arguments: flags.FlagValues, out: AnyPath) -> int:
         save_picture(out / names[left[index]], image, pictures[left[index]])
     print(f"{len(left)} images in {out}, {len(jobs) - len(left)} were there; {INDEX} tells which is which job's")
     return 0
+
+
+def check_names(names: Sequence[str], pictures: Sequence[PictureRecord], places: Sequence[str]) -> None:
+    """Raises UserError for two jobs whose pictures would have one name by chance."""
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        other = first.setdefault(name, i)
+        if pictures[other] != pictures[i]:
+            raise UserError(f"{places[i]}: its picture would have the name of that of {places[other]}; change the seed")
+
+
+def add_to_index(out: AnyPath, path: AnyPath, names: Mapping[str, str]) -> None:
+    """Writes the file names of the pictures of a jobs file's lines to the index; other files' lines stay."""
+    others = [line for line in records.read_lines(out / INDEX, IndexLine) if not line.job.startswith(f"{path}:")]
+    lines = [*others, *(IndexLine(place, name) for place, name in names.items())]
+    text = "".join(records.encode(line) + "\n" for line in lines)
+    write_atomically(out / INDEX, lambda file: file.write_text(text, "utf-8"))
 
 
 def concepts_of(path: AnyPath, jobs: Mapping[str, Job]) -> tuple[dict[str, Concept], list[tuple[Concept, ...]]]:

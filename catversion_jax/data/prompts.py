@@ -7,12 +7,13 @@ from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.settings import Constraint, is_plain, setting, several_texts
 
 BRACES = frozenset("{}")
+PARENTHESES = frozenset("()")
 
 
 def words(what: str) -> Constraint:
     """A text that is not blank and has no braces, which are for a template's fields."""
     return Constraint(
-        lambda value: is_plain(value) and bool(value.strip()) and not BRACES & set(value),
+        lambda value: is_plain(value) and bool(value.strip()) and not (BRACES | PARENTHESES) & set(value),
         f"{what}, without braces and control characters",
     )
 
@@ -30,7 +31,8 @@ class ConceptConfig:
         "",
         'Article before the class word; "" means a or an, by the first letter.',
         Constraint(
-            lambda value: is_plain(value) and not BRACES & set(value), "an article, such as a or the, without braces"
+            lambda value: is_plain(value) and not (BRACES | PARENTHESES) & set(value),
+            "an article, such as a or the, without braces",
         ),
     )
     templates: tuple[str, ...] = setting(
@@ -57,11 +59,12 @@ def article(class_word: str) -> str:
 def fill(template: str, class_word: str, article: str) -> str:
     """Fills a template: {concept} becomes article and class word, {class_word} the class word alone.
 
-    Raises UserError for any other field, and for a brace in the class word or the article.
+    Raises UserError for any other field, and for a brace in the class word or the article, or a parenthesis, which
+    would be a weight in the prompts of pictures.
     """
     for what, text in (("class word", class_word), ("article", article)):
-        if BRACES & set(text):
-            raise UserError(f"{what} {text!r}: has a brace; expected words without braces, such as teapot")
+        if (BRACES | PARENTHESES) & set(text):
+            raise UserError(f"{what} {text!r}: has a brace or a parenthesis; expected words alone, such as teapot")
     prompt = template.replace("{concept}", f"{article} {class_word}").replace("{class_word}", class_word)
     if BRACES & set(prompt):
         raise UserError(f"prompt template {template!r}: the only fields are {{concept}} and {{class_word}}")

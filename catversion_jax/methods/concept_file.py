@@ -167,7 +167,9 @@ def load_local(path: Path, keeps: bool, name: str) -> Concept:
         return of_embedding(path, {}, name)
     texts, names = read_header(path)
     kind = foreign_files.kind_of_tensors(names)
-    if kind and kind.startswith(embedding_files.KIND):
+    # diffusers saves an embedding by any word.
+    is_one = kind is None and "format_version" not in texts and len(names) == 1 and names != ["prefix"]
+    if is_one or (kind and kind.startswith(embedding_files.KIND)):
         return of_embedding(path, texts, name)
     if kind or "format_version" not in texts:
         said = kind or f"tensors {listed(names) or 'none'} of another program"

@@ -14,11 +14,13 @@ from catversion_jax.weights import hub
 
 
 def model_of(concepts: Mapping[str, Concept], path: str = "", dtype: str = ModelConfig.dtype) -> ModelConfig:
-    """The model at `path` or, without a path, the one that the first concept was trained on.
+    """The model at `path` or, without a path, the one that the first concept was trained on that records one.
 
     Raises UserError if that is not here: a concept may come from a stranger, and what it names is not downloaded.
     """
-    (source, first), *_ = concepts.items()
+    # An embedding of another program knows nothing of its model.
+    knowing = {source: concept for source, concept in concepts.items() if concept.fingerprint or concept.model_path}
+    (source, first), *_ = (knowing or concepts).items()
     if path:
         return ModelConfig(path, dtype=dtype)
     recorded = first.model_path

@@ -40,12 +40,13 @@ def read_embedding(path: Path, metadata: Mapping[str, str], name: str) -> tuple[
         contents: Any = torch_zip.read_zip(path).value
     else:
         contents = safetensors.open_safetensors(path)
-    word, tensors = word_and_tensors(contents if isinstance(contents, Mapping) else {}, metadata.get(TITLE) or name)
+    given, tensors = word_and_tensors(contents if isinstance(contents, Mapping) else {}, metadata.get(TITLE) or name)
     if not tensors:
         raise UserError(
             f"{path}: no embedding in it; expected vectors by a word, as diffusers or kohya save them; "
             "`catversion convert` reads adapters of the paper's authors"
         )
+    word = given.strip() or name
     arrays = {}
     for key, tensor in zip(("word", "word_2"), tensors, strict=False):
         shape = tuple(tensor.shape)

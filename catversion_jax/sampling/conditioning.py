@@ -17,7 +17,11 @@ from catversion_jax.methods import composition
 from catversion_jax.methods.base import BaseModel, Method
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.models.unet import Context
+from catversion_jax.utils.errors import UserError, listed
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Params
+
+MOST_STATES = 77 * 48
+"""That the UNet attends to, if prompts of several lengths are brought to one."""
 
 
 class Tokens(NamedTuple):
@@ -88,7 +92,8 @@ def condition_tokens(
         return Context(states, pooled)
     nothing = condition_chunks(pipeline, tokens_of(pipeline, [""], None), None).states
     nothing = jnp.tile(nothing, (1, len(first[0].ids), 1))
-    return Context(jnp.where(weights == 1, states, nothing + weights * (states - nothing)), pooled)
+    weighted = nothing + jnp.asarray(weights, states.dtype) * (states - nothing)
+    return Context(jnp.where(weights == 1, states, weighted), pooled)
 
 
 def condition_chunks(
@@ -146,7 +151,13 @@ def same_length(contexts: Sequence[Context]) -> list[Context]:
 
     The UNet's attention to states that are all there as often is the same as to each of them once.
     """
-    length = math.lcm(*(context.states.shape[1] for context in contexts))
+    lengths = sorted({context.states.shape[1] for context in contexts})
+    length = math.lcm(*lengths)
+    if length > max(MOST_STATES, lengths[-1]):
+        raise UserError(
+            f"prompts of {listed(lengths)} tokens, negative ones included: no length in common up to {MOST_STATES}; "
+            "shorten one of them by 75 tokens, or give them in calls of their own"
+        )
     return [
         context._replace(states=jnp.tile(context.states, (1, length // context.states.shape[1], 1)))
         for context in contexts

@@ -15,7 +15,7 @@ from catversion_jax.methods.concept_file import Concept
 from catversion_jax.sampling.conditioning import context
 from catversion_jax.sampling.image_names import slug
 from catversion_jax.sampling.sampler import SampleRequest, check_finite
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, listed
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.paths import AnyPath
 from catversion_jax.weights import safetensors
@@ -59,6 +59,8 @@ def write_concepts(out: AnyPath, concepts: Sequence[Concept]) -> list[str]:
     for name, source in FILES.items():
         write_atomically(out / name, partial(shutil.copyfile, FOLDER / source))
     names = concept_names(concepts)
+    if len(set(names)) < len(names):
+        raise UserError(f"{listed(names)}: the same concept twice; export it once")
     for name, concept in zip(names, concepts, strict=True):
         for path in (out / name, out / MODELS / name):
             concept_file.save(path, concept)

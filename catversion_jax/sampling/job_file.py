@@ -6,9 +6,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from catversion_jax.base.prompt_weights import weighted_parts
 from catversion_jax.base.sampler_config import MAX_STRENGTH
 from catversion_jax.utils import records
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import UserError, told
 from catversion_jax.utils.files import open_regular
 from catversion_jax.utils.paths import AnyPath
 from catversion_jax.utils.settings import is_text
@@ -60,6 +61,8 @@ def check_job(job: Job, where: str) -> None:
     """Raises UserError for values that are no job's together."""
     if not is_text(job.prompt) or not all(map(is_text, job.concepts)):
         raise UserError(f"{where}: holds a NUL or half of a character; expected text in UTF-8")
+    with told(where):
+        weighted_parts(job.prompt)
     if len(set(job.concepts)) < len(job.concepts) or "" in job.concepts:
         raise UserError(f"{where}: concepts {list(job.concepts)}: expected each once")
     if job.strengths and len(job.strengths) != len(job.concepts):

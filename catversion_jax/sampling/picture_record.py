@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -18,6 +20,7 @@ from catversion_jax import __version__
 from catversion_jax.base import schedulers
 from catversion_jax.base.lora import MOST_SCALE
 from catversion_jax.base.pipeline import DTYPES, BasePipeline, ModelConfig
+from catversion_jax.base.prompt_tokens import read_prompt
 from catversion_jax.base.sampler_config import MAX_STRENGTH, SamplerConfig
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.model_names import public_name
@@ -68,6 +71,7 @@ class PictureRecord(msgspec.Struct, frozen=True):
     start: str = ""  # digest of the picture that it began as, and of its mask; "": of none
     denoise: float = 0.0
     loras: tuple[UsedLora, ...] = ()
+    reading: int = 0  # 1: its prompts have weights or several chunks, which are read since there is this field
     model_id: str = ""  # of a local model: a digest of its path, as others may have its name
 
     @property
@@ -80,8 +84,8 @@ class PictureRecord(msgspec.Struct, frozen=True):
         values = msgspec.structs.asdict(msgspec.structs.replace(self, seed=0, version=""))
         values["concepts"] = [msgspec.structs.asdict(used) for used in self.concepts]
         values["loras"] = [msgspec.structs.asdict(used) for used in self.loras]
-        if not self.loras:  # as the names of pictures were before there were any
-            del values["loras"]
+        # As the names of pictures were before there were these.
+        values = {name: value for name, value in values.items() if value or name not in ("loras", "reading")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -116,13 +120,22 @@ def records_of(
         start=start.digest if start else "",
         denoise=float(start.denoise) if start else 0.0,
     )
+    reading_by_prompt = lru_cache(1024)(partial(reading_of, pipeline))
     used_by_id: dict[int, UsedConcept] = {}
     for prompt, seed, concepts in zip(request.prompts, request.seeds, of_each, strict=True):
         for c in concepts:
             if id(c) not in used_by_id:
                 used_by_id[id(c)] = UsedConcept(c.class_word, c.method_name, float(c.strength), c.digest)
         used = tuple(used_by_id[id(c)] for c in concepts)
-        yield msgspec.structs.replace(shared, prompt=prompt, seed=int(seed), concepts=used)
+        reading = max(map(reading_by_prompt, (prompt, request.negative_prompt)))
+        yield msgspec.structs.replace(shared, prompt=prompt, seed=int(seed), concepts=used, reading=reading)
+
+
+def reading_of(pipeline: BasePipeline, prompt: str) -> int:
+    """Returns `reading` for one prompt."""
+    tokens = read_prompt(pipeline.tokenizer, prompt)
+    plain = pipeline.tokenizer([prompt])
+    return int(not np.array_equal(tokens.ids, plain) or bool((tokens.weights != 1).any()))
 
 
 def model_id(path: str) -> str:

@@ -88,6 +88,20 @@ def test_alpha_and_the_text_encoder(tiny_pipeline, tmp_path):
     assert changes(tiny_pipeline, tmp_path / "b.safetensors").keys() == {name}
 
 
+def test_alpha_in_the_metadata(tiny_pipeline, tmp_path):
+    """As diffusers writes it; what else PEFT may say there is refused."""
+    path, said = tmp_path / "a.safetensors", {"unet.r": 4, "unet.lora_alpha": 16, "unet.use_rslora": False}
+    save_file(pair(DOWN), path, {"lora_adapter_metadata": json.dumps(said)})
+    ((_, change),) = changes(tiny_pipeline, path).items()
+    assert max_error(change, 16 / 4 * (UP @ DOWN).T) < 1e-4
+    digest = lora.read_lora(path).digest
+    save_file(pair(DOWN), path, {"lora_adapter_metadata": json.dumps(said | {"unet.lora_alpha": 4})})
+    assert lora.read_lora(path).digest != digest
+    save_file(pair(DOWN), path, {"lora_adapter_metadata": json.dumps(said | {"unet.alpha_pattern": {"to_k": 2}})})
+    with pytest.raises(UserError, match=r"has unet.alpha_pattern, which are not known; expected a plain LoRA"):
+        lora.read_lora(path)
+
+
 def test_convolutions(tiny_pipeline, tmp_path):
     """Also in three parts, and a matrix for a convolution of 1 x 1."""
     down, up = RNG.normal(size=(4, 32, 3, 3)).astype(np.float32), UP[:, :, None, None]
@@ -134,6 +148,8 @@ def test_both_text_encoders(tmp_path):
         ),
         ({"lora_unet_mid.hada_w1_a": DOWN}, "tensors lora_unet_mid.hada_w1_a; expected a LoRA"),
         ({f"unet.{ATTENTION}.dora_scale": DOWN}, "expected a LoRA by the names of kohya or diffusers"),
+        ({**pair(DOWN), f"unet.{ATTENTION}.lora_down.weight": DOWN}, "given by two names"),
+        ({"base_model.model.to_q.lora_A.weight": DOWN}, "of PEFT, whose scale is in another file"),
         ({"emb_params": DOWN}, "tensors emb_params; expected a LoRA"),
     ],
 )

@@ -192,7 +192,7 @@ ONE = np.zeros((4, 768), np.float32)
         ({"to_k_custom_diffusion.weight": ONE}, {}, "Custom Diffusion's weights of diffusers"),
         ({"down_blocks.0.motion_modules.0.norm.weight": ONE}, {}, "a motion module of AnimateDiff"),
         ({"768.0.linear.weight": ONE}, {}, "a hypernetwork"),
-        ({"foo": ONE}, {}, "tensors foo of another program"),
+        ({"foo": ONE, "bar": ONE}, {}, "tensors bar, foo of another program"),
         ({"text_model.embeddings.token_embedding.weight": ONE}, {}, "a CLIP of transformers"),
     ],
 )

@@ -28,6 +28,8 @@ CASES = Path(__file__).parents[2].parent / "shared" / "cases" / "concepts"
         ({"<my-mug>": VECTORS}, {}, "<my-mug>"),
         ({"<my-mug>": VECTORS[0]}, {}, "<my-mug>"),
         ({"string_to_param.*": VECTORS}, {}, "thing"),
+        ({"sks-toy": VECTORS}, {}, "sks-toy"),
+        ({" ": VECTORS}, {}, "thing"),
         ({"clip_l": VECTORS, "clip_g": np.ones((3, 48), np.float32)}, {}, "thing"),
     ],
 )
@@ -59,6 +61,7 @@ def test_files_of_torch(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
+        ({"foo": np.ones((2, 2, 2, 2), np.float32)}, r"an embedding of shape \[2, 2, 2, 2\]"),
         ({"<a>": VECTORS, "<b>": VECTORS}, "no embedding in it; expected vectors by a word"),
         ({"emb_params": np.ones((80, 32), np.float32)}, r"an embedding of shape \[80, 32\]; expected \[n, channels\]"),
         ({"emb_params": np.ones((2, 2, 32), np.float32)}, r"an embedding of shape \[2, 2, 32\]"),

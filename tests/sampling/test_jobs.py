@@ -99,10 +99,13 @@ def test_the_command(tmp_path, concepts):
     with Image.open(out / index[2]["file"]) as image:
         said = json.loads(image.info["catversion"])
     assert [(used["class_word"], used["strength"]) for used in said["concepts"]] == [("teapot", 0.7), ("dog", 1.0)]
+    kept = (out / "index.jsonl").read_text()
     before = {path: path.read_bytes() for path in out.glob("*.png")}
     jobs = write(tmp_path / "more.jsonl", first, {**second, "seed": 1}, {**first, "strengths": [0.5]})
     assert catversion("generate", jobs, f"--out={out}", *few).stdout.startswith("2 images in")
     assert len(list(out.glob("*.png"))) == 6
+    assert (out / "index.jsonl").read_text().startswith(kept)
+    assert len((out / "index.jsonl").read_text().splitlines()) == 8
     assert {path: path.read_bytes() for path in before} == before
     alone = (f"--embedding={teapot}", "--strength=0.4", "--prompt=a teapot", "--seed=7", "--num=1")
     single = catversion("generate", *alone, f"--out={tmp_path / 'single'}", *few)
@@ -133,6 +136,10 @@ def test_mistakes(tmp_path, concepts, caplog):
     assert f"{place}: {tmp_path / 'nothing'}: not found" in missing
     twice = [teapot, f"{teapot}/concept.safetensors"]
     assert f"{place}: class words ['teapot', 'teapot']" in message(good, good | {"concepts": twice})
+    assert f"{place}: prompt 'a (red:inf) teapot': the weight of 'red' is inf" in message(
+        good, good | {"prompt": "a (red:inf) teapot"}
+    )
+    assert "--jobs: empty; expected a file" in error_of("generate", "--jobs=", out)
     assert "--seed: not with --jobs" in message(good, flags=("--seed=1",))
     assert "--embedding: not with --jobs" in message(good, flags=(f"--embedding={teapot}",))
     (tmp_path / "empty").write_text("\n")

@@ -4,13 +4,17 @@ import dataclasses
 import re
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
+import pytest
+from PIL import Image
 
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.dreambooth import DreamBooth
 from catversion_jax.models.unet import Context
-from catversion_jax.sampling import conditioning, sampler
+from catversion_jax.sampling import conditioning, picture_record, sampler
 from catversion_jax.sampling.branches import BatchKey, batches_of
+from catversion_jax.utils.errors import UserError
 from tests.commands import catversion, error_of
 from tests.conftest import max_error
 
@@ -90,4 +94,30 @@ def test_the_commands(tmp_path, concepts):
     out = catversion("generate", f"--embedding={concepts[0]}", "--check", *prompts).stdout
     assert int(re.search(r"the most at token (\d+)", out)[1]) >= 77 + 2
     message = error_of("generate", f"--embedding={concepts[0]}", f"--out={tmp_path}", "--prompt=a (teapot:nan)")
-    assert "prompt 'a (teapot:nan)': the weight of 'teapot' is nan; expected a finite number" in message
+    assert "prompt 'a (teapot:nan)': the weight of 'teapot' is nan; expected at most 1000" in message
+
+
+def test_lengths_without_a_common_one():
+    """Are refused before the memory is full."""
+    states = [Context(np.zeros((1, 77 * chunks, 2), np.float32), None) for chunks in (11, 13, 60)]
+    assert [x.states.shape[1] for x in conditioning.same_length([states[2], states[2]])] == [77 * 60] * 2
+    with pytest.raises(UserError, match="prompts of 847, 1001 tokens, negative ones included: no length in common"):
+        conditioning.same_length(states[:2])
+
+
+def test_like_of_a_picture_from_before(tmp_path, concepts):
+    """Whose prompt was read as it stands: told, unless a prompt is given."""
+    few = (f"--embedding={concepts[0]}", "--steps=1", "--num=1", f"--out={tmp_path / 'out'}")
+    catversion("generate", *few, "--prompt=a teapot (blue)", "--prompt=a teapot")
+    weighted, plain = sorted((tmp_path / "out").glob("a-*.png"), key=lambda path: "blue" not in path.name)
+    for path, reading in ((weighted, 1), (plain, 0)):
+        record = picture_record.read_picture(path)
+        assert record.reading == reading
+        old = msgspec.structs.replace(record, reading=0)
+        assert (old.key == record.key) == (reading == 0)
+        with Image.open(path) as image:
+            image.save(path, pnginfo=picture_record.png_info(picture_record.texts_of(old)))
+    assert "made when prompts had no weights and were cut" in error_of("generate", f"--like={weighted}")
+    like = (f"--like={weighted}", f"--out={tmp_path / 'again'}")
+    catversion("generate", *like, r"--prompt=a teapot \(blue\)")
+    catversion("generate", f"--like={plain}", f"--out={tmp_path / 'again'}")
