@@ -194,6 +194,8 @@ def test_the_command(tmp_path, tiny_model):
     (same,) = pipe.with_lora(style, -0.8)("a teapot", concepts=cv.Concept.load(tmp_path / "teapot"), steps=2)
     assert max_error(np.asarray(same), pixels) <= 1
     jax.tree.map(np.testing.assert_array_equal, pipe.base.params["text"], tiny.load(tiny_model).params["text"])
+    with pytest.raises(UserError, match=r"the LoRA style.safetensors: learn on its base model"):
+        cv.learn(pipe, [tmp_path / "photo.png"], "teapot")
     file_of(style, {KOHYA: (DOWN, UP)})
     assert "its LoRAs are others by now; give them as --lora" in error_of("generate", f"--like={styled}")
     for flag, message in (

@@ -17,6 +17,7 @@ from tensorboardX.proto import event_pb2
 from catversion_jax.cli.main import COMMANDS
 from catversion_jax.config import Config
 from catversion_jax.methods import concept_file
+from catversion_jax.utils.image_grid import CELL, GAP, LABEL_WIDTH
 from catversion_jax.utils.settings import flatten
 from tests import tiny
 from tests.commands import ENVIRONMENT, ROOT, catversion, command, error_of, run_here
@@ -312,9 +313,9 @@ def test_a_concepts_own_sampler(finished, tmp_path):
     prompt = "a photo of a teapot on the beach"
     catversion("generate", "--embedding", finished, f"--prompt={prompt}", "--num=1", f"--out={tmp_path}", here=False)
     (path,) = tmp_path.glob("a-photo-of-a-teapot-on-the-beach_*_0.png")
-    image = Image.open(path).resize((128, 128), Image.Resampling.BICUBIC)
+    image = Image.open(path).resize((CELL, CELL), Image.Resampling.BICUBIC)
     grid = np.asarray(Image.open(finished / "samples.png"))
-    cells = np.lib.stride_tricks.sliding_window_view(grid[-134:], (128, 128, 3))[:, 112, 0]
+    cells = np.lib.stride_tricks.sliding_window_view(grid[-CELL - GAP :], (CELL, CELL, 3))[:, LABEL_WIDTH, 0]
     assert min(np.abs(cell.astype(int) - np.asarray(image)).max() for cell in cells) == 0
 
 

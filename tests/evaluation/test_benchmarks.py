@@ -113,7 +113,9 @@ def test_a_benchmark_of_pictures_that_exist(customconcept101, tmp_path_factory):
         assert result["intervals"][name] == pytest.approx(ends)  # two concepts: from one drawn twice to the other
     assert result["masked_clip_i"] is None
     assert result["config"]["protocol"] == "customconcept101"
-    assert out.with_suffix(".html").read_text().count("data:image/jpeg") == 2
+    html = out.with_suffix(".html").read_text()
+    assert html.count("data:image/jpeg") == html.count("<img ") - 2  # and two plots
+    assert all(f"<h2>{concept}<" in html for concept in (row["concept"] for row in result["concepts"]))
 
 
 def test_the_manifest_is_one_for_batch(customconcept101, tmp_path):

@@ -86,4 +86,4 @@ def test_export(learned, tmp_path):
         "negative_pooled_prompt_embeds": pooled,
     }
     assert not np.array_equal(embeds["prompt_embeds"][0], embeds["negative_prompt_embeds"][0])
-    assert concept_file.load(tmp_path).learned.keys() == {"prefix", "prefix_2"}
+    assert concept_file.load(tmp_path / "teapot.safetensors").learned.keys() == {"prefix", "prefix_2"}
