@@ -16,7 +16,12 @@ from catversion_jax.utils.settings import check_settings
         ("a photo of {thing}", "mug", "a", "prompt template 'a photo of {thing}': the only fields are"),
         ("a photo of {concept", "mug", "a", "prompt template"),
         ("a photo of {concept}", "mug}", "a", "class word 'mug}': has a brace or a parenthesis; expected words alone"),
-        ("a photo of {concept}", "mug (blue)", "a", "class word 'mug (blue)': has a brace or a parenthesis; expected words alone"),
+        (
+            "a photo of {concept}",
+            "mug (blue)",
+            "a",
+            "class word 'mug (blue)': has a brace or a parenthesis; expected words alone",
+        ),
         ("a photo of {concept}", "{concept}", "a", "class word '{concept}': has a brace"),
         ("a photo of {concept}", "mug", "{class_word}", "article '{class_word}': has a brace"),
     ],
