@@ -22,7 +22,7 @@ from catversion_jax.utils import records, tree
 from catversion_jax.utils.errors import UserError, listed
 from catversion_jax.utils.types import Params
 from catversion_jax.weights import ldm, rules, safetensors, torch_zip
-from catversion_jax.weights.conversion import layout
+from catversion_jax.weights.conversion import layout, with_numbers
 from catversion_jax.weights.rules import LEAVES, Rule
 from catversion_jax.weights.tensor import Tensor
 
@@ -151,7 +151,7 @@ def places_in(pipeline: BasePipeline, component: str) -> Iterator[tuple[tuple[st
     for rule in rules_of(pipeline, component):
         if rule.flax is None or "weight" not in LEAVES[rule.kind]:
             continue
-        pattern = re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(f"{rule.flax}/kernel")))
+        pattern = with_numbers(f"{rule.flax}/kernel")
         for path in kernels:
             if match := pattern.fullmatch(path):
                 name = rule.torch.format(**match.groupdict())

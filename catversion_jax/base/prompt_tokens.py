@@ -14,7 +14,7 @@ import numpy as np
 
 from catversion_jax.base.prompt_weights import weighted_parts
 from catversion_jax.base.tokenizer import Tokenizer
-from catversion_jax.base.words import ends_of_words, place_before
+from catversion_jax.base.words import ends_of_words, place_before, token_weights
 from catversion_jax.utils.types import Bool, Float, Int
 
 WHOLE = 8
@@ -135,13 +135,9 @@ def word_weights(
 
     They sum to 1, or to 0 where the prompt lacks the word. All prompts have as many chunks.
     """
-    sizes = [max(1, len(tokenizer.word(word))) for word in words]
     out = np.zeros((len(words), len(prompts), prompts[0].ids.size), np.float32)
     for i, prompt in enumerate(prompts):
-        ends = ends_of_words(tokenizer, prompt.ids[prompt.is_text][None], words)[:, 0]
-        for w, size in enumerate(sizes):
-            if ends[w].any():
-                positions, last = np.arange(ends.shape[1]), ends[w].argmax()
-                inside = (positions > last - size) & (positions <= last)
-                out[w, i, prompt.is_text.ravel()] = inside / np.float32(size)
+        if prompt.is_text.any():
+            of_text = token_weights(tokenizer, prompt.ids[prompt.is_text][None], words)
+            out[:, i, prompt.is_text.ravel()] = of_text[:, 0]
     return out

@@ -34,11 +34,16 @@ def compile_rules(rules: Iterable[Rule]) -> list[tuple[re.Pattern, list[Target]]
     compiled = []
     for rule in rules:
         for torch_leaf, leaves in LEAVES[rule.kind].items():
-            # re.escape has made \{i\} of a rule's {i}, which stands for a number and is carried over to the path.
-            name = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(f"{rule.torch}.{torch_leaf}".removesuffix(".")))
+            name = with_numbers(f"{rule.torch}.{torch_leaf}".removesuffix("."))
             paths = [(f"{rule.flax}/{leaf}".removesuffix("/"), op) for leaf, op in leaves if rule.flax is not None]
-            compiled.append((re.compile(name), [Target(*part, rule.optional) for part in paths]))
+            compiled.append((name, [Target(*part, rule.optional) for part in paths]))
     return compiled
+
+
+def with_numbers(name: str) -> re.Pattern:
+    """Returns the pattern of a rule's name, in which {i} stands for a number."""
+    # re.escape has made \{i\} of {i}.
+    return re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(name)))
 
 
 def matches(compiled: list[tuple[re.Pattern, list[Target]]], name: str) -> list[list[Target]]:
