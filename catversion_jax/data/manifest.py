@@ -13,10 +13,8 @@ from msgspec import Meta
 from catversion_jax.data.photo_sources import SECURE
 from catversion_jax.utils import records
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.files import open_regular
 from catversion_jax.utils.paths import SCHEME, AnyPath, is_remote, named_in
 
-MAX_LINE_BYTES = 2**16
 RESERVED = ("checkpoints", "config.json", "report.jsonl")
 """Names that the results folder uses for other things."""
 
@@ -86,19 +84,14 @@ def read_manifest(path: AnyPath) -> Iterator[Line]:
 
     Raises UserError, naming the line, if a line is not valid or repeats an id.
     """
-    seen: dict[str, int] = {}
-    with open_regular(path, "expected a file with a JSON object a line") as file:
-        # A limit on each read: a file without line breaks, such as a photo given by mistake, may be large.
-        for number, text in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-            if not text.strip():
-                continue
-            line = parse_line(text, f"{path}:{number}")
-            if line.id in seen:
-                raise UserError(
-                    f"{path}:{number}: id {line.id!r} is also that of line {seen[line.id]}; give it another"
-                )
-            seen[line.id] = number
-            yield line
+    seen: dict[str, str] = {}
+    for where, text in records.given_lines(path):
+        line = parse_line(text, where)
+        number = where.rpartition(":")[2]
+        if line.id in seen:
+            raise UserError(f"{where}: id {line.id!r} is also that of line {seen[line.id]}; give it another")
+        seen[line.id] = number
+        yield line
     if not seen:
         raise UserError(f"{path}: no lines; {EXPECTED}")
 

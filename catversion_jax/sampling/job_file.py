@@ -10,11 +10,9 @@ from catversion_jax.base.prompt_weights import weighted_parts
 from catversion_jax.base.sampler_config import MAX_STRENGTH
 from catversion_jax.utils import records
 from catversion_jax.utils.errors import UserError, told
-from catversion_jax.utils.files import open_regular
 from catversion_jax.utils.paths import AnyPath
 from catversion_jax.utils.settings import is_text
 
-MAX_LINE_BYTES = 2**16
 MAX_JOBS = 10**6
 EXPECTED = (
     'expected an object such as {"prompt": "a photo of a teapot", "concepts": ["runs/teapot"]}; optionally strengths '
@@ -41,18 +39,13 @@ def read_jobs(path: AnyPath) -> Iterator[tuple[str, Job]]:
     Raises UserError for a line that is not valid, and for a file without jobs.
     """
     count = 0
-    with open_regular(path, "expected a file with a JSON object a line") as file:
-        # A limit on each read: a file without line breaks, such as a photo given by mistake, may be large.
-        for number, text in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-            if not text.strip():
-                continue
-            where = f"{path}:{number}"
-            job = records.decode(text, Job, where, EXPECTED)
-            check_job(job, where)
-            count += 1
-            if count > MAX_JOBS:
-                raise UserError(f"{where}: more than {MAX_JOBS} jobs; give the others in another call")
-            yield where, job
+    for where, text in records.given_lines(path):
+        job = records.decode(text, Job, where, EXPECTED)
+        check_job(job, where)
+        count += 1
+        if count > MAX_JOBS:
+            raise UserError(f"{where}: more than {MAX_JOBS} jobs; give the others in another call")
+        yield where, job
     if not count:
         raise UserError(f"{path}: no lines; {EXPECTED}")
 

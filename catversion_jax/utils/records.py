@@ -26,6 +26,8 @@ MOST_BYTES = 16 * MIB
 """The largest JSON file: an index of shards, the largest that is common, takes a tenth."""
 MOST_LINE_BYTES = MIB
 """The longest line of a JSON Lines file."""
+MOST_GIVEN_BYTES = 2**16
+"""The longest line of one that a user writes."""
 MOST_LINES_BYTES = 1024 * MIB
 """The largest JSON Lines file: the metrics of ten million steps."""
 
@@ -86,6 +88,15 @@ def read_lines(path: AnyPath, kind: type[RecordT]) -> Iterator[RecordT]:
                     reason = reason or str(error)
     if bad:
         warn(f"{path}: {len(bad)} unreadable line{'s'[: len(bad) > 1]} left out, as after a crash ({reason})")
+
+
+def given_lines(path: AnyPath) -> Iterator[tuple[str, bytes]]:
+    """Yields the lines of a JSON Lines file of a user's that are not empty, each with the place that messages name."""
+    with open_regular(path, "expected a file with a JSON object a line") as file:
+        # A limit on each read: a file without line breaks, such as a photo given by mistake, may be large.
+        for number, text in enumerate(iter(lambda: file.readline(MOST_GIVEN_BYTES), b""), 1):
+            if text.strip():
+                yield f"{path}:{number}", text
 
 
 def append_line(path: Path, record: Any) -> None:
