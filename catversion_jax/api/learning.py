@@ -20,7 +20,8 @@ from catversion_jax.data.images import MAX_FILE_BYTES
 from catversion_jax.data.manifest import parse_line
 from catversion_jax.data.photos import given_photos
 from catversion_jax.methods.concept_file import Concept
-from catversion_jax.training.many_concepts import Ended, Share, each_trained
+from catversion_jax.training.engine import Ended
+from catversion_jax.training.many_concepts import Share, each_trained
 from catversion_jax.training.metric_writer import MetricRow
 from catversion_jax.training.run import Watch, train
 from catversion_jax.training.run_dir import RunDir

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 from PIL import Image
 
@@ -16,15 +15,13 @@ from catversion_jax.config.shipped import config_source
 from catversion_jax.data.photo_checks import check_photos
 from catversion_jax.data.photos import Photo, describe_count, mask_shares, training_photos
 from catversion_jax.data.subject_masks import warn_of_masks
-from catversion_jax.evaluation.grabcut import check_installed, grabcut
-from catversion_jax.evaluation.masks import attention_masks
-from catversion_jax.training.training_prompts import training_prompts
+from catversion_jax.evaluation.grabcut import check_installed
+from catversion_jax.evaluation.photo_masks import subject, with_masks
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.image_grid import grid
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import AnyPath, expand
-from catversion_jax.utils.types import UInt8
 
 POSITIONALS = ("PHOTOS",)
 SHEET = "contact_sheet.png"
@@ -69,7 +66,9 @@ def main(arguments: flags.FlagValues, photos: str) -> int:
         data = replace(data, masks_dir=arguments.masks)
     found = training_photos(data, arguments.resolution or resolution_of(config.model))
     if auto:
-        found = with_masks(config, found)
+        if any(photo.mask is not None for photo in found):
+            raise UserError(f"--masks={AUTO}: the photos have masks already; leave it out to use them, or remove them")
+        found = with_masks(config, load_pipeline(config.model), found)
         warn_of_masks(photos, mask_shares(found))
     write_photos(out / "photos", found)
     warnings = check_photos(found)
@@ -88,18 +87,6 @@ def check_auto(config: Config, resolution: int | None) -> None:
         raise UserError(f"--masks={AUTO}: needs --config.concept.class_word, which says what the subject is")
     if resolution is not None:
         raise UserError(f"--masks={AUTO}: made at the resolution of the model; leave out --resolution")
-
-
-def with_masks(config: Config, photos: Sequence[Photo]) -> list[Photo]:
-    """Returns the photos with masks: the base model's attention to the class word, refined along edges."""
-    if any(photo.mask is not None for photo in photos):
-        raise UserError(f"--masks={AUTO}: the photos have masks already; leave it out to use them, or remove them")
-    pipeline = load_pipeline(config.model)
-    prompts = training_prompts(config, config.make_method(pipeline.networks), pipeline, photos)
-    images = np.stack([photo.image for photo in photos])
-    texts = [prompts.texts[first] for first in prompts.first_prompt]
-    rough = attention_masks(pipeline, images, texts, config.concept.class_word)
-    return [replace(photo, mask=grabcut(photo.image, mask)) for photo, mask in zip(photos, rough, strict=True)]
 
 
 def write_photos(folder: AnyPath, photos: Sequence[Photo]) -> None:
@@ -121,17 +108,11 @@ def write_caption(path: Path, caption: str) -> None:
 def contact_sheet(photos: Sequence[Photo], warnings: Sequence[Sequence[str]]) -> Image.Image:
     """Returns each photo beside what its mask leaves, with its name, its caption and its warnings."""
     labels = [label(photo, of_photo) for photo, of_photo in zip(photos, warnings, strict=True)]
-    rows = [[photo.image, *subject(photo)] for photo in photos]
+    subjects = map(subject, photos)
+    rows = [[photo.image, *([] if alone is None else [alone])] for photo, alone in zip(photos, subjects, strict=True)]
     return grid(rows, labels, ["what training sees", "the subject"][: max(map(len, rows))])
 
 
 def label(photo: Photo, warnings: Sequence[str]) -> str:
     caption = [f'"{photo.caption}"'] if photo.caption else []
     return "; ".join([photo.name, *caption, *warnings])
-
-
-def subject(photo: Photo) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """Returns the photo with its background dimmed; nothing for one without a mask."""
-    if photo.mask is None:
-        return []
-    return [np.where(photo.mask[..., None], photo.image, photo.image // 5 + 24).astype(np.uint8)]

@@ -8,7 +8,6 @@ import jax
 import msgspec
 import numpy as np
 
-from catversion_jax.data.manifest import Line
 from catversion_jax.training.checkpoints import Saved, read_newest
 from catversion_jax.training.state import TrainState
 from catversion_jax.training.step import StepConfig
@@ -32,9 +31,9 @@ class InterruptedConcept(NamedTuple):
     digest: str | None  # of its line
 
 
-def note_of(lines: Sequence[Line | None]) -> dict[str, Any]:
-    """Returns the note to save with the states of slots that train these lines."""
-    note = SlotNote([line.id if line else None for line in lines], [line.digest if line else None for line in lines])
+def note_of(concepts: Sequence[tuple[str, str] | None]) -> dict[str, Any]:
+    """Returns the note to save with the states of slots: the id and the digest of the concept in each."""
+    note = SlotNote([found and found[0] for found in concepts], [found and found[1] for found in concepts])
     return msgspec.to_builtins(note)
 
 

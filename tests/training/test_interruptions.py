@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jax
@@ -15,9 +14,10 @@ from catversion_jax.config import Config
 from catversion_jax.data.manifest import Line
 from catversion_jax.models.sharding import make_mesh
 from catversion_jax.training import step
+from catversion_jax.training.engine import ConceptJob, Engine, told_of_failure
 from catversion_jax.training.interrupted import InterruptedConcept
 from catversion_jax.training.loop import enough_memory, not_finite, signals
-from catversion_jax.training.many_concepts import ManyConcepts, Share, refuse_changed_lines
+from catversion_jax.training.many_concepts import Share, refuse_changed_lines
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.status import DONE, ConceptStatus, write_status
 from catversion_jax.utils.errors import UserError
@@ -140,21 +140,26 @@ def test_a_line_that_is_done(share, changes):
 def test_an_interrupted_line_that_changed(caplog, digest, seed, continues):
     """It begins anew: its state was learned from other photos."""
     saved = state(4, 1).replace(seed=np.asarray([seed], np.uint32))
-    batch = SimpleNamespace(
+    engine = SimpleNamespace(
         saved={"a": InterruptedConcept(saved, digest)}, step_config=SimpleNamespace(init_state=lambda seeds: "new")
     )
-    found = ManyConcepts.state_of(batch, line(), Config())
+    job = ConceptJob("a", line().digest, Config())
+    found = Engine.state_of(engine, job)
     assert (found is saved) == continues
-    assert ("a: its line has other values than when it was interrupted; begun anew" in caplog.messages) != continues
-    assert ManyConcepts.state_of(batch, line(), Config()) == "new"  # it is taken once
+    assert ("a: it has other values than when it was interrupted; begun anew" in caplog.messages) != continues
+    assert Engine.state_of(engine, job) == "new"  # it is taken once
 
 
 def test_memory_that_is_full_is_no_concepts_fault():
     """While others train, the next one is encoded: it is not reported as failed, but the batch says what to lower."""
-    future: Future = Future()
-    future.set_exception(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
-    with pytest.raises(UserError, match=r"out of memory .*; lower batch\.slots"), enough_memory("lower batch.slots"):
-        ManyConcepts.next_good(SimpleNamespace(), iter([(line(), future)]), None)
+    failed: list[str] = []
+    with (
+        pytest.raises(UserError, match=r"out of memory .*; lower batch\.slots"),
+        enough_memory("lower batch.slots"),
+        told_of_failure(failed.append),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    assert not failed
 
 
 @pytest.mark.parametrize(("command", "advice"), [("train", " again with --resume"), ("batch", " again")])

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from catversion_jax.cli import batch
 from catversion_jax.config import Config
 from catversion_jax.data import manifest
 from catversion_jax.methods import concept_file
-from catversion_jax.training import many_concepts
+from catversion_jax.training import engine
 from catversion_jax.training import step as ts
 from catversion_jax.training.distributed import Process
 from catversion_jax.training.many_concepts import Share, train_many
+from catversion_jax.training.preparation import Preparation
 from catversion_jax.training.run import load_model, train
 from catversion_jax.training.run_dir import RunDir
 from catversion_jax.utils.errors import UserError
@@ -130,13 +132,13 @@ def test_one_trace_and_one_executable(tiny_model, tmp_path, monkeypatch):
 
 
 def test_bad_concepts_disturb_no_others(tiny_model, tmp_path, alone, monkeypatch):
-    prepare = many_concepts.prepare
+    prepare = engine.prepare
 
     def spoiled(config, *rest):
         data = prepare(config, *rest)
         return data.replace(mean=data.mean * np.nan) if config.seed == 13 else data
 
-    monkeypatch.setattr(many_concepts, "prepare", spoiled)
+    monkeypatch.setattr(engine, "prepare", spoiled)
     (tmp_path / "corrupt").mkdir()
     (tmp_path / "corrupt" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     bad = [
@@ -298,8 +300,23 @@ def test_ten_thousand_lines_are_read_one_at_a_time(tmp_path):
     path.write_text("".join(json.dumps({**LINES[0], "id": str(i)}) + "\n" for i in range(10_000)))
     shares = [[line.id for line in Share(Config(), path, Process(i, 3)).lines()] for i in range(3)]
     assert sorted(itertools.chain(*shares), key=int) == [str(i) for i in range(10_000)]
-    prepared = []
-    queue = many_concepts.ahead(manifest.read_manifest(path), lambda line: prepared.append(line.id), 8)
-    next(queue)
+    lines, prepared = manifest.read_manifest(path), []
+    queue = Preparation(lambda line: prepared.append(line.id), 8)
+    while queue.room:
+        queue.add(next(lines))
+    job, data = queue.take(wait=True)
+    assert (job.id, data.result(), queue.room) == ("0", None, 1)
     queue.close()
-    assert len(prepared) <= 9
+    assert len(prepared) <= 8
+
+
+def test_photos_that_take_their_time_are_not_waited_for():
+    """What is not ready is taken later, unless there is nothing else to do."""
+    opened, queue = threading.Event(), Preparation(lambda job: opened.wait(60) and job, 2)
+    queue.add("slow")
+    assert queue.take(wait=False) is None
+    assert queue.jobs == ["slow"]
+    opened.set()
+    job, data = queue.take(wait=True)
+    assert (job, data.result(), queue.take(wait=True)) == ("slow", "slow", None)
+    queue.close()

@@ -1,0 +1,48 @@
+"""The concepts that come next: prepared in a thread, so that the devices do not wait for photos to be read."""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, NamedTuple, TypeVar
+
+from catversion_jax.training.state import ConceptData
+
+JobT = TypeVar("JobT")
+
+
+class Prepared(NamedTuple, Generic[JobT]):
+    """A job, and its data or what went wrong."""
+
+    job: JobT
+    data: Future[ConceptData]
+
+
+class Preparation(Generic[JobT]):
+    """A queue of jobs, in which at most `most` are: memory on the host does not grow with what waits elsewhere."""
+
+    def __init__(self, prepare: Callable[[JobT], ConceptData], most: int):
+        self._prepare, self._most = prepare, most
+        self._pool = ThreadPoolExecutor(1, "preparation")
+        self._waiting: deque[Prepared[JobT]] = deque()
+
+    @property
+    def room(self) -> int:
+        """How many jobs may be added now."""
+        return self._most - len(self._waiting)
+
+    @property
+    def jobs(self) -> list[JobT]:
+        return [job for job, _ in self._waiting]
+
+    def add(self, job: JobT) -> None:
+        """Adds a job, which is prepared after those before it."""
+        self._waiting.append(Prepared(job, self._pool.submit(self._prepare, job)))
+
+    def take(self, wait: bool) -> Prepared[JobT] | None:
+        """Returns the next job that is prepared; None if there is none, or if it is not ready and not to `wait` for."""
+        if not self._waiting or not (wait or self._waiting[0].data.done()):
+            return None
+        return self._waiting.popleft()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
