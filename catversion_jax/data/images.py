@@ -114,6 +114,17 @@ def open_image(path: AnyPath) -> Image.Image:
             return upright(halved(image) if image.width * image.height > FULL_PIXELS else image, path)
 
 
+def kind_of_photo(path: AnyPath) -> tuple[str, int]:
+    """Returns a file's format, one of FORMATS, and its number of pixels, which are not decoded.
+
+    Raises UserError, naming the file, for anything but an image.
+    """
+    with open_regular(path, f"expected a {KINDS} image") as file, damage_named(path), our_limits():
+        register_heic()
+        image = Image.open(file, formats=FORMATS)
+        return str(image.format), image.width * image.height
+
+
 @cache
 def register_heic() -> None:
     """Adds HEIC, which every iPhone writes, to what Pillow reads."""

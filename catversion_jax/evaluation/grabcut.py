@@ -10,9 +10,13 @@ from catversion_jax.utils.types import Bool, UInt8
 ITERATIONS = 5
 
 
+def is_installed() -> bool:
+    return importlib.util.find_spec("cv2") is not None
+
+
 def check_installed() -> None:
     """Raises UserError if OpenCV is not installed."""
-    if importlib.util.find_spec("cv2") is None:
+    if not is_installed():
         raise UserError("grabcut: OpenCV is not installed; pip install 'catversion-jax[grabcut]', or leave it out")
 
 

@@ -128,6 +128,23 @@ class Engine:
         self.slots.put(index, self.state_of(job), data)
         self.entered[index] = Entered(job, int(data.photos[0]), time.monotonic())
 
+    def remove(self, concept_id: str) -> bool:
+        """Empties the slot of a concept that has not ended; returns whether it was in one."""
+        self.saved.pop(concept_id, None)
+        for index, entered in list(self.entered.items()):
+            if entered.job.id == concept_id:
+                self.slots.clear(index)
+                del self.entered[index]
+                return True
+        return False
+
+    def concept_now(self, index: int) -> Concept:
+        """Returns what the concept in a slot has learned so far."""
+        return self.concept_of(self.entered[index].job, self.slots.one(index))
+
+    def concept_of(self, job: ConceptJob, state: TrainState) -> Concept:
+        return to_concept(job.config, self.step_config.method, self.pipeline.fingerprint, state)
+
     def state_of(self, job: ConceptJob) -> TrainState:
         """Returns the state that a concept goes on from: the one that was saved, if that was of the same values."""
         saved = self.saved.pop(job.id, None)
@@ -157,7 +174,7 @@ class Engine:
     def finished(self, entered: Entered, state: TrainState, loss: float) -> Ended:
         """Returns a concept that has taken its last step, with its status."""
         job = entered.job
-        concept = to_concept(job.config, self.step_config.method, self.pipeline.fingerprint, state)
+        concept = self.concept_of(job, state)
         seconds = round(time.monotonic() - entered.since, 1)
         status = ConceptStatus(job.id, DONE, None, entered.photos, concept.steps, loss, seconds, job.digest)
         return Ended(status, concept, job.config)

@@ -207,7 +207,7 @@ class ManyConcepts:
         check_settings(config)
         return self.engine.prepare(config, training_photos(config.data, self.pipeline.networks.resolution))
 
-    def fill(self, queue: Preparation[Line], lines: Iterator[Line], bar: tqdm) -> bool:
+    def fill(self, queue: Preparation[Line, ConceptData], lines: Iterator[Line], bar: tqdm) -> bool:
         """Puts the next concepts that are prepared into empty slots; returns whether any slot is in use."""
         engine = self.engine
         while True:

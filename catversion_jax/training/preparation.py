@@ -5,25 +5,24 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
-from catversion_jax.training.state import ConceptData
-
 JobT = TypeVar("JobT")
+DataT = TypeVar("DataT")
 
 
-class Prepared(NamedTuple, Generic[JobT]):
+class Prepared(NamedTuple, Generic[JobT, DataT]):
     """A job, and its data or what went wrong."""
 
     job: JobT
-    data: Future[ConceptData]
+    data: Future[DataT]
 
 
-class Preparation(Generic[JobT]):
+class Preparation(Generic[JobT, DataT]):
     """A queue of jobs, in which at most `most` are: memory on the host does not grow with what waits elsewhere."""
 
-    def __init__(self, prepare: Callable[[JobT], ConceptData], most: int):
+    def __init__(self, prepare: Callable[[JobT], DataT], most: int):
         self._prepare, self._most = prepare, most
         self._pool = ThreadPoolExecutor(1, "preparation")
-        self._waiting: deque[Prepared[JobT]] = deque()
+        self._waiting: deque[Prepared[JobT, DataT]] = deque()
 
     @property
     def room(self) -> int:
@@ -38,7 +37,7 @@ class Preparation(Generic[JobT]):
         """Adds a job, which is prepared after those before it."""
         self._waiting.append(Prepared(job, self._pool.submit(self._prepare, job)))
 
-    def take(self, wait: bool) -> Prepared[JobT] | None:
+    def take(self, wait: bool) -> Prepared[JobT, DataT] | None:
         """Returns the next job that is prepared; None if there is none, or if it is not ready and not to `wait` for."""
         if not self._waiting or not (wait or self._waiting[0].data.done()):
             return None

@@ -1,0 +1,214 @@
+"""The half of the worker that draws: pictures of different people's concepts, together in one batch of the UNet."""
+
+import functools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from catversion_jax.api.pipeline import Pipeline, with_values
+from catversion_jax.base import schedulers
+from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.config import Config
+from catversion_jax.methods import concept_file
+from catversion_jax.methods.composition import check_composition
+from catversion_jax.methods.concept_file import SAMPLER, Concept
+from catversion_jax.sampling.branches import batch_key
+from catversion_jax.sampling.picture_record import png_info, texts_of
+from catversion_jax.sampling.sampler import SampleRequest
+from catversion_jax.service.learning import Snapshot
+from catversion_jax.service.requests import DONE, FAILED, QUEUED, PictureRequest
+from catversion_jax.service.store import Entry, Store
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.files import write_atomically
+
+AHEAD = 64
+"""Waiting pictures that are looked at for those that can share a batch with the oldest."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture to draw."""
+
+    prompt: str
+    seed: int
+    sampler: SamplerConfig
+    concepts: tuple[Concept, ...]
+    path: Path
+    negative_prompt: str = ""
+    width: int = 0
+    height: int = 0
+    id: str = ""  # of a picture of the store; "": a preview
+    preview_of: str = ""  # the id of the concept that it is a preview of
+    is_last: bool = False  # of the previews of a concept that is done
+
+    @property
+    def settings(self) -> tuple:
+        return self.sampler, self.negative_prompt, self.width, self.height
+
+
+def request_of(drawings: Sequence[Drawing]) -> SampleRequest:
+    """Returns the request for drawings of the same settings."""
+    prompts, seeds = tuple(d.prompt for d in drawings), tuple(d.seed for d in drawings)
+    return SampleRequest(prompts, seeds, *drawings[0].settings)
+
+
+def sampler_of(config: Config, asked: PictureRequest) -> SamplerConfig:
+    """Returns the sampler's settings of a picture. Raises UserError for values that none can have."""
+    given = {name: value for name in SAMPLER if (value := getattr(asked, name)) is not None}
+    return with_values(config.sample.sampler, SAMPLER, given)
+
+
+class Drawings:
+    """The pictures that wait, and the previews before them. All methods are the worker's own."""
+
+    def __init__(self, store: Store, config: Config, pipe: Pipeline):
+        self.store, self.config, self.pipe = store, config, pipe
+        self.previews: deque[Drawing] = deque()
+        self.now: frozenset[str] = frozenset()  # ids of the pictures that are being drawn
+        self.drawn = 0
+        self._made: dict[str, Drawing] = {}  # by id, of pictures that wait
+        self._load = functools.lru_cache(1024)(self.load)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Queues the previews of a concept."""
+        config = snapshot.config
+        own = config.sample.prompts != self.config.sample.prompts
+        prompts = config.sample_prompts(None if own else self.config.batch.previews)
+        folder = self.store.concept_folder(snapshot.id) / "previews"
+        is_done = self.is_done(snapshot.id)
+        if is_done and not prompts:
+            self.store.set_previewed(snapshot.id)
+        for i, prompt in enumerate(prompts):
+            path = folder / f"{snapshot.concept.steps:06}-{i:03}.png"
+            last = is_done and i == len(prompts) - 1
+            sampler, concepts = config.sample.sampler, (snapshot.concept,)
+            self.previews.append(
+                Drawing(prompt, config.seed, sampler, concepts, path, preview_of=snapshot.id, is_last=last)
+            )
+
+    def is_done(self, concept_id: str) -> bool:
+        found = self.store.concept(concept_id)
+        return found is not None and found.status == DONE
+
+    def forget(self, concept_ids: Sequence[str]) -> None:
+        """Drops the previews of concepts that are removed."""
+        self.previews = deque(d for d in self.previews if d.preview_of not in concept_ids)
+        self._made.clear()
+        self._load.cache_clear()
+
+    def load(self, concept_id: str, strength: float | None) -> Concept:
+        return concept_file.load(self.store.concept_file(concept_id)).at(strength)
+
+    def warm_up(self, drawing: Drawing) -> None:
+        """Draws something that nobody sees."""
+        for _ in self.pipe.sample_each(request_of([drawing]), [drawing.concepts]):
+            pass
+
+    def waiting(self) -> bool:
+        """Whether a picture waits."""
+        return bool(self.previews) or self.store.count("pictures", [QUEUED]) > 0
+
+    def draw(self) -> None:
+        """Draws one batch: the oldest that waits, and those that can share it."""
+        group = self.next_group()
+        if not group:
+            return
+        self.now = frozenset(drawing.id for drawing in group)
+        try:
+            self.sample(group)
+        except UserError as error:
+            if len(group) == 1:
+                self.fail(group[0], str(error))
+                return
+            # Whose fault it is shows when each is drawn by itself.
+            for drawing in group:
+                try:
+                    self.sample([drawing])
+                except UserError as own:
+                    self.fail(drawing, str(own))
+        finally:
+            self.now = frozenset()
+
+    def next_group(self) -> list[Drawing]:
+        """Returns the drawings of the next batch."""
+        waiting = [*self.previews]
+        for entry in self.store.with_status("pictures", [QUEUED], AHEAD):
+            if entry.id not in self._made:
+                try:
+                    self._made[entry.id] = self.made(entry)
+                except UserError as error:
+                    self.store.end("pictures", entry.id, FAILED, {"error": str(error)})
+                    continue
+            waiting.append(self._made[entry.id])
+        if not waiting:
+            return []
+        first = waiting[0]
+        key = self.key(first)
+        alike = (d for d in waiting[1:] if d.settings == first.settings and self.key(d) == key)
+        return [first, *alike][: first.sampler.batch_size]
+
+    def key(self, drawing: Drawing):
+        return batch_key(self.pipe.base, drawing.prompt, [c for c in drawing.concepts if c.strength])
+
+    def made(self, entry: Entry) -> Drawing:
+        """Returns the drawing of a picture that was asked for. Raises UserError if a concept cannot be used."""
+        asked = entry.picture
+        concepts = tuple(self._load(used.id, used.strength) for used in asked.concepts)
+        self.pipe.check({f"concept {used.id}": c for used, c in zip(asked.concepts, concepts, strict=True)})
+        check_composition(concepts)
+        return Drawing(
+            asked.prompt,
+            asked.seed,
+            sampler_of(self.config, asked),
+            concepts,
+            self.store.picture_file(entry.id),
+            asked.negative_prompt,
+            asked.width or 0,
+            asked.height or 0,
+            entry.id,
+        )
+
+    def sample(self, group: list[Drawing]) -> None:
+        """Draws drawings that share a batch, and writes them."""
+        request, of_each = request_of(group), [drawing.concepts for drawing in group]
+        records = list(self.pipe.records(request, of_each))
+        for i, image in self.pipe.sample_each(request, of_each):
+            drawing = group[i]
+            save = partial(Image.fromarray(image).save, format="PNG", pnginfo=png_info(texts_of(records[i])))
+            if drawing.preview_of:
+                drawing.path.parent.mkdir(exist_ok=True)
+            write_atomically(drawing.path, save)
+        self.drawn += len(group)
+        with self.store.transaction():
+            for drawing in group:
+                self.end(drawing)
+
+    def end(self, drawing: Drawing) -> None:
+        if not drawing.preview_of:
+            if not self.store.end("pictures", drawing.id, DONE, {}):
+                drawing.path.unlink(missing_ok=True)  # it was removed while it was drawn
+            self._made.pop(drawing.id, None)
+            return
+        self.previews.remove(drawing)
+        if drawing.is_last:
+            self.store.set_previewed(drawing.preview_of)
+
+    def fail(self, drawing: Drawing, error: str) -> None:
+        """Notes why a picture failed; a concept without previews is done all the same."""
+        if drawing.preview_of:
+            self.end(drawing)
+        else:
+            self.store.end("pictures", drawing.id, FAILED, {"error": error})
+            self._made.pop(drawing.id, None)
+
+
+def check_drawable(config: Config, pipe: Pipeline, asked: PictureRequest) -> None:
+    """Raises UserError for a picture that no sampler gives."""
+    sampler = sampler_of(config, asked)
+    schedulers.plan(pipe.base.networks.schedule, sampler.scheduler, sampler.steps)
+    drawing = Drawing(asked.prompt, 0, sampler, (), Path(), asked.negative_prompt, asked.width or 0, asked.height or 0)
+    request_of([drawing]).size(pipe.base.networks)

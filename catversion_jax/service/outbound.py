@@ -1,0 +1,137 @@
+"""Requests to other servers, for photos and webhooks: to public addresses alone, over https, and without redirects.
+
+An address is looked up once and then connected to, so that a name cannot lead elsewhere between check and use. An
+operator may list addresses of his own network, literally: HOST or HOST:PORT with an IP address.
+"""
+
+import http.client
+import ipaddress
+import socket
+import ssl
+from collections.abc import Callable, Collection, Mapping
+from contextlib import closing
+from urllib.parse import SplitResult, urlsplit
+
+from catversion_jax.data.images import MAX_FILE_BYTES
+from catversion_jax.utils.errors import StorageError, UserError, short
+
+TIMEOUT = 30.0  # seconds without an answer
+MOST_REDIRECTS = 3
+REDIRECTS = (301, 302, 303, 307, 308)
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def checked_url(url: str, hosts: Collection[str] | None) -> SplitResult:
+    """Returns the parts of a URL whose host is one of `hosts` (None: any name). Raises UserError for another."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise UserError(f"{url}: no URL; expected one that begins with https://") from None
+    if parts.scheme != "https" or not host or parts.username is not None or not url.isascii() or not url.isprintable():
+        raise UserError(f"{url}: no https:// URL without a user's name; expected one")
+    named = {host, f"{host}:{port or 443}"}
+    if hosts is None:
+        if is_address(host):
+            raise UserError(f"{url}: an address; expected a server's name")
+    elif not named & {known.lower() for known in hosts}:
+        allowed = ", ".join(sorted(hosts)) or "none"
+        raise UserError(
+            f"{url}: the server {host} is not on this service's list ({allowed}); upload the photos instead"
+        )
+    return parts
+
+
+def address_of(host: str, port: int, listed: bool) -> tuple[str, int]:
+    """Looks a host up. Raises UserError for an address that is not public, unless it is `listed` literally."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise StorageError(f"{host}: not found ({short(error)}); try again later") from error
+    for *_, address in found:
+        ip = ipaddress.ip_address(address[0])
+        if not ip.is_global and not (listed and is_address(host)):
+            raise UserError(f"{host}: leads to {ip}, which is no public address; give another URL")
+    return str(found[0][4][0]), port
+
+
+class PinnedConnection(http.client.HTTPSConnection):
+    """A connection to an address that was looked up before, with the certificate of the server's name."""
+
+    def __init__(self, host: str, address: tuple[str, int]):
+        super().__init__(host, address[1], timeout=TIMEOUT, context=ssl.create_default_context())
+        self._address, self._name = address, host
+
+    def connect(self) -> None:
+        plain = socket.create_connection(self._address, TIMEOUT)
+        self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self._name)
+
+
+def connection_to(parts: SplitResult, listed: bool) -> PinnedConnection:
+    host = parts.hostname or ""
+    return PinnedConnection(host, address_of(host, parts.port or 443, listed))
+
+
+def path_of(parts: SplitResult) -> str:
+    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+def fetch_photo(url: str, hosts: Collection[str], write: Callable[[bytes], object]) -> None:
+    """Downloads a photo from one of the operator's hosts; redirects are followed to these hosts alone.
+
+    Raises UserError for what is not allowed or not there, and StorageError if the server is out of reach.
+    """
+    here = url
+    for _ in range(MOST_REDIRECTS + 1):
+        parts = checked_url(here, hosts)
+        with closing(connection_to(parts, listed=True)) as connection:
+            try:
+                connection.request("GET", path_of(parts), headers={"User-Agent": "catversion"})
+                answer = connection.getresponse()
+                if answer.status not in REDIRECTS:
+                    if answer.status != 200:
+                        raise UserError(f"{url}: its server answers {answer.status}; correct the URL")
+                    data = answer.read(MAX_FILE_BYTES + 1)
+                    if len(data) > MAX_FILE_BYTES:
+                        raise UserError(f"{url}: more than {MAX_FILE_BYTES // 2**20} MiB; make the photo smaller")
+                    write(data)
+                    return
+                here = answer.headers.get("Location", "")
+            except (OSError, http.client.HTTPException) as error:
+                raise StorageError(f"{url}: not downloaded ({short(error)}); send the request again") from error
+    raise UserError(f"{url}: more than {MOST_REDIRECTS} redirects; give the photo's own URL")
+
+
+def post(url: str, body: bytes, headers: Mapping[str, str], hosts: Collection[str]) -> int:
+    """Posts to a webhook; returns the status of the answer. Redirects are not followed.
+
+    `hosts` are the operator's own, beside which any public server may be named. Raises UserError for another, and
+    StorageError if it is out of reach.
+    """
+    parts = checked_webhook(url, hosts)
+    with closing(connection_to(parts, listed=names_listed(parts, hosts))) as connection:
+        try:
+            connection.request("POST", path_of(parts), body, dict(headers))
+            return connection.getresponse().status
+        except (OSError, http.client.HTTPException) as error:
+            raise StorageError(f"{url}: not reached ({short(error)})") from error
+
+
+def checked_webhook(url: str, hosts: Collection[str]) -> SplitResult:
+    """Returns the parts of a webhook's URL. Raises UserError for one that is never posted to."""
+    try:
+        return checked_url(url, hosts)
+    except UserError:
+        return checked_url(url, None)
+
+
+def names_listed(parts: SplitResult, hosts: Collection[str]) -> bool:
+    return bool({parts.hostname, f"{parts.hostname}:{parts.port or 443}"} & set(hosts))

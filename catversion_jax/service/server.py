@@ -1,0 +1,122 @@
+"""A server: the service's threads around uvicorn, from its start to its last saved step."""
+
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from catversion_jax.api.pipeline import Pipeline
+from catversion_jax.config import Config
+from catversion_jax.service.app import make_app
+from catversion_jax.service.drawing import Drawings
+from catversion_jax.service.learning import Learning
+from catversion_jax.service.service import Rules, Service
+from catversion_jax.service.store import Store
+from catversion_jax.service.webhooks import Webhooks
+from catversion_jax.service.worker import Worker
+from catversion_jax.training.run import load_model
+from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.paths import AnyPath, expand
+
+DRAIN = 10
+"""Seconds that requests have to end in, after which the server stops without them."""
+SHARE = 0.5
+"""The part of the device's time that drawing gets while both wait."""
+
+
+@dataclass(frozen=True)
+class Address:
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with what is to be told once it listens."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[int], object]):
+        super().__init__(config)
+        self._service, self._on_start = service, on_start
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._on_start(self.servers[0].sockets[0].getsockname()[1])
+
+    def handle_exit(self, sig: int, frame) -> None:
+        # Before uvicorn waits for the requests to end: those that wait for something end by this.
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._service.worker.failure is not None
+
+
+def serve(
+    config: Config,
+    folder: AnyPath,
+    rules: Rules,
+    address: Address,
+    on_start: Callable[[int], object],
+    drawing_share: float = SHARE,
+) -> None:
+    """Serves until SIGTERM or Ctrl-C, after which the slots are saved. `on_start` is given the port it listens on.
+
+    Raises UserError if the store, the model or the address cannot be used, and for what ended the worker.
+    """
+    store = Store(expand(folder))
+    try:
+        store.recover()
+        pipe = Pipeline(config.model, load_model(config, config.batch.slots))
+        drawings = Drawings(store, config, pipe)
+        set_up = partial(Learning, store, config, pipe.base, rules.limits, rules.url_hosts)
+        worker = Worker(store, drawings, set_up, drawing_share)
+        service = Service(config, pipe, store, worker, rules)
+        run(service, address, on_start)
+        if worker.failure is not None:
+            raise UserError(worker.failure)
+    finally:
+        store.close()
+
+
+def run(service: Service, address: Address, on_start: Callable[[int], object]) -> None:
+    """Runs uvicorn and the threads of a service, until a signal."""
+    webhooks = Webhooks(service.store, service.rules.url_hosts)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        webhooks.start()
+        yield
+        service.draining = True
+        service.worker.stop()
+        webhooks.stop()
+        await run_in_threadpool(service.worker.join)
+        await run_in_threadpool(webhooks.join)
+
+    config = uvicorn.Config(
+        make_app(service, lifespan),
+        host=address.host,
+        port=address.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=DRAIN,
+        server_header=False,
+    )
+    # uvicorn raises the signal again when it has stopped: by then everything is saved, and the exit status is 0.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        Server(config, service, on_start).run()
+    except SystemExit as error:
+        raise UserError(f"{address}: cannot listen there; choose another --port or --host") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,124 @@
+"""The worker: the one thread that has the device. It takes turns between training and drawing, so that neither starves.
+
+What it does is in learning.py and drawing.py; here is only when.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from catversion_jax.methods import concept_file
+from catversion_jax.service.drawing import Drawing, Drawings
+from catversion_jax.service.learning import Learning, Snapshot
+from catversion_jax.service.problems import is_full
+from catversion_jax.service.requests import DONE, REMOVING
+from catversion_jax.service.shares import Shares
+from catversion_jax.service.store import Store
+from catversion_jax.training.engine import ConceptJob
+from catversion_jax.utils.errors import ReportedError, UserError, one_line, short
+from catversion_jax.utils.log import LOGGER, warn
+
+TRAIN, DRAW = "train", "draw"
+IDLE = 0.2
+"""Seconds after which a worker without work looks into the store, if nobody wakes it before."""
+AFTER_FAILURE = 2.0
+"""Seconds until something is tried again that the disk refused."""
+
+
+class Worker(threading.Thread):
+    """Learns and draws what the store holds, until it is stopped."""
+
+    def __init__(self, store: Store, drawings: Drawings, set_up: Callable[[], Learning], drawing_share: float):
+        """`set_up` makes the learning half, in the worker's own thread: it compiles."""
+        super().__init__(name="worker", daemon=True)
+        self.store, self.drawings, self._set_up = store, drawings, set_up
+        self.learning: Learning | None = None
+        self.ready = threading.Event()
+        self.problem: str | None = None  # of the storage, while there is one
+        self.failure: str | None = None  # which ended the worker
+        self._shares = Shares({TRAIN: 1 - drawing_share, DRAW: drawing_share})
+        self._wake, self._stopping = threading.Event(), threading.Event()
+
+    def wake(self) -> None:
+        """Says that there is something new in the store."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Lets the worker save its slots and end, after its turn."""
+        self._stopping.set()
+        self._wake.set()
+
+    def run(self) -> None:
+        try:
+            self.learning = learning = self._set_up()
+            self.warm_up(learning)
+            self.show_again(learning)
+            self.ready.set()
+            while not self._stopping.is_set():
+                self.turn(learning)
+            learning.close()
+        # Whatever it is: without its worker the server has to end, and to say why.
+        except Exception as error:
+            self.failure = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {short(error)}"
+            LOGGER.debug("the worker ended", exc_info=True)
+        finally:
+            self.ready.clear()
+
+    def warm_up(self, learning: Learning) -> None:
+        """Compiles the step and the sampler, so that nobody waits for that."""
+        engine = learning.engine
+        engine.slots.advance()
+        config = learning.config.replaced({"concept.class_word": "thing"})
+        concept = learning.engine.concept_of(ConceptJob("", "", config), engine.step_config.init_state([0]))
+        for concepts in ((), (concept,)):
+            self.drawings.warm_up(Drawing("a photo of a thing", 0, config.sample.sampler, concepts, Path()))
+
+    def show_again(self, learning: Learning) -> None:
+        """Queues the previews of the concepts that were done, and had none yet, when the last server ended."""
+        for entry in self.store.with_status("concepts", [DONE]):
+            if not entry.previewed:
+                with suppress(UserError):  # of a damaged file, which whoever asks for it is told
+                    concept = concept_file.load(self.store.concept_file(entry.id))
+                    config = learning.config_of(entry)
+                    self.drawings.show(Snapshot(entry.id, concept.steps, concept, config))
+
+    def turn(self, learning: Learning) -> None:
+        """Does what is to be done next. A disk that is full or broken is waited for: nothing is lost meanwhile."""
+        try:
+            self.remove_asked(learning)
+            for snapshot in learning.settle():
+                self.drawings.show(snapshot)
+            learning.admit()
+            waits = {TRAIN: learning.busy, DRAW: self.drawings.waiting()}
+            kind = self._shares.next([kind for kind, does in waits.items() if does])
+            if kind is None:
+                self._wake.wait(IDLE)
+                self._wake.clear()
+            else:
+                begun = time.monotonic()
+                self.work(kind, learning)
+                self._shares.spent(kind, time.monotonic() - begun)
+            self.problem = None
+        except Exception as error:
+            if not is_full(error):
+                raise
+            self.problem = one_line(str(error))
+            warn(f"{self.problem}; tried again in {AFTER_FAILURE:g} seconds")
+            self._stopping.wait(AFTER_FAILURE)
+
+    def work(self, kind: str, learning: Learning) -> None:
+        if kind == DRAW:
+            self.drawings.draw()
+            return
+        for snapshot in learning.train():
+            self.drawings.show(snapshot)
+        learning.save_if_due()
+
+    def remove_asked(self, learning: Learning) -> None:
+        """Removes the concepts that are to be removed, wherever they are."""
+        entries = self.store.with_status("concepts", [REMOVING])
+        if entries:
+            self.drawings.forget([entry.id for entry in entries])
+            learning.remove(entries)
