@@ -6,7 +6,7 @@ import io
 import tempfile
 import time
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +15,9 @@ from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, R
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from catversion_jax import __version__
 from catversion_jax.methods import concept_file
@@ -269,7 +270,7 @@ def make_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncContex
     app.include_router(router, dependencies=[Security(HTTPBearer(auto_error=False))])
     add_plain_routes(app, service)
     handle_problems(app)
-    app.middleware("http")(timed(service))
+    app.add_middleware(Timed, seconds=service.metrics.requests)
     app.add_middleware(Guard, limits=service.limits, names=service.rules.names, draining=lambda: service.draining)
     return app
 
@@ -301,15 +302,24 @@ def add_plain_routes(app: FastAPI, service: Service) -> None:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def timed(service: Service) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    """Returns a middleware that notes how long each answer takes."""
+class Timed:
+    """An ASGI middleware that notes how long each answer takes."""
 
-    async def measure(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        begun = time.monotonic()
-        response = await call_next(request)
-        route = getattr(request.scope.get("route"), "path", "none")
-        labels = (request.method, route, str(response.status_code))
-        service.metrics.requests.labels(*labels).observe(time.monotonic() - begun)
-        return response
+    def __init__(self, app: ASGIApp, seconds: Histogram):
+        self._app, self._seconds = app, seconds
 
-    return measure
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun, status = time.monotonic(), "none"
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            # The route as it is declared: paths have ids, of which there are too many.
+            if (route := getattr(scope.get("route"), "path", None)) is not None:
+                self._seconds.labels(scope["method"], route, status).observe(time.monotonic() - begun)

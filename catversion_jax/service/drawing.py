@@ -11,11 +11,13 @@ from PIL import Image
 
 from catversion_jax.api.pipeline import Pipeline, with_values
 from catversion_jax.base import schedulers
+from catversion_jax.base.pipeline import MINI
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.config import Config
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import SAMPLER, Concept
+from catversion_jax.methods.model_names import public_name
 from catversion_jax.sampling.branches import batch_key
 from catversion_jax.sampling.picture_record import png_info, texts_of
 from catversion_jax.sampling.sampler import SampleRequest
@@ -24,6 +26,7 @@ from catversion_jax.service.requests import DONE, FAILED, QUEUED, PictureRequest
 from catversion_jax.service.store import Entry, Store
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.paths import calling
 
 AHEAD = 64
 """Waiting pictures that are looked at for those that can share a batch with the oldest."""
@@ -158,7 +161,9 @@ class Drawings:
         """Returns the drawing of a picture that was asked for. Raises UserError if a concept cannot be used."""
         asked = entry.picture
         concepts = tuple(self._load(used.id, used.strength) for used in asked.concepts)
-        self.pipe.check({f"concept {used.id}": c for used, c in zip(asked.concepts, concepts, strict=True)})
+        model = self.config.model.path
+        with calling(model or str(MINI), public_name(model) or "the mini model"):
+            self.pipe.check({f"concept {used.id}": c for used, c in zip(asked.concepts, concepts, strict=True)})
         check_composition(concepts)
         return Drawing(
             asked.prompt,

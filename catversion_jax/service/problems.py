@@ -20,12 +20,12 @@ WHEN_FULL = 15
 """Seconds after which somebody whose queue is full may ask again."""
 
 
-class Problem(Exception):
+class Problem(HTTPException):
     """A request that cannot be done, with the status and the line that its sender gets."""
 
     def __init__(self, status: int, detail: str, retry_after: int | None = None):
-        super().__init__(detail)
-        self.status, self.detail = HTTPStatus(status), one_line(detail)
+        super().__init__(status, one_line(detail))
+        self.status = HTTPStatus(status)
         self.retry_after = retry_after if retry_after is not None else RETRY.get(self.status)
 
 
@@ -52,10 +52,8 @@ def is_full(error: BaseException) -> bool:
 
 def problem_of(error: BaseException) -> Problem:
     """Returns the problem that an error is to whoever sent the request."""
-    # FastAPI wraps what is raised while it reads a request.
-    cause = error.__cause__ if isinstance(error, HTTPException) and error.__cause__ is not None else error
-    if isinstance(cause, Problem):
-        return cause
+    if isinstance(error, Problem):
+        return error
     if isinstance(error, TooMany):
         return Problem(429, str(error), WHEN_FULL)
     if isinstance(error, RequestValidationError):
@@ -63,7 +61,8 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
     if isinstance(error, UserError):
         return Problem(422, str(error))
-    if is_full(cause):
+    # FastAPI wraps what is raised while it reads a request.
+    if is_full(error.__cause__ if isinstance(error, HTTPException) and error.__cause__ is not None else error):
         return Problem(507, "the server's disk is full; nothing of this request was kept; send it again later")
     if isinstance(error, HTTPException):
         return Problem(error.status_code, str(error.detail))

@@ -7,7 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+
+import jax
 
 from catversion_jax.methods import concept_file
 from catversion_jax.service.drawing import Drawing, Drawings
@@ -72,8 +75,11 @@ class Worker(threading.Thread):
         engine.slots.advance()
         config = learning.config.replaced({"concept.class_word": "thing"})
         concept = learning.engine.concept_of(ConceptJob("", "", config), engine.step_config.init_state([0]))
+        sampler = config.sample.sampler
+        if jax.default_backend() == "cpu":  # where each step is a dispatch of the same program
+            sampler = replace(sampler, steps=min(sampler.steps, 2))
         for concepts in ((), (concept,)):
-            self.drawings.warm_up(Drawing("a photo of a thing", 0, config.sample.sampler, concepts, Path()))
+            self.drawings.warm_up(Drawing("a photo of a thing", 0, sampler, concepts, Path()))
 
     def show_again(self, learning: Learning) -> None:
         """Queues the previews of the concepts that were done, and had none yet, when the last server ended."""

@@ -1,0 +1,1 @@
+"""The tests of the service: real servers on the loopback."""
