@@ -29,20 +29,26 @@ def is_address(host: str) -> bool:
     return True
 
 
+def is_listed_host(parts: SplitResult, hosts: Collection[str]) -> bool:
+    """Whether a URL's server is one of a list: HOST is its port 443, HOST:PORT another one."""
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    names = {f"{host}:{parts.port or 443}"} | ({host} if parts.port in (None, 443) else set())
+    return bool(names & {known.lower() for known in hosts})
+
+
 def checked_url(url: str, hosts: Collection[str] | None) -> SplitResult:
     """Returns the parts of a URL whose host is one of `hosts` (None: any name). Raises UserError for another."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
+        host, _ = parts.hostname or "", parts.port  # which raises ValueError for one that is no number
     except ValueError:
         raise UserError(f"{url}: no URL; expected one that begins with https://") from None
     if parts.scheme != "https" or not host or parts.username is not None or not url.isascii() or not url.isprintable():
         raise UserError(f"{url}: no https:// URL without a user's name; expected one")
-    named = {host, f"{host}:{port or 443}"}
     if hosts is None:
         if is_address(host):
             raise UserError(f"{url}: an address; expected a server's name")
-    elif not named & {known.lower() for known in hosts}:
+    elif not is_listed_host(parts, hosts):
         allowed = ", ".join(sorted(hosts)) or "none"
         raise UserError(
             f"{url}: the server {host} is not on this service's list ({allowed}); upload the photos instead"
@@ -117,7 +123,7 @@ def post(url: str, body: bytes, headers: Mapping[str, str], hosts: Collection[st
     StorageError if it is out of reach.
     """
     parts = checked_webhook(url, hosts)
-    with closing(connection_to(parts, listed=names_listed(parts, hosts))) as connection:
+    with closing(connection_to(parts, listed=is_listed_host(parts, hosts))) as connection:
         try:
             connection.request("POST", path_of(parts), body, dict(headers))
             return connection.getresponse().status
@@ -131,7 +137,3 @@ def checked_webhook(url: str, hosts: Collection[str]) -> SplitResult:
         return checked_url(url, hosts)
     except UserError:
         return checked_url(url, None)
-
-
-def names_listed(parts: SplitResult, hosts: Collection[str]) -> bool:
-    return bool({parts.hostname, f"{parts.hostname}:{parts.port or 443}"} & set(hosts))

@@ -110,7 +110,7 @@ def photos(name: str = "teapot", count: int = 5) -> list[tuple[str, tuple[str, b
 
 def learn(client: httpx.Client, name: str = "teapot", headers: dict[str, str] | None = None, **fields) -> dict:
     """Posts a concept; its answer."""
-    answer = client.post("/v1/concepts", files=photos(name), data={"class_word": name, **fields}, headers=headers)
+    answer = client.post("/v1/concepts", files=photos(name), data={"class_word": name} | fields, headers=headers)
     assert answer.status_code == 202, answer.text
     return answer.json()
 
