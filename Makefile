@@ -39,9 +39,11 @@ newest: .venv-newest/installed
 
 fuzz: .venv/tested
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.attack.fuzz
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.attack.serve_fuzz
 
 kills: .venv/tested
 	$(BIN)/python -m tests.attack.kills
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.attack.serve_kills
 
 full-size: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/full_size -s
@@ -62,6 +64,8 @@ lint: .venv/tested
 
 .venv/tested: .venv/installed
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	command -v chromium >/dev/null || $(BIN)/playwright install chromium 2>/dev/null \
+		|| { apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null
 	touch $@
 
 .venv-parity/installed: setup.py

@@ -175,11 +175,7 @@ def main() -> int:
             shutil.rmtree(folder / f"store-{runs - 1}")
             print(f"{kills} kills in {runs} runs, {len(problems)} problems", *found, sep="\n", flush=True)
     jobs = 2 * len(NAMES) * runs
-    print(
-        f"{kills} kills in {runs} runs of {2 * len(NAMES)} jobs ({jobs} in all), {len(problems)} problems",
-        *problems,
-        sep="\n",
-    )
+    print(f"{kills} kills in {runs} runs, {jobs} jobs in all, {len(problems)} problems", *problems, sep="\n")
     return 1 if problems else 0
 
 
