@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from catversion_jax.bench import torch_step
 from catversion_jax.bench.measure import REPETITIONS, Size, measure_size
 from catversion_jax.bench.row import Row, bench_table
+from catversion_jax.bench.service_load import Load, load_table, measure_batch, measure_service
 from catversion_jax.cli.flags import checked_config, define_config
 from catversion_jax.config import OF_A_RUN
 from catversion_jax.utils.errors import UserError
@@ -37,6 +39,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("vs", None, ["torch"], "Also time the step in PyTorch with diffusers, in turns.")
     flags.DEFINE_string(
+        "service",
+        None,
+        "Load of a service to measure instead, as CONCEPTSxPICTURES, such as 100x500, beside `catversion batch`.",
+    )
+    flags.DEFINE_integer("clients", 4, "Number of clients that post the load at once.", 1, 256)
+    flags.DEFINE_string(
         "out", None, "JSON file for the table and the machine that it was measured on; if not set, none is written."
     )
 
@@ -51,6 +59,8 @@ def main(arguments: flags.FlagValues) -> int:
         # By default JAX reserves most of a GPU's memory, and PyTorch runs in the same process.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
+    if arguments.service:
+        return bench_service(arguments)
     config = arguments.config and checked_config(arguments, OF_A_RUN)
     facts: dict[str, Any] = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
     rows: list[Row] = []
@@ -65,6 +75,24 @@ def main(arguments: flags.FlagValues) -> int:
             write_rows(expand(arguments.out), facts, rows)
     print(*(f"{name}: {value}" for name, value in facts.items() if name != "config"), sep="\n")
     print("", bench_table(rows), sep="\n")
+    return 0
+
+
+def bench_service(arguments: flags.FlagValues) -> int:
+    """Measures a service under load, and prints the table."""
+    ((concepts, pictures),) = parse_sizes(arguments.service)
+    load, config = Load(concepts, pictures, arguments.clients), checked_config(arguments, OF_A_RUN)
+    # As they were given: the service and the batch have processes of their own.
+    given = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "batch": measure_batch(given, load, config),
+        "service": measure_service(given, load),
+    }
+    if arguments.out:
+        write_atomically(expand(arguments.out), lambda path: path.write_text(json.dumps(facts, indent=1), "utf-8"))
+    print(load_table(facts))
     return 0
 
 

@@ -106,9 +106,9 @@ class Drawings:
     def load(self, concept_id: str, strength: float | None) -> Concept:
         return concept_file.load(self.store.concept_file(concept_id)).at(strength)
 
-    def warm_up(self, drawing: Drawing) -> None:
+    def warm_up(self, drawings: Sequence[Drawing]) -> None:
         """Draws something that nobody sees."""
-        for _ in self.pipe.sample_each(request_of([drawing]), [drawing.concepts]):
+        for _ in self.pipe.sample_each(request_of(drawings), [drawing.concepts for drawing in drawings]):
             pass
 
     def waiting(self) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -49,9 +50,15 @@ class Metrics:
         )
         for labels, count in depths.items():
             depth.labels(*labels).set_function(count)
+        spent = Gauge(
+            "catversion_worker_seconds", "What the worker spent its time on.", ("doing",), registry=self.registry
+        )
+        for doing in worker.spent:
+            spent.labels(doing).set_function(partial(worker.spent.__getitem__, doing))
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "slots": ("Slots of the training step.", lambda: slots(worker)),
             "slots_busy": ("Slots with a concept in them.", lambda: busy(worker)),
+            "images": ("Photos that training has taken.", lambda: worker.learning.images if worker.learning else 0),
             "images_per_second": ("Photos that training takes a second, at its present step.", lambda: rate(worker)),
             "concepts_per_hour": (
                 "Concepts done in the last hour.",

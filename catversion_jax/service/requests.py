@@ -120,6 +120,7 @@ class PictureAnswer(BaseModel):
     id: str
     status: Status
     created: float
+    ended: float | None
     request: PictureRequest
     warnings: list[str] = []
     url: str | None = None

@@ -203,6 +203,7 @@ class Service:
             id=entry.id,
             status=cast(Status, status),
             created=entry.created,
+            ended=entry.ended,
             request=entry.picture,
             warnings=entry.outcome.get("warnings", []),
             url=f"/v1/pictures/{entry.id}.png" if entry.status == DONE else None,

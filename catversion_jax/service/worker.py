@@ -23,7 +23,8 @@ from catversion_jax.training.engine import ConceptJob
 from catversion_jax.utils.errors import ReportedError, UserError, one_line, short
 from catversion_jax.utils.log import LOGGER, warn
 
-TRAIN, DRAW = "train", "draw"
+TRAIN, DRAW, REST = "train", "draw", "rest"
+"""What the worker spends its time on; the rest is what it does between two turns."""
 IDLE = 0.2
 """Seconds after which a worker without work looks into the store, if nobody wakes it before."""
 AFTER_FAILURE = 2.0
@@ -41,6 +42,7 @@ class Worker(threading.Thread):
         self.ready = threading.Event()
         self.problem: str | None = None  # of the storage, while there is one
         self.failure: str | None = None  # which ended the worker
+        self.spent = dict.fromkeys((TRAIN, DRAW, REST), 0.0)  # seconds, without those that it was idle
         self._shares = Shares({TRAIN: 1 - drawing_share, DRAW: drawing_share})
         self._wake, self._stopping = threading.Event(), threading.Event()
 
@@ -78,8 +80,9 @@ class Worker(threading.Thread):
         sampler = config.sample.sampler
         if jax.default_backend() == "cpu":  # where each step is a dispatch of the same program
             sampler = replace(sampler, steps=min(sampler.steps, 2))
-        for concepts in ((), (concept,)):
-            self.drawings.warm_up(Drawing("a photo of a thing", 0, sampler, concepts, Path()))
+        # In one batch, as a picture with a concept and one without may share it.
+        drawings = [Drawing("a photo of a thing", 0, sampler, concepts, Path()) for concepts in ((), (concept,))]
+        self.drawings.warm_up(drawings)
 
     def show_again(self, learning: Learning) -> None:
         """Queues the previews of the concepts that were done, and had none yet, when the last server ended."""
@@ -92,6 +95,7 @@ class Worker(threading.Thread):
 
     def turn(self, learning: Learning) -> None:
         """Does what is to be done next. A disk that is full or broken is waited for: nothing is lost meanwhile."""
+        begun = time.monotonic()
         try:
             self.remove_asked(learning)
             for snapshot in learning.settle():
@@ -103,9 +107,12 @@ class Worker(threading.Thread):
                 self._wake.wait(IDLE)
                 self._wake.clear()
             else:
+                self.spent[REST] += time.monotonic() - begun
                 begun = time.monotonic()
                 self.work(kind, learning)
-                self._shares.spent(kind, time.monotonic() - begun)
+                took = time.monotonic() - begun
+                self._shares.spent(kind, took)
+                self.spent[kind] += took
             self.problem = None
         except Exception as error:
             if not is_full(error):
