@@ -22,6 +22,7 @@ MOST_FILES = 1000
 MOST_BYTES = 4096 * MIB
 """Of all files of a zip file together, unpacked."""
 MOST_LIST_BYTES = MIB
+MOST_NAME = 255  # bytes, which is what file systems take
 TIMEOUT = 60  # seconds without an answer
 SECURE = "https://"
 WEB = (SECURE, "http://")
@@ -65,6 +66,8 @@ def unzip(packed: Path, folder: Path, contents: bool = True) -> Path:
                 parts = PurePosixPath(entry.filename.replace("\\", "/")).parts
                 if not parts or ".." in parts or parts[0] == "/":
                     raise UserError(f"{packed}: the name {entry.filename!r} leads out of it; expected photos alone")
+                if any(len(os.fsencode(part)) > MOST_NAME for part in parts):
+                    raise UserError(f"{packed}: the name {entry.filename[:40]!r}... is too long; give it a shorter one")
                 if parts[0] == "__MACOSX":  # macOS's notes on the other files
                     continue
                 target = folder.joinpath(*parts)

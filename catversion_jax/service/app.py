@@ -7,11 +7,14 @@ import tempfile
 import time
 import zipfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
+import anyio
+import anyio.to_thread
 from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, Response, Security
+from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
@@ -49,13 +52,20 @@ POLL = 0.1  # seconds between two looks at what is waited for
 QUIET = 15.0
 """Seconds after which a stream of events says that it is still there, so that no proxy closes it."""
 MOST_WAIT = 600.0
+REMOVAL = 60.0
+"""Seconds that a removal is waited for: the worker may be in the middle of a turn."""
+HEAVY = anyio.CapacityLimiter(4)
+"""How many requests may decode photos or pack files at one time: each takes memory, and a thread."""
 
+T = TypeVar("T")
 router = APIRouter(prefix="/v1")
 Multipart = Form(media_type="multipart/form-data")
 IdempotencyKey = Annotated[
-    str | None, Header(max_length=200, description="Makes a retry harmless: the same key gives the same ids.")
+    str | None,
+    Header(min_length=1, max_length=200, description="The same key gives the same ids: a retry is harmless."),
 ]
 Before = Annotated[str | None, Query(pattern=r"^[0-9]{1,15}$", description="`next` of the page before.")]
+Number = Annotated[int, PathParameter(ge=0, le=10**9)]
 PageSize = Annotated[int, Query(ge=1, le=200)]
 
 
@@ -67,16 +77,22 @@ def owner_of_request(request: Request) -> str:
     return request.state.owner
 
 
+async def heavy(work: Callable[..., T], *arguments: Any) -> T:
+    """Does work of which not much may be done at once, in a thread."""
+    return await anyio.to_thread.run_sync(work, *arguments, limiter=HEAVY)
+
+
 Here = Annotated[Service, Depends(service_of)]
 Owner = Annotated[str, Depends(owner_of_request)]
 
 
 @router.post("/concepts", status_code=202)
-def post_concept(
+async def post_concept(
     service: Here, owner: Owner, form: Annotated[ConceptForm, Multipart], idempotency_key: IdempotencyKey = None
 ) -> ConceptAnswer:
     """Accepts a concept to learn: photos, and the word for what they show."""
-    return service.concept_answer(service.add_concept(owner, form, idempotency_key))
+    entry = await heavy(service.add_concept, owner, form, idempotency_key)
+    return await run_in_threadpool(service.concept_answer, entry)
 
 
 @router.get("/concepts")
@@ -94,9 +110,14 @@ def get_concept(service: Here, owner: Owner, concept_id: Id) -> ConceptAnswer:
 
 
 @router.delete("/concepts/{concept_id}", status_code=204)
-def delete_concept(service: Here, owner: Owner, concept_id: Id) -> None:
+async def delete_concept(service: Here, owner: Owner, concept_id: Id) -> None:
     """Cancels a concept, and removes its photos, what was learned from them, and the pictures that show it."""
-    service.remove_concept(owner, concept_id)
+    await run_in_threadpool(service.ask_to_remove, owner, concept_id)
+    until = time.monotonic() + REMOVAL
+    while not await run_in_threadpool(service.is_removed, concept_id):
+        if service.draining or time.monotonic() > until:
+            raise Problem(503, f"concept {concept_id}: will be removed, and is not yet")
+        await asyncio.sleep(POLL / 2)
 
 
 @router.get("/concepts/{concept_id}/events", response_class=StreamingResponse)
@@ -135,9 +156,16 @@ def get_concept_file(service: Here, owner: Owner, concept_id: Id) -> FileRespons
 
 
 @router.get("/concepts/{concept_id}/export.zip", response_class=Response)
-def get_export(service: Here, owner: Owner, concept_id: Id) -> Response:
+async def get_export(service: Here, owner: Owner, concept_id: Id) -> Response:
     """Sends the concept for diffusers and ComfyUI, with the code that uses it there."""
-    concept = concept_file.load(done_file(service, owner, concept_id))
+    headers = {"Content-Disposition": 'attachment; filename="export.zip"'}
+    packed = await heavy(packed_export, service, owner, concept_id)
+    return Response(packed, media_type="application/zip", headers=headers)
+
+
+def packed_export(service: Service, owner: str, concept_id: str) -> bytes:
+    """Returns a concept's export as a zip file."""
+    concept = service.concept_to_draw(owner, concept_id)
     check_exportable(concept, f"concept {concept_id}")
     packed = io.BytesIO()
     with tempfile.TemporaryDirectory() as name, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -147,8 +175,7 @@ def get_export(service: Here, owner: Owner, concept_id: Id) -> Response:
         write_concepts(folder, [concept])
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             archive.write(path, path.relative_to(folder))
-    headers = {"Content-Disposition": 'attachment; filename="export.zip"'}
-    return Response(packed.getvalue(), media_type="application/zip", headers=headers)
+    return packed.getvalue()
 
 
 def done_file(service: Service, owner: str, concept_id: str) -> Path:
@@ -158,14 +185,14 @@ def done_file(service: Service, owner: str, concept_id: str) -> Path:
 
 
 @router.get("/concepts/{concept_id}/photos/{number}", response_class=FileResponse)
-def get_photo(service: Here, owner: Owner, concept_id: Id, number: int) -> FileResponse:
+def get_photo(service: Here, owner: Owner, concept_id: Id, number: Number) -> FileResponse:
     """Sends a photo as training sees it: cropped, with what its mask leaves out dimmed."""
     folder = service.store.concept_folder(service.concept_entry(owner, concept_id).id)
     return image_file(folder / "seen" / f"{number:03}.png", f"photo {number}")
 
 
 @router.get("/concepts/{concept_id}/previews/{step}/{number}", response_class=FileResponse)
-def get_preview(service: Here, owner: Owner, concept_id: Id, step: int, number: int) -> FileResponse:
+def get_preview(service: Here, owner: Owner, concept_id: Id, step: Number, number: Number) -> FileResponse:
     """Sends an image of one of the concept's prompts, as it was after a step."""
     folder = service.store.concept_folder(service.concept_entry(owner, concept_id).id)
     return image_file(folder / "previews" / f"{step:06}-{number:03}.png", f"preview {number} of step {step}")
@@ -178,9 +205,9 @@ def image_file(path: Path, what: str) -> FileResponse:
 
 
 @router.post("/checks")
-def post_check(service: Here, form: Annotated[PhotosForm, Multipart]) -> CheckAnswer:
+async def post_check(service: Here, form: Annotated[PhotosForm, Multipart]) -> CheckAnswer:
     """Shows photos as training would see them, with warnings; nothing is kept."""
-    return checked_photos(service, form)
+    return await heavy(checked_photos, service, form)
 
 
 @router.post("/pictures", status_code=202, responses={200: {"model": PicturesAnswer}})
@@ -207,13 +234,14 @@ async def post_pictures(
 
 def with_pngs(service: Service, found: list[PictureAnswer], accepted: str) -> Response:
     """Returns pictures that have ended: one alone as a PNG, if that is what is accepted."""
-    if len(found) == 1 and accepted.split(";")[0].strip() == "image/png":
+    if len(found) == 1 and "image/png" in accepted:
         if found[0].status == FAILED:
             raise Problem(422, found[0].error or "the picture failed")
-        return FileResponse(service.store.picture_file(found[0].id), media_type="image/png")
+        return image_file(service.store.picture_file(found[0].id), f"picture {found[0].id}")
     for picture in found:
-        if picture.status == DONE:
-            picture.png = base64.b64encode(service.store.picture_file(picture.id).read_bytes()).decode()
+        with suppress(FileNotFoundError):  # of one that was removed since
+            if picture.status == DONE:
+                picture.png = base64.b64encode(service.store.picture_file(picture.id).read_bytes()).decode()
     return JSONResponse(PicturesAnswer(pictures=found).model_dump())
 
 
@@ -281,19 +309,19 @@ def add_plain_routes(app: FastAPI, service: Service) -> None:
         app.get(path, include_in_schema=False)(lambda file=file: FileResponse(PAGE / file))
 
     @app.get("/healthz", response_class=PlainTextResponse, tags=["health"])
-    def healthz() -> str:
+    async def healthz() -> str:
         """Says that the server lives."""
         if service.worker.failure:
-            raise Problem(500, service.worker.failure)
+            raise Problem(500, "the worker has ended; the server's log says why")
         return "ok"
 
     @app.get("/readyz", response_class=PlainTextResponse, tags=["health"])
-    def readyz() -> str:
+    async def readyz() -> str:
         """Says that everything is compiled, and that the disk takes what is written."""
         if not service.worker.ready.is_set() or service.draining:
             raise Problem(503, "stopping" if service.draining else "loading and compiling")
         if service.worker.problem:
-            raise Problem(503, service.worker.problem)
+            raise Problem(503, "the disk refuses what is written; the server's log says more")
         return "ready"
 
     @app.get("/metrics", response_class=PlainTextResponse, tags=["health"])

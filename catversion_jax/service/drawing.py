@@ -1,11 +1,14 @@
 """The half of the worker that draws: pictures of different people's concepts, together in one batch of the UNet."""
 
 import functools
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -22,17 +25,28 @@ from catversion_jax.sampling.branches import batch_key
 from catversion_jax.sampling.picture_record import png_info, texts_of
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.service.learning import Snapshot
+from catversion_jax.service.problems import is_full, reason
 from catversion_jax.service.requests import DONE, FAILED, QUEUED, PictureRequest
 from catversion_jax.service.store import Entry, Store
-from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import write_atomically
+from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import calling
 
 AHEAD = 64
 """Waiting pictures that are looked at for those that can share a batch with the oldest."""
 
 
-@dataclass(frozen=True)
+class PreviewOf(NamedTuple):
+    """What a drawing is a preview of."""
+
+    concept: str  # its id
+    step: int
+    number: int  # of the prompt
+    is_done: bool  # whether the concept was
+
+
+# By identity: two may ask for the same.
+@dataclass(frozen=True, eq=False)
 class Drawing:
     """A picture to draw."""
 
@@ -45,8 +59,8 @@ class Drawing:
     width: int = 0
     height: int = 0
     id: str = ""  # of a picture of the store; "": a preview
-    preview_of: str = ""  # the id of the concept that it is a preview of
-    is_last: bool = False  # of the previews of a concept that is done
+    since: float = 0.0  # when it was asked for
+    preview: PreviewOf | None = None
 
     @property
     def settings(self) -> tuple:
@@ -77,21 +91,19 @@ class Drawings:
         self._load = functools.lru_cache(1024)(self.load)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Queues the previews of a concept."""
+        """Queues the previews of a concept, in place of those of an earlier step."""
         config = snapshot.config
         own = config.sample.prompts != self.config.sample.prompts
         prompts = config.sample_prompts(None if own else self.config.batch.previews)
-        folder = self.store.concept_folder(snapshot.id) / "previews"
-        is_done = self.is_done(snapshot.id)
+        folder, is_done = self.store.concept_folder(snapshot.id) / "previews", self.is_done(snapshot.id)
+        self.previews = deque(d for d in self.previews if d.preview and d.preview.concept != snapshot.id)
         if is_done and not prompts:
             self.store.set_previewed(snapshot.id)
-        for i, prompt in enumerate(prompts):
-            path = folder / f"{snapshot.concept.steps:06}-{i:03}.png"
-            last = is_done and i == len(prompts) - 1
-            sampler, concepts = config.sample.sampler, (snapshot.concept,)
-            self.previews.append(
-                Drawing(prompt, config.seed, sampler, concepts, path, preview_of=snapshot.id, is_last=last)
-            )
+        for number, prompt in enumerate(prompts):
+            preview = PreviewOf(snapshot.id, snapshot.concept.steps, number, is_done)
+            path = folder / f"{preview.step:06}-{number:03}.png"
+            how = (prompt, config.seed, config.sample.sampler, (snapshot.concept,), path)
+            self.previews.append(Drawing(*how, since=time.time(), preview=preview))
 
     def is_done(self, concept_id: str) -> bool:
         found = self.store.concept(concept_id)
@@ -99,12 +111,14 @@ class Drawings:
 
     def forget(self, concept_ids: Sequence[str]) -> None:
         """Drops the previews of concepts that are removed."""
-        self.previews = deque(d for d in self.previews if d.preview_of not in concept_ids)
+        self.previews = deque(d for d in self.previews if d.preview and d.preview.concept not in concept_ids)
         self._made.clear()
         self._load.cache_clear()
 
     def load(self, concept_id: str, strength: float | None) -> Concept:
-        return concept_file.load(self.store.concept_file(concept_id)).at(strength)
+        path = self.store.concept_file(concept_id)
+        with calling(str(path), f"concept {concept_id}"):
+            return concept_file.load(path).at(strength)
 
     def warm_up(self, drawings: Sequence[Drawing]) -> None:
         """Draws something that nobody sees."""
@@ -123,36 +137,42 @@ class Drawings:
         self.now = frozenset(drawing.id for drawing in group)
         try:
             self.sample(group)
-        except UserError as error:
+        # Whatever is wrong with one picture must not end the others, nor the worker.
+        except Exception as error:
+            if is_full(error):
+                raise
             if len(group) == 1:
-                self.fail(group[0], str(error))
+                self.fail(group[0], error)
                 return
             # Whose fault it is shows when each is drawn by itself.
             for drawing in group:
                 try:
                     self.sample([drawing])
-                except UserError as own:
-                    self.fail(drawing, str(own))
+                except Exception as own:
+                    if is_full(own):
+                        raise
+                    self.fail(drawing, own)
         finally:
             self.now = frozenset()
 
     def next_group(self) -> list[Drawing]:
-        """Returns the drawings of the next batch."""
-        waiting = [*self.previews]
+        """Returns the drawings of the next batch: the one that has waited longest, and those that can share it."""
+        made: dict[str, Drawing] = {}
         for entry in self.store.with_status("pictures", [QUEUED], AHEAD):
-            if entry.id not in self._made:
-                try:
-                    self._made[entry.id] = self.made(entry)
-                except UserError as error:
-                    self.store.end("pictures", entry.id, FAILED, {"error": str(error)})
-                    continue
-            waiting.append(self._made[entry.id])
+            try:
+                made[entry.id] = self._made.get(entry.id) or self.made(entry)
+            except Exception as error:
+                if is_full(error):
+                    raise
+                self.store.end("pictures", entry.id, FAILED, {"error": reason(error)})
+        self._made = made
+        waiting = sorted([*self.previews, *made.values()], key=lambda drawing: drawing.since)
         if not waiting:
             return []
         first = waiting[0]
         key = self.key(first)
         alike = (d for d in waiting[1:] if d.settings == first.settings and self.key(d) == key)
-        return [first, *alike][: first.sampler.batch_size]
+        return [first, *islice(alike, first.sampler.batch_size - 1)]
 
     def key(self, drawing: Drawing):
         return batch_key(self.pipe.base, drawing.prompt, [c for c in drawing.concepts if c.strength])
@@ -175,6 +195,7 @@ class Drawings:
             asked.width or 0,
             asked.height or 0,
             entry.id,
+            entry.created,
         )
 
     def sample(self, group: list[Drawing]) -> None:
@@ -184,7 +205,7 @@ class Drawings:
         for i, image in self.pipe.sample_each(request, of_each):
             drawing = group[i]
             save = partial(Image.fromarray(image).save, format="PNG", pnginfo=png_info(texts_of(records[i])))
-            if drawing.preview_of:
+            if drawing.preview:
                 drawing.path.parent.mkdir(exist_ok=True)
             write_atomically(drawing.path, save)
         self.drawn += len(group)
@@ -193,22 +214,32 @@ class Drawings:
                 self.end(drawing)
 
     def end(self, drawing: Drawing) -> None:
-        if not drawing.preview_of:
-            if not self.store.end("pictures", drawing.id, DONE, {}):
-                drawing.path.unlink(missing_ok=True)  # it was removed while it was drawn
-            self._made.pop(drawing.id, None)
-            return
-        self.previews.remove(drawing)
-        if drawing.is_last:
-            self.store.set_previewed(drawing.preview_of)
+        """Notes that a drawing was drawn."""
+        if drawing.preview:
+            concept_id, step, number, _ = drawing.preview
+            self.store.add_preview(concept_id, step, number, drawing.prompt)
+            self.leave(drawing)
+        elif not self.store.end("pictures", drawing.id, DONE, {}):
+            drawing.path.unlink(missing_ok=True)  # it was removed while it was drawn
 
-    def fail(self, drawing: Drawing, error: str) -> None:
+    def leave(self, drawing: Drawing) -> None:
+        """Takes a preview out of the queue; after the last one of a concept that is done, nothing more comes of it."""
+        self.previews.remove(drawing)
+        preview = drawing.preview
+        if (
+            preview
+            and preview.is_done
+            and all(d.preview and d.preview.concept != preview.concept for d in self.previews)
+        ):
+            self.store.set_previewed(preview.concept)
+
+    def fail(self, drawing: Drawing, error: Exception) -> None:
         """Notes why a picture failed; a concept without previews is done all the same."""
-        if drawing.preview_of:
-            self.end(drawing)
+        if drawing.preview:
+            warn(f"concept {drawing.preview.concept}: no preview: {reason(error)}")
+            self.leave(drawing)
         else:
-            self.store.end("pictures", drawing.id, FAILED, {"error": error})
-            self._made.pop(drawing.id, None)
+            self.store.end("pictures", drawing.id, FAILED, {"error": reason(error)})
 
 
 def check_drawable(config: Config, pipe: Pipeline, asked: PictureRequest) -> None:

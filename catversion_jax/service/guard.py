@@ -18,6 +18,7 @@ OPEN = ("/", "/page.js", "/page.css", "/healthz", "/readyz", "/docs", "/openapi.
 OPEN_FOLDER = "/static-offline-docs/"
 SAFE = ("GET", "HEAD", "OPTIONS")
 MOST_SENDERS = 10_000
+MOST_JSON_MIB = 1
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -69,7 +70,7 @@ class Guard:
         except Problem as problem:
             await answer(problem)(scope, receive, sending)
             return
-        await self._app(scope, self.limited(receive), sending)
+        await self._app(scope, self.limited(scope, receive), sending)
 
     def checked_owner(self, scope: Scope) -> str:
         """Returns whose request it is. Raises Problem for one that is not let in."""
@@ -86,27 +87,28 @@ class Guard:
         if self._draining() and method not in SAFE:
             raise Problem(503, "the server is stopping; send the request again in a while")
         size = headers.get("content-length", "0")
-        if not size.isdecimal() or int(size) > self.most_bytes:
-            raise self.too_large()
+        if not size.isdecimal() or len(size) > 15 or int(size) > self.most_mib(scope) * 2**20:
+            raise self.too_large(scope)
         return owner or ""
 
-    @property
-    def most_bytes(self) -> int:
-        return self._limits.upload_mib * 2**20
+    def most_mib(self, scope: Scope) -> int:
+        """Returns the most MiB of a request's body: a form is written to the disk, anything else is parsed at once."""
+        kind = dict(scope["headers"]).get(b"content-type", b"")
+        return self._limits.upload_mib if kind.lower().startswith(b"multipart/form-data") else MOST_JSON_MIB
 
-    def too_large(self) -> Problem:
-        return Problem(413, f"the request is too large; expected at most {self._limits.upload_mib} MiB")
+    def too_large(self, scope: Scope) -> Problem:
+        return Problem(413, f"the request is too large; expected at most {self.most_mib(scope)} MiB")
 
-    def limited(self, receive: Receive) -> Receive:
+    def limited(self, scope: Scope, receive: Receive) -> Receive:
         """Returns a `receive` that ends a request which becomes too large without having said so."""
-        received = 0
+        received, most = 0, self.most_mib(scope) * 2**20
 
         async def limited_receive() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.most_bytes:
-                raise self.too_large()
+            if received > most:
+                raise self.too_large(scope)
             return message
 
         return limited_receive

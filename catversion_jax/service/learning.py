@@ -6,9 +6,9 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +22,16 @@ from catversion_jax.data.photos import Photo, training_photos
 from catversion_jax.evaluation.photo_masks import subject, with_masks
 from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
+from catversion_jax.service.fetching import Fetching
 from catversion_jax.service.limits import Limits
 from catversion_jax.service.outbound import fetch_photo
+from catversion_jax.service.problems import is_full, reason
 from catversion_jax.service.requests import DONE, FAILED, PREPARING, QUEUED, REMOVING, TRAINING, ConceptRequest
 from catversion_jax.service.store import Entry, Store
 from catversion_jax.service.uploads import digest_of_files, take_photo
 from catversion_jax.training.checkpoints import open_checkpoints
 from catversion_jax.training.concept_data import Room
-from catversion_jax.training.engine import ConceptJob, Ended, Engine, told_of_failure
+from catversion_jax.training.engine import ConceptJob, Ended, Engine
 from catversion_jax.training.interrupted import read_interrupted
 from catversion_jax.training.loop import is_due
 from catversion_jax.training.preparation import Preparation, Prepared
@@ -40,6 +42,8 @@ from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.paths import calling
 from catversion_jax.utils.settings import check_settings
 
+FETCHED_AT_ONCE = 8
+"""Concepts whose photos are fetched at one time."""
 MOST_LOSSES = 200
 """Points of a concept's curve that are kept; more are thinned out."""
 
@@ -101,6 +105,7 @@ class Learning:
         saved = read_interrupted([self.checkpoints], StepConfig.of(config, pipeline.networks, config.batch.slots))
         self.engine = Engine(config, pipeline, room, self.opened_checkpoints(), saved)
         self.preparation = Preparation(self.prepare, config.batch.slots)
+        self.fetching = Fetching(self.fetch_photos, FETCHED_AT_ONCE)
         self.held: Prepared[Entry, Ready] | None = None  # taken, and not in a slot yet: the disk was full
         self.unwritten: deque[Ended] = deque()
         self.progress: dict[str, Progress] = {}  # by id, of the concepts in the slots
@@ -126,9 +131,20 @@ class Learning:
 
     def admit(self) -> None:
         """Prepares the next concepts that wait, and puts those that are ready into empty slots."""
-        for entry in self.store.with_status("concepts", [QUEUED], self.preparation.room):
-            if self.store.set_status("concepts", entry.id, PREPARING, only=[QUEUED]):
+        for entry in self.store.with_status("concepts", [QUEUED], self.preparation.room + self.fetching.room):
+            remote = entry.concept.urls and not self.has_photos(entry)
+            start, room = (
+                (self.fetching.start, self.fetching.room) if remote else (self.preparation.add, self.preparation.room)
+            )
+            if room > 0 and self.store.set_status("concepts", entry.id, PREPARING, only=[QUEUED]):
+                start(entry)
+        while self.fetching.ended:
+            entry, error = self.fetching.ended[0]
+            if error is not None:
+                self.refuse(entry, error)
+            elif self.is_wanted(entry):
                 self.preparation.add(entry)
+            self.fetching.ended.popleft()
         while self.engine.free:
             self.held = self.held or self.preparation.take(wait=False)
             if self.held is None:
@@ -136,23 +152,41 @@ class Learning:
             self.admit_one(*self.held)
             self.held = None
 
-    def admit_one(self, entry: Entry, data) -> None:
-        """Puts a concept into a slot, or notes why it failed. A full disk leaves it as it is."""
+    def has_photos(self, entry: Entry) -> bool:
+        folder = self.store.concept_folder(entry.id) / "photos"
+        return folder.is_dir() and any(folder.iterdir())
+
+    def is_wanted(self, entry: Entry) -> bool:
+        """Whether a concept is to be learned still."""
         found = self.store.concept(entry.id)
-        if found is None or found.status == REMOVING:
+        return found is not None and found.status == PREPARING
+
+    def refuse(self, entry: Entry, error: Exception) -> None:
+        """Notes why a concept failed before its first step; where the disk is at fault, it is tried again."""
+        if is_full(error):
+            self.store.set_status("concepts", entry.id, QUEUED, only=[PREPARING])
+            raise error
+        self.fail(entry.id, reason(error))
+
+    def admit_one(self, entry: Entry, data: Future[Ready]) -> None:
+        """Puts a concept into a slot, or notes why it failed."""
+        if not self.is_wanted(entry):
             return
-        if (error := data.exception()) is not None:
-            with told_of_failure(partial(self.fail, entry.id)):
-                raise error
+        try:
+            ready = data.result()
+            self.write_seen(entry.id, ready.photos)
+        # Whatever is wrong with one concept must not end the others.
+        except Exception as error:
+            self.refuse(entry, error)
             return
-        ready: Ready = data.result()
-        self.write_seen(entry.id, ready.photos)
-        warnings = [one_line(f"photo {i}: {line}") for i, of in enumerate(check_photos(ready.photos), 1) for line in of]
+        checked = enumerate(check_photos(ready.photos), 1)
+        warnings = [one_line(f"photo {i}: {line}") for i, of_photo in checked for line in of_photo]
         with self.store.transaction():
             self.store.add_outcome(entry.id, {"photos": len(ready.photos), "warnings": warnings})
-            self.store.set_status("concepts", entry.id, TRAINING, only=[PREPARING])
-        self.engine.enter(ready.job, ready.data)
-        self.progress[entry.id] = Progress(ready.job.config.train.steps)
+            wanted = self.store.set_status("concepts", entry.id, TRAINING, only=[PREPARING])
+        if wanted:
+            self.engine.enter(ready.job, ready.data)
+            self.progress[entry.id] = Progress(ready.job.config.train.steps)
 
     def write_seen(self, concept_id: str, photos: list[Photo]) -> None:
         """Writes the photos as training sees them, the background dimmed where there is a mask."""
@@ -166,8 +200,6 @@ class Learning:
         """Reads and encodes a concept's photos, in the preparation's thread. Raises UserError for a mistake in them."""
         folder, asked, config = self.store.concept_folder(entry.id), entry.concept, self.config_of(entry)
         with calling(f"{folder}/", ""):
-            if asked.urls:
-                self.fetch_photos(folder, asked.urls)
             photos = training_photos(config.data, self.pipeline.networks.resolution)
             if asked.create_masks and all(photo.mask is None for photo in photos):
                 photos = with_masks(config, self.pipeline, photos)
@@ -177,18 +209,17 @@ class Learning:
         text = json.dumps([digest_of_files(folder / "photos"), values], sort_keys=True)
         return Ready(ConceptJob(entry.id, hashlib.sha256(text.encode()).hexdigest()[:16], config), data, photos)
 
-    def fetch_photos(self, folder: Path, urls: list[str]) -> None:
-        """Downloads the photos of a list, unless they are there: all of them or none."""
-        if any((folder / "photos").iterdir()):
-            return
-        with self.store.incoming() as received:
+    def fetch_photos(self, entry: Entry) -> None:
+        """Downloads the photos of a concept: all of them or none. Raises UserError for one that cannot be had."""
+        with self.store.incoming() as received, calling(f"{received}/", ""):
             (received / "photos").mkdir()
-            for i, url in enumerate(urls):
+            for i, url in enumerate(entry.concept.urls):
                 path = received / "photos" / f"{i:03}"
                 fetch_photo(url, self.hosts, path.write_bytes)
-                with calling(str(path), url):
+                with calling(f"photos/{i:03}", url):
                     take_photo(path, self.limits)
-            (received / "photos").rename(folder / "photos")
+            digest_of_files(received / "photos")  # which flushes them
+            (received / "photos").rename(self.store.concept_folder(entry.id) / "photos")
 
     # In the slots.
 
@@ -249,6 +280,7 @@ class Learning:
     # Out of the slots.
 
     def save_if_due(self) -> None:
+        """Saves the slots from time to time; what has ended must have been written before."""
         if self.engine.clock - self.engine.kept >= self.config.checkpoint.every:
             self.save()
 
@@ -267,22 +299,28 @@ class Learning:
 
     def remove(self, entries: list[Entry]) -> None:
         """Removes concepts: from the slots, from the checkpoints, which hold what they learned, and from the store."""
-        for entry in entries:
-            self.engine.remove(entry.id)
-            self.progress.pop(entry.id, None)
-        self.unwritten = deque(ended for ended in self.unwritten if ended.status.id not in {e.id for e in entries})
-        with suppress(Exception):
+        ids = {entry.id for entry in entries}
+        for concept_id in ids:
+            self.engine.remove(concept_id)
+            self.progress.pop(concept_id, None)
+        self.unwritten = deque(ended for ended in self.unwritten if ended.status.id not in ids)
+        self.preparation.drop(lambda entry: entry.id in ids)
+        self.fetching.drop(ids)
+        if self.held is not None and self.held.job.id in ids:
+            self.held = None
+        with suppress(Exception):  # of a save that failed, which is removed anyway
             self.engine.checkpoints.close()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for entry in entries:
+            self.store.remove_concept(entry)
         self.engine.checkpoints = self.opened_checkpoints()
         if self.engine.busy:
             self.save()
-        for entry in entries:
-            self.store.remove_concept(entry)
 
     def close(self) -> None:
-        """Saves the slots, and waits for it."""
+        """Writes what has ended, saves the slots, and waits for both."""
         self.preparation.close()
+        self.settle()
         if self.engine.busy:
             self.engine.save()
         self.engine.checkpoints.close()

@@ -8,16 +8,21 @@ import http.client
 import ipaddress
 import socket
 import ssl
-from collections.abc import Callable, Collection, Mapping
-from contextlib import closing
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from urllib.parse import SplitResult, urlsplit
 
 from catversion_jax.data.images import MAX_FILE_BYTES
-from catversion_jax.utils.errors import StorageError, UserError, short
+from catversion_jax.utils.errors import UserError, short
 
-TIMEOUT = 30.0  # seconds without an answer
+TIMEOUT = 10.0  # seconds without an answer
+FETCHED_WITHIN, POSTED_WITHIN = 60.0, 15.0
+"""Seconds that a whole request may take: a server that sends a byte now and then must not hold ours for ever."""
 MOST_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
+CARRIERS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "2002::/16")))
+"""Networks whose addresses carry addresses of IPv4, private ones too (NAT64, 6to4)."""
 
 
 def is_address(host: str) -> bool:
@@ -61,10 +66,11 @@ def address_of(host: str, port: int, listed: bool) -> tuple[str, int]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise StorageError(f"{host}: not found ({short(error)}); try again later") from error
+        raise UserError(f"{host}: not found ({short(error)}); try again later") from error
     for *_, address in found:
         ip = ipaddress.ip_address(address[0])
-        if not ip.is_global and not (listed and is_address(host)):
+        inside = not ip.is_global or ip.is_multicast or any(ip in network for network in CARRIERS)
+        if inside and not (listed and is_address(host)):
             raise UserError(f"{host}: leads to {ip}, which is no public address; give another URL")
     return str(found[0][4][0]), port
 
@@ -77,13 +83,29 @@ class PinnedConnection(http.client.HTTPSConnection):
         self._address, self._name = address, host
 
     def connect(self) -> None:
-        plain = socket.create_connection(self._address, TIMEOUT)
+        self.sock = plain = socket.create_connection(self._address, TIMEOUT)
         self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self._name)
 
+    def abort(self) -> None:
+        """Ends the connection from another thread, whose reader then gets an error."""
+        if self.sock is not None:
+            with suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
 
-def connection_to(parts: SplitResult, listed: bool) -> PinnedConnection:
+
+@contextmanager
+def connection_to(parts: SplitResult, listed: bool, seconds: float) -> Iterator[PinnedConnection]:
+    """Gives a connection that lasts at most so long."""
     host = parts.hostname or ""
-    return PinnedConnection(host, address_of(host, parts.port or 443, listed))
+    connection = PinnedConnection(host, address_of(host, parts.port or 443, listed))
+    timer = threading.Timer(seconds, connection.abort)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield connection
+    finally:
+        timer.cancel()
+        connection.close()
 
 
 def path_of(parts: SplitResult) -> str:
@@ -93,12 +115,13 @@ def path_of(parts: SplitResult) -> str:
 def fetch_photo(url: str, hosts: Collection[str], write: Callable[[bytes], object]) -> None:
     """Downloads a photo from one of the operator's hosts; redirects are followed to these hosts alone.
 
-    Raises UserError for what is not allowed or not there, and StorageError if the server is out of reach.
+    Raises UserError for what is not allowed, not there or out of reach.
     """
     here = url
     for _ in range(MOST_REDIRECTS + 1):
         parts = checked_url(here, hosts)
-        with closing(connection_to(parts, listed=True)) as connection:
+        data = None
+        with connection_to(parts, listed=True, seconds=FETCHED_WITHIN) as connection:
             try:
                 connection.request("GET", path_of(parts), headers={"User-Agent": "catversion"})
                 answer = connection.getresponse()
@@ -106,29 +129,30 @@ def fetch_photo(url: str, hosts: Collection[str], write: Callable[[bytes], objec
                     if answer.status != 200:
                         raise UserError(f"{url}: its server answers {answer.status}; correct the URL")
                     data = answer.read(MAX_FILE_BYTES + 1)
-                    if len(data) > MAX_FILE_BYTES:
-                        raise UserError(f"{url}: more than {MAX_FILE_BYTES // 2**20} MiB; make the photo smaller")
-                    write(data)
-                    return
                 here = answer.headers.get("Location", "")
             except (OSError, http.client.HTTPException) as error:
-                raise StorageError(f"{url}: not downloaded ({short(error)}); send the request again") from error
+                raise UserError(f"{url}: not downloaded ({short(error)}); send the request again") from error
+        if data is not None:
+            if len(data) > MAX_FILE_BYTES:
+                raise UserError(f"{url}: more than {MAX_FILE_BYTES // 2**20} MiB; make the photo smaller")
+            write(data)
+            return
     raise UserError(f"{url}: more than {MOST_REDIRECTS} redirects; give the photo's own URL")
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str], hosts: Collection[str]) -> int:
     """Posts to a webhook; returns the status of the answer. Redirects are not followed.
 
-    `hosts` are the operator's own, beside which any public server may be named. Raises UserError for another, and
-    StorageError if it is out of reach.
+    `hosts` are the operator's own, beside which any public server may be named. Raises UserError for another, and for
+    one that is out of reach.
     """
     parts = checked_webhook(url, hosts)
-    with closing(connection_to(parts, listed=is_listed_host(parts, hosts))) as connection:
+    with connection_to(parts, is_listed_host(parts, hosts), POSTED_WITHIN) as connection:
         try:
             connection.request("POST", path_of(parts), body, dict(headers))
             return connection.getresponse().status
         except (OSError, http.client.HTTPException) as error:
-            raise StorageError(f"{url}: not reached ({short(error)})") from error
+            raise UserError(f"{url}: not reached ({short(error)})") from error
 
 
 def checked_webhook(url: str, hosts: Collection[str]) -> SplitResult:

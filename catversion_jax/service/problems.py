@@ -1,5 +1,6 @@
 """Problems: what a request is answered that cannot be done, as RFC 9457 describes, in one line of ours."""
 
+import errno
 import sqlite3
 from http import HTTPStatus
 
@@ -43,11 +44,21 @@ def answer(problem: Problem) -> JSONResponse:
     return JSONResponse(content, int(problem.status), headers, MEDIA_TYPE)
 
 
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS)
+"""Errors of a machine that has too much open at the moment."""
+
+
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk is full or broken."""
+    """Whether an error says that the disk is full or broken, or the machine too busy: it may pass."""
     if isinstance(error, sqlite3.OperationalError):
-        return "disk" in str(error) or "full" in str(error)
-    return isinstance(error, StorageError) or is_storage_error(error)
+        return any(word in str(error) for word in ("disk", "full", "locked", "unable to open"))
+    passing = isinstance(error, OSError) and error.errno in PASSING
+    return passing or isinstance(error, StorageError) or is_storage_error(error)
+
+
+def reason(error: BaseException) -> str:
+    """Returns what is said of an error to whoever asked for what failed by it."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {short(error)}"
 
 
 def problem_of(error: BaseException) -> Problem:
@@ -74,7 +85,9 @@ def handle_problems(app: FastAPI) -> None:
     """Lets an app answer every error by its problem."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return answer(problem_of(error))
+        problem = problem_of(error)
+        hidden = request.app.state.service.store.hidden(problem.detail)
+        return answer(Problem(problem.status, hidden, problem.retry_after))
 
     handler: ExceptionHandler = handle
     ours = (Problem, TooMany, UserError, StorageError)

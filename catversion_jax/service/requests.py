@@ -80,6 +80,7 @@ class ConceptAnswer(BaseModel):
     photos: list[str] = []  # as training sees them
     warnings: list[str] = []
     previews: list[Preview] = []
+    previewed: bool = False  # whether all of them are there
     concept: str | None = None
     seconds: float | None = None
     error: str | None = None

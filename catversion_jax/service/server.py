@@ -1,8 +1,9 @@
 """A server: the service's threads around uvicorn, from its start to its last saved step."""
 
+import resource
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,8 @@ from catversion_jax.utils.paths import AnyPath, expand
 
 DRAIN = 10
 """Seconds that requests have to end in, after which the server stops without them."""
+MOST_CONNECTIONS = 2000
+"""Beyond them a request is answered by 503."""
 SHARE = 0.5
 """The part of the device's time that drawing gets while both wait."""
 
@@ -87,8 +90,16 @@ def serve(
         store.close()
 
 
+def raise_file_limit() -> None:
+    """Allows as many open files as the system lets: each connection is one, and the usual 1024 are few."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # where the hard limit is said to be infinite, and is not
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run(service: Service, address: Address, on_start: Callable[[int], object]) -> None:
     """Runs uvicorn and the threads of a service, until a signal."""
+    raise_file_limit()
     webhooks = Webhooks(service.store, service.rules.url_hosts)
 
     @asynccontextmanager
@@ -100,7 +111,6 @@ def run(service: Service, address: Address, on_start: Callable[[int], object]) -
         service.worker.stop()
         webhooks.stop()
         await run_in_threadpool(service.worker.join)
-        await run_in_threadpool(webhooks.join)
 
     config = uvicorn.Config(
         make_app(service, lifespan),
@@ -109,6 +119,7 @@ def run(service: Service, address: Address, on_start: Callable[[int], object]) -
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=DRAIN,
+        limit_concurrency=MOST_CONNECTIONS,
         server_header=False,
     )
     # uvicorn raises the signal again when it has stopped: by then everything is saved, and the exit status is 0.

@@ -1,8 +1,7 @@
 """The service: what is accepted, what is answered, and what is removed. It knows nothing of HTTP."""
 
 import hashlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -46,10 +45,8 @@ from catversion_jax.service.uploads import check_count, receive_photos
 from catversion_jax.service.webhooks import secret_of, secret_text
 from catversion_jax.service.worker import Worker
 from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.paths import calling
 from catversion_jax.utils.settings import is_text
-
-REMOVAL = 60.0
-"""Seconds that a removal is waited for: the worker is in the middle of a turn."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,9 @@ class Service:
     def concept_to_draw(self, owner: str, concept_id: str) -> Concept:
         if self.concept_entry(owner, concept_id).status != DONE:
             raise Problem(409, f"concept {concept_id}: not done; wait until it is")
-        return concept_file.load(self.store.concept_file(concept_id))
+        path = self.store.concept_file(concept_id)
+        with calling(str(path), f"concept {concept_id}"):
+            return concept_file.load(path)
 
     # What is answered.
 
@@ -173,6 +172,7 @@ class Service:
             steps=asked.steps or self.config.train.steps,
             photos=[f"/v1/concepts/{entry.id}/photos/{i}" for i in range(outcome.get("photos", 0))],
             previews=list(self.previews(entry)),
+            previewed=entry.previewed,
             concept=f"/v1/concepts/{entry.id}/concept.safetensors" if entry.status == DONE else None,
             **{name: outcome[name] for name in ("step", "loss", "losses", "seconds", "error") if name in outcome},
             warnings=outcome.get("warnings", []),
@@ -187,14 +187,9 @@ class Service:
         answer.estimated_seconds = None if seconds is None else round(seconds, 1)
         return answer
 
-    def previews(self, entry: Entry):
-        folder = self.store.concept_folder(entry.id) / "previews"
-        if not folder.is_dir():
-            return
-        prompts = config_of_request(self.config, entry.concept, Path("photos")).sample_prompts()
-        for path in sorted(folder.glob("[0-9]*.png")):
-            step, number = map(int, path.stem.split("-"))
-            yield Preview(step=step, prompt=prompts[number], url=f"/v1/concepts/{entry.id}/previews/{step}/{number}")
+    def previews(self, entry: Entry) -> Iterator[Preview]:
+        for step, number, prompt in entry.outcome.get("previews", []):
+            yield Preview(step=step, prompt=prompt, url=f"/v1/concepts/{entry.id}/previews/{step}/{number}")
 
     def picture_answer(self, entry: Entry) -> PictureAnswer:
         """Returns how a picture is doing."""
@@ -232,19 +227,15 @@ class Service:
 
     # What is removed.
 
-    def remove_concept(self, owner: str, concept_id: str) -> None:
-        """Cancels a concept, and removes it with its photos and all that was learned from them.
-
-        Raises Problem if that takes longer than a turn of the worker: it is then removed later, in any case.
-        """
+    def ask_to_remove(self, owner: str, concept_id: str) -> None:
+        """Asks the worker to cancel a concept, and to remove it with its photos and all that was learned from them."""
         entry = self.concept_entry(owner, concept_id)
         self.store.set_status("concepts", entry.id, REMOVING)
         self.worker.wake()
-        until = time.monotonic() + REMOVAL
-        while (found := self.store.concept(concept_id)) is not None and found.status == REMOVING:
-            if time.monotonic() > until:
-                raise Problem(503, f"concept {concept_id}: will be removed; it is not yet")
-            time.sleep(0.02)
+
+    def is_removed(self, concept_id: str) -> bool:
+        found = self.store.concept(concept_id)
+        return found is None or found.status != REMOVING
 
     def remove_picture(self, owner: str, picture_id: str) -> None:
         self.store.remove_picture(self.picture_entry(owner, picture_id).id)

@@ -10,6 +10,7 @@ What is in the database was accepted, and outlives a crash; files without a row 
 """
 
 import json
+import os
 import secrets
 import shutil
 import sqlite3
@@ -105,6 +106,15 @@ def new_id() -> str:
     return secrets.token_hex(12)
 
 
+def sync_folder(folder: Path) -> None:
+    """Flushes the names in a folder to the disk, so that a power failure leaves no row without its files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 class TooMany(Exception):
     """Somebody has as much in the queue as he may have."""
 
@@ -126,7 +136,6 @@ class Store:
             self._lock_context.__exit__(None, None, None)
             raise UserError(f"{folder}: another server is at work here; stop it, or choose another --store")
         self._local = threading.local()
-        self._open: list[sqlite3.Connection] = []
         try:
             version = self.database.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
@@ -154,12 +163,13 @@ class Store:
             for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
                 found.execute(f"PRAGMA {pragma}")
             self._local.connection = found
-            self._open.append(found)
         return found
 
     def close(self) -> None:
-        for connection in self._open:
-            connection.close()
+        """Closes this thread's connection, and lets another server in. Those of other threads end with them."""
+        if (found := getattr(self._local, "connection", None)) is not None:
+            found.close()
+            del self._local.connection
         self._lock_context.__exit__(None, None, None)
 
     @contextmanager
@@ -177,6 +187,12 @@ class Store:
             if database.in_transaction:
                 database.execute("ROLLBACK")
             raise
+
+    def hidden(self, text: str) -> str:
+        """Returns a message without the store's path on this machine."""
+        for folder in {str(self.folder.absolute()), str(self.folder)}:
+            text = text.replace(f"{folder}/", "").replace(folder, "the store")
+        return text
 
     # Files.
 
@@ -232,6 +248,7 @@ class Store:
         concept_id = new_id()
         folder = self.concept_folder(concept_id)
         received.rename(folder)
+        sync_folder(folder.parent)
         try:
             with self.transaction() as database:
                 if (kept := self.kept(owner, key)) is not None:
@@ -326,11 +343,13 @@ class Store:
         return done.rowcount > 0
 
     def end(self, table: str, row_id: str, status: str, outcome: dict[str, Any]) -> bool:
-        """Notes how a concept or a picture ended, unless it was to be removed meanwhile, and whom to tell of it."""
+        """Notes how a concept or a picture ended, unless it was removed meanwhile, and whom to tell of it."""
         with self.transaction() as database:
             row = self.row(table, row_id)
-            if row is None or row.status == REMOVING:
+            if row is None or row.status == REMOVING or row.ended is not None:
                 return False
+            if outcome.get("error"):
+                outcome = outcome | {"error": self.hidden(outcome["error"])}
             database.execute(
                 f"UPDATE {table} SET status = ?, outcome = ?, ended = ? WHERE id = ?",
                 (status, json.dumps(row.outcome | outcome), time.time(), row_id),
@@ -346,6 +365,15 @@ class Store:
             if (row := self.concept(concept_id)) is not None:
                 values = (json.dumps(row.outcome | outcome), concept_id)
                 database.execute("UPDATE concepts SET outcome = ? WHERE id = ?", values)
+
+    def add_preview(self, concept_id: str, step: int, number: int, prompt: str) -> None:
+        """Notes a preview that was drawn."""
+        with self.transaction():
+            if (row := self.concept(concept_id)) is not None:
+                drawn = {(old[0], old[1]): old for old in row.outcome.get("previews", [])} | {
+                    (step, number): [step, number, prompt]
+                }
+                self.add_outcome(concept_id, {"previews": sorted(drawn.values())})
 
     def set_previewed(self, concept_id: str) -> None:
         self.database.execute("UPDATE concepts SET previewed = 1 WHERE id = ?", (concept_id,))
@@ -372,12 +400,13 @@ class Store:
 
     def remove_concept(self, row: Entry) -> None:
         """Removes a concept, its photos and the pictures that show it; of one that had not ended, the id stays."""
+        shutil.rmtree(self.concept_folder(row.id), ignore_errors=True)  # first: it makes room on a full disk
         shown = self.database.execute("SELECT picture FROM shown WHERE concept = ?", (row.id,)).fetchall()
-        for (picture_id,) in shown:
-            self.remove_picture(picture_id)
-        shutil.rmtree(self.concept_folder(row.id), ignore_errors=True)
         with self.transaction() as database:
+            for (picture_id,) in shown:
+                self.remove_picture(picture_id)
             database.execute("DELETE FROM deliveries WHERE concept = ?", (row.id,))
+            database.execute("DELETE FROM keys WHERE owner = ? AND ids LIKE ?", (row.owner, f"%{row.id}%"))
             if row.ended is None:
                 emptied = ConceptRequest(class_word="-").model_dump_json()
                 database.execute(
@@ -389,10 +418,11 @@ class Store:
         self.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else the log keeps the old rows for a while
 
     def remove_picture(self, picture_id: str) -> None:
-        self.picture_file(picture_id).unlink(missing_ok=True)
         with self.transaction() as database:
             database.execute("DELETE FROM shown WHERE picture = ?", (picture_id,))
             database.execute("DELETE FROM pictures WHERE id = ?", (picture_id,))
+        # Last: the worker removes one that it writes after this.
+        self.picture_file(picture_id).unlink(missing_ok=True)
 
     # After a crash.
 

@@ -16,6 +16,7 @@ from catversion_jax.data.photo_sources import unzip
 from catversion_jax.data.photos import FolderRules, find_photos
 from catversion_jax.service.limits import Limits
 from catversion_jax.service.requests import PhotosForm
+from catversion_jax.service.store import sync_folder
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.paths import calling
 
@@ -41,7 +42,10 @@ def receive_photos(folder: Path, form: PhotosForm, limits: Limits) -> str:
             receive_zip(folder, form.zip, limits)
         else:
             receive_images(photos, form, limits)
-    return digest_of_files(photos)
+    digest = digest_of_files(photos)
+    for received in (*(path for path in photos.iterdir() if path.is_dir()), photos, folder):
+        sync_folder(received)
+    return digest
 
 
 def receive_images(photos: Path, form: PhotosForm, limits: Limits) -> None:

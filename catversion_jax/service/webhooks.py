@@ -9,10 +9,11 @@ import hmac
 import threading
 import time
 from collections.abc import Collection
+from typing import Any
 
 from catversion_jax.service.outbound import post
 from catversion_jax.service.store import Store
-from catversion_jax.utils.errors import ReportedError
+from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
 
 FIRST_DELAY = 2.0
@@ -20,6 +21,8 @@ FIRST_DELAY = 2.0
 MOST_TRIES = 12
 """After the last one, more than an hour after the first, a message is given up."""
 PAUSE = 1.0
+AT_ONCE, OF_AN_OWNER = 16, 4
+"""Messages that are posted at one time: in all, and of one owner."""
 
 
 def secret_of(store: Store, owner: str) -> bytes:
@@ -44,12 +47,13 @@ def signed(secret: bytes, message_id: str, timestamp: int, body: bytes) -> dict[
 
 
 class Webhooks(threading.Thread):
-    """Delivers the messages of a store, as long as it runs."""
+    """Delivers the messages of a store, each in a thread of its own, so that none holds others up."""
 
     def __init__(self, store: Store, hosts: Collection[str]):
         super().__init__(name="webhooks", daemon=True)
         self._store, self._hosts = store, hosts
         self._stopped = threading.Event()
+        self._posting: dict[int, str] = {}  # owner by message
 
     def run(self) -> None:
         while not self._stopped.wait(PAUSE):
@@ -60,19 +64,27 @@ class Webhooks(threading.Thread):
                 warn(f"webhooks: {type(error).__name__}: {error}")
 
     def stop(self) -> None:
+        """Starts no further delivery; those that are under way are not waited for, and come again otherwise."""
         self._stopped.set()
 
     def deliver_due(self) -> None:
-        """Posts the messages that are due."""
+        """Posts the messages that are due, a few at a time."""
         for message in self._store.deliveries(time.time()):
-            if self._stopped.is_set():
-                return
-            body, number = message["body"].encode(), message["number"]
+            owner, number = message["owner"], message["number"]
+            of_owner = sum(other == owner for other in list(self._posting.values()))
+            if number not in self._posting and len(self._posting) < AT_ONCE and of_owner < OF_AN_OWNER:
+                self._posting[number] = owner
+                threading.Thread(target=self.deliver, args=(dict(message),), name="webhook", daemon=True).start()
+
+    def deliver(self, message: dict[str, Any]) -> None:
+        """Posts a message, and notes whether it was heard."""
+        body, number = message["body"].encode(), message["number"]
+        try:
             headers = signed(secret_of(self._store, message["owner"]), message["id"], int(time.time()), body)
             try:
                 status = post(message["url"], body, headers, self._hosts)
                 problem = "" if 200 <= status < 300 else f"its server answers {status}"
-            except ReportedError as error:
+            except UserError as error:
                 problem = str(error)
             if not problem:
                 self._store.delivered(number)
@@ -81,3 +93,7 @@ class Webhooks(threading.Thread):
                 self._store.delivered(number)
             else:
                 self._store.deliver_later(number, time.time() + FIRST_DELAY * 2 ** message["tries"])
+        except Exception as error:  # of a full disk: the message is due still
+            warn(f"webhook of {message['concept']}: {type(error).__name__}: {error}")
+        finally:
+            del self._posting[number]

@@ -3,10 +3,11 @@
 What it does is in learning.py and drawing.py; here is only when.
 """
 
+import gc
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,17 @@ IDLE = 0.2
 """Seconds after which a worker without work looks into the store, if nobody wakes it before."""
 AFTER_FAILURE = 2.0
 """Seconds until something is tried again that the disk refused."""
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Collects no garbage inside, where tracing makes millions of objects that stay, and none of these ever after."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 class Worker(threading.Thread):
@@ -57,8 +69,10 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.learning = learning = self._set_up()
-            self.warm_up(learning)
+            with without_collections():
+                self.learning = learning = self._set_up()
+                if not self._stopping.is_set():
+                    self.warm_up(learning)
             self.show_again(learning)
             self.ready.set()
             while not self._stopping.is_set():
@@ -87,11 +101,14 @@ class Worker(threading.Thread):
     def show_again(self, learning: Learning) -> None:
         """Queues the previews of the concepts that were done, and had none yet, when the last server ended."""
         for entry in self.store.with_status("concepts", [DONE]):
-            if not entry.previewed:
-                with suppress(UserError):  # of a damaged file, which whoever asks for it is told
-                    concept = concept_file.load(self.store.concept_file(entry.id))
-                    config = learning.config_of(entry)
-                    self.drawings.show(Snapshot(entry.id, concept.steps, concept, config))
+            if entry.previewed:
+                continue
+            try:
+                concept = concept_file.load(self.store.concept_file(entry.id))
+                self.drawings.show(Snapshot(entry.id, concept.steps, concept, learning.config_of(entry)))
+            except UserError as error:  # of a damaged file, for example
+                warn(f"concept {entry.id}: no previews: {error}")
+                self.store.set_previewed(entry.id)
 
     def turn(self, learning: Learning) -> None:
         """Does what is to be done next. A disk that is full or broken is waited for: nothing is lost meanwhile."""
@@ -125,7 +142,8 @@ class Worker(threading.Thread):
         if kind == DRAW:
             self.drawings.draw()
             return
-        for snapshot in learning.train():
+        # What has ended is written before the slots are saved without it.
+        for snapshot in [*learning.train(), *learning.settle()]:
             self.drawings.show(snapshot)
         learning.save_if_due()
 

@@ -129,14 +129,15 @@ class Engine:
         self.entered[index] = Entered(job, int(data.photos[0]), time.monotonic())
 
     def remove(self, concept_id: str) -> bool:
-        """Empties the slot of a concept that has not ended; returns whether it was in one."""
+        """Removes all that the engine has of a concept; returns whether it was in a slot."""
         self.saved.pop(concept_id, None)
-        for index, entered in list(self.entered.items()):
-            if entered.job.id == concept_id:
-                self.slots.clear(index)
-                del self.entered[index]
-                return True
-        return False
+        found = [index for index, entered in self.entered.items() if entered.job.id == concept_id]
+        for index in found:
+            del self.entered[index]
+        # Also those of concepts that have ended, which may be this one: its state stays until another one enters.
+        for index in set(range(self.config.batch.slots)) - self.entered.keys():
+            self.slots.clear(index)
+        return bool(found)
 
     def concept_now(self, index: int) -> Concept:
         """Returns what the concept in a slot has learned so far."""

@@ -29,9 +29,9 @@ class Preparation(Generic[JobT, DataT]):
         """How many jobs may be added now."""
         return self._most - len(self._waiting)
 
-    @property
-    def jobs(self) -> list[JobT]:
-        return [job for job, _ in self._waiting]
+    def drop(self, unwanted: Callable[[JobT], bool]) -> None:
+        """Takes jobs out of the queue, whether they are prepared or not."""
+        self._waiting = deque(prepared for prepared in self._waiting if not unwanted(prepared.job))
 
     def add(self, job: JobT) -> None:
         """Adds a job, which is prepared after those before it."""

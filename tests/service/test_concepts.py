@@ -6,6 +6,7 @@ import zipfile
 
 import httpx
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
@@ -14,7 +15,7 @@ from catversion_jax.config.config import from_config_dict
 from catversion_jax.methods import concept_file
 from catversion_jax.training.run import train
 from catversion_jax.training.run_dir import RunDir
-from tests.service.servers import CONCEPTS, STEPS, Running, detail, ended, learn, photos, wait_for
+from tests.service.servers import CONCEPTS, STEPS, Running, detail, ended, learn, photos, running, wait_for
 
 
 def loaded(client: httpx.Client, concept_id: str, tmp_path) -> concept_file.Concept:
@@ -61,6 +62,7 @@ def test_its_pictures(server: Running, teapot, tiny_pipeline):
         assert answer.headers["content-type"] == "image/png"
         assert Image.open(io.BytesIO(answer.content)).size == (16, 16)
     assert detail(server.client.get(f"/v1/concepts/{teapot['id']}/photos/99"), 404) == "photo 99: not found"
+    assert detail(server.client.get(f"/v1/concepts/{teapot['id']}/photos/{'1' * 300}"), 422)
 
 
 def test_an_export(server: Running, teapot):
@@ -199,6 +201,47 @@ def test_one_that_trains_is_cancelled(server: Running):
         assert not path.is_file() or concept["id"].encode() not in path.read_bytes()
     assert server.client.delete(f"/v1/concepts/{concept['id']}").status_code == 204
     assert server.client.get(f"/v1/concepts/{concept['id']}").status_code == 404
+
+
+def test_one_that_is_prepared_is_cancelled(server: Running):
+    """While both slots are taken; nothing of it comes back when they are free again."""
+    training = [learn(server.client, "dog", steps="2000") for _ in range(2)]
+    wait_for(lambda: server.client.get(f"/v1/concepts/{training[1]['id']}").json()["step"] > 0)
+    prepared = learn(server.client, "owl")
+    wait_for(lambda: server.client.get(f"/v1/concepts/{prepared['id']}").json()["status"] == "preparing")
+    for concept in (prepared, *training):
+        assert server.client.delete(f"/v1/concepts/{concept['id']}").status_code == 204
+    assert ended(server.client, learn(server.client, steps="1")["id"], previews=False)["status"] == "done"
+    assert server.client.get(f"/v1/concepts/{prepared['id']}").json()["status"] == "cancelled"
+    assert not (server.store / "concepts" / prepared["id"]).exists()
+    assert server.client.get("/healthz").status_code == 200
+
+
+def test_what_was_learned_is_gone_from_the_slots(server: Running):
+    """A concept that trains beside one that is removed saves the other's slot as it is without anybody in it."""
+    first, second = (learn(server.client, name, steps="2000") for name in ("dog", "owl"))
+    for concept in (first, second):
+        wait_for(lambda path=f"/v1/concepts/{concept['id']}": server.client.get(path).json()["step"] > 2)
+    assert server.client.delete(f"/v1/concepts/{second['id']}").status_code == 204
+    removed_at = server.client.get(f"/v1/concepts/{first['id']}").json()["step"]
+    wait_for(lambda: server.client.get(f"/v1/concepts/{first['id']}").json()["step"] > removed_at + 6)
+    folder = server.store / "checkpoints"
+    newest = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        state = reader.restore(folder / str(newest) / "state")
+    used = [bool(np.any(of_slot)) for of_slot in state["learned"]["prefix"]]
+    assert sorted(used) == [False, True]
+    assert server.client.delete(f"/v1/concepts/{first['id']}").status_code == 204
+
+
+def test_with_other_prompts_in_the_config(tiny_model, tmp_path):
+    """A server that is started with fewer previews lists those that were drawn."""
+    with running(tmp_path / "store", tiny_model) as server:
+        before = ended(server.client, learn(server.client, steps="1")["id"])
+    fewer = {"sample__prompts": "'a {class_word}',"}
+    with running(tmp_path / "store", tiny_model, **fewer) as server:
+        (after,) = server.client.get("/v1/concepts").json()["concepts"]
+        assert after["previews"] == before["previews"]
 
 
 BAD = {

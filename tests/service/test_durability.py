@@ -1,9 +1,14 @@
 """Nothing accepted is lost: killed at any moment, with a full disk, or beside a job that is poisoned."""
 
+import contextlib
 import random
+import resource
+import socket
 import sqlite3
+import threading
 import time
 
+import psutil
 import pytest
 
 from tests import tiny
@@ -116,6 +121,7 @@ def test_a_full_disk(tiny_model, tmp_path):
         assert answer.headers["retry-after"] == "30"
         answer = server.client.post("/v1/pictures", json={"pictures": [{"prompt": "a"}]})
         assert "the server's disk is full" in detail(answer, 507)
+        assert str(tmp_path) not in detail(server.client.get("/readyz"), 503)
         assert server.client.get("/healthz").status_code == 200
         assert not list((tmp_path / "store" / "incoming").iterdir())
         server.limit_files(-1)
@@ -152,3 +158,39 @@ def test_another_model(tiny_model, tmp_path):
         error = answer["pictures"][0]["error"]
         assert error.startswith(f"concept {concept['id']}: learned in text encoder")
         assert str(tmp_path) not in error
+
+
+def test_too_many_open_files(tiny_model, tmp_path):
+    """Connections that nobody uses do not end the server: what trains and draws waits until there is room."""
+    with running(tmp_path / "store", tiny_model) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        concept = learn(server.client, steps="60")
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (120, 120))
+        connections = []
+        for _ in range(150):
+            with contextlib.suppress(OSError):
+                connections.append(socket.create_connection((host, int(port)), 1))
+        time.sleep(5)
+        for connection in connections:
+            connection.close()
+        assert ended(server.client_of(), concept["id"])["status"] == "done"
+
+
+def test_threads_leave_no_connection_open(tiny_model, tmp_path):
+    """Each thread has one to the database, which ends with it."""
+    with running(tmp_path / "store", tiny_model) as server:
+
+        def ask() -> None:
+            with server.client_of() as client:
+                client.get("/v1/concepts")
+
+        counts = []
+        for _ in range(3):
+            threads = [threading.Thread(target=ask) for _ in range(30)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            time.sleep(11)  # after which threads that have nothing to do end
+            counts.append(psutil.Process(server.process.pid).num_fds())
+        assert counts[2] <= counts[0] + 6

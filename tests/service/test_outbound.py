@@ -4,8 +4,10 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -190,3 +192,20 @@ def test_hosts_of_webhooks(fetching):
         "/v1/concepts", files=photos(), data={"class_word": "a", "webhook_url": "https://127.0.0.1:9/hook"}
     )
     assert "an address; expected a server's name" in detail(answer, 422)
+
+
+def test_servers_that_never_answer(tiny_model, tmp_path, elsewhere):
+    """They hold up neither other people's concepts nor the end of the server."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    host = f"127.0.0.1:{silent.getsockname()[1]}"
+    flags = (f"--url_hosts={host},{elsewhere[0]}",)
+    with running(tmp_path / "store", tiny_model, *flags, environment=elsewhere[1]) as server:
+        urls = {"class_word": "teapot", "urls": [f"https://{host}/a.png"]}
+        waiting = [server.client.post("/v1/concepts", data=urls).json()["id"] for _ in range(3)]
+        quick = learn(server.client, steps="1", webhook_url=f"https://{host}/hook")
+        assert ended(server.client, quick["id"])["status"] == "done"
+        assert {server.client.get(f"/v1/concepts/{i}").json()["status"] for i in waiting} == {"preparing"}
+        begun = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begun < 8  # a connection alone waits for longer
+    silent.close()

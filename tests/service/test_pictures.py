@@ -10,7 +10,7 @@ from PIL import Image
 
 from catversion_jax.sampling.picture_record import read_picture
 from tests.commands import catversion
-from tests.service.servers import Running, detail, ended, learn, wait_for
+from tests.service.servers import Running, detail, ended, learn, running, wait_for
 
 
 def drawn(server: Running, *pictures: dict, status: int = 200, **headers) -> list[dict]:
@@ -128,3 +128,36 @@ def test_concepts_that_are_not_there(server: Running, teapot):
     answer = server.client.post("/v1/pictures", json=body)
     assert detail(answer, 409) == f"concept {waiting['id']}: not done; wait until it is"
     assert server.client.delete(f"/v1/concepts/{waiting['id']}").status_code == 204
+
+
+def test_previews_do_not_hold_pictures_up(tiny_model, tmp_path):
+    """Not even one for each step: who has waited longest is next, and older previews make room for newer ones."""
+    with running(tmp_path / "store", tiny_model, sample__every=1) as server:
+        for name in ("dog", "owl"):
+            learn(server.client, name, steps="2000", prompts=[f"a {name}", f"a blue {name}", f"two {name}s"])
+        wait_for(lambda: len(server.client.get("/v1/concepts").json()["concepts"][0]["previews"]) > 6)
+        for seed in range(3):
+            (picture,) = drawn(server, {"prompt": "a teapot", "seed": seed})
+            assert picture["ended"] - picture["created"] < 20
+
+
+def test_a_picture_that_fails_fails_alone(tiny_model, tmp_path):
+    """With an error that nobody foresaw; the server lives, and so do the others of its batch."""
+    before = """
+import catversion_jax.sampling.branches as branches
+from catversion_jax.sampling import sampler
+
+found = sampler.branches_of
+
+def spoiled(pipeline, prompt, concepts):
+    if "broken" in prompt:
+        raise ZeroDivisionError("division by zero")
+    return found(pipeline, prompt, concepts)
+
+sampler.branches_of = spoiled
+"""
+    with running(tmp_path / "store", tiny_model, before=before) as server:
+        good, bad = drawn(server, {"prompt": "a teapot"}, {"prompt": "a broken teapot"})
+        assert (good["status"], bad["status"]) == ("done", "failed")
+        assert bad["error"] == "ZeroDivisionError: division by zero"
+        assert server.client.get("/healthz").status_code == 200

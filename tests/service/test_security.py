@@ -109,6 +109,9 @@ def test_a_request_that_is_too_large(guarded, anna):
     data = b"x" * (2 * 2**20)
     answer = anna.post("/v1/concepts", files={"images": ("a.png", data)}, data={"class_word": "a"})
     assert detail(answer, 413) == "the request is too large; expected at most 1 MiB"
+    body = b'{"pictures":[' + b"[]," * 2**19 + b"[]]}"
+    answer = anna.post("/v1/pictures", content=body, headers={"Content-Type": "application/json"})
+    assert detail(answer, 413) == "the request is too large; expected at most 1 MiB"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     parts = (b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n', *[b"y" * 2**18] * 8)
     assert detail(anna.post("/v1/concepts", content=iter(parts), headers=headers), 413)

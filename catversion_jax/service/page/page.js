@@ -1,8 +1,8 @@
 // The page of a catversion service. What clients sent is only ever set as text, never as HTML.
 
-const MOST_SHOWN = 20;
+const MOST_SHOWN = 20, MOST_TRIES = 5, POLL = 1000;
 const $ = (id) => document.getElementById(id);
-const state = { service: null, files: [], concepts: new Map(), watched: new Set(), next: null, check: 0 };
+const state = { service: null, files: [], concepts: new Map(), next: null, check: 0 };
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -26,12 +26,17 @@ async function ask(path, options = {}) {
   const token = sessionStorage.getItem("token");
   if (token) headers.set("Authorization", `Bearer ${token}`);
   let answer;
-  try {
-    answer = await fetch(path.replace(/^\//, ""), { ...options, headers });
-  } catch {
-    throw new Refused(0, "The server does not answer. Is it still running?");
+  for (let tries = 0; ; tries++) {
+    try {
+      answer = await fetch(path.replace(/^\//, ""), { ...options, headers });
+    } catch {
+      throw new Refused(0, "The server does not answer. Is it still running?");
+    }
+    if (answer.ok) return answer;
+    // Many pictures at once may be more requests than a second has; a queue that is full is said at once.
+    if (answer.status !== 429 || options.method === "POST" || tries === MOST_TRIES) break;
+    await new Promise((resolve) => setTimeout(resolve, 1000 * Number(answer.headers.get("Retry-After") ?? 1)));
   }
-  if (answer.ok) return answer;
   if (answer.status === 401) showTokenForm();
   let detail = `The server answers ${answer.status}.`;
   try { detail = (await answer.json()).detail; } catch { /* no problem document */ }
@@ -51,10 +56,19 @@ async function imageUrl(path) {
   try { return await images.get(path); } catch (error) { images.delete(path); throw error; }
 }
 
+// Only those that come into view are fetched.
+const seen = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) if (isIntersecting) { seen.unobserve(target); showImage(target); }
+}, { rootMargin: "200px" });
+
 function image(path, alt) {
-  const made = element("img", { alt, loading: "lazy" });
-  imageUrl(path).then((url) => { made.src = url; }, () => { made.alt = `${alt} (not found)`; });
+  const made = element("img", { alt, "data-path": path });
+  seen.observe(made);
   return made;
+}
+
+async function showImage(made) {
+  try { made.src = await imageUrl(made.dataset.path); } catch { made.alt += " (not found)"; }
 }
 
 async function save(path, name) {
@@ -135,7 +149,6 @@ async function learn(event) {
       method: "POST", body: form, headers: { "Idempotency-Key": crypto.randomUUID?.() ?? String(Math.random()) },
     });
     showConcept(concept, true);
-    watch(concept.id);
     if (!$("prompt").value) $("prompt").value = `a photo of a ${concept.class_word} on the beach`;
     state.files = [];
     $("files").value = "";
@@ -198,7 +211,6 @@ function showConcept(concept, first = false) {
     card = element("article", { id, className: "concept", tabIndex: -1 });
     if (first) $("concepts").prepend(card); else $("concepts").append(card);
   }
-  const ended = ["done", "failed", "cancelled"].includes(concept.status);
   const key = JSON.stringify([concept.status, concept.photos, concept.previews]);
   // Images are made anew only if there are others: a card that is redrawn at every step would flicker.
   const strips = card.dataset.key === key ? [...card.querySelectorAll(".strip")] : imageStrips(concept);
@@ -209,7 +221,7 @@ function showConcept(concept, first = false) {
     element("span", { className: "state", role: "status" }, described(concept)),
     concept.error ? element("p", { className: "error" }, concept.error) : null,
     ...concept.warnings.map((warning) => element("div", { className: "warning" }, warning)),
-    ended ? null : element("progress", { max: concept.steps ?? 1, value: concept.step, ariaLabel: "Progress" }),
+    hasEnded(concept) ? null : element("progress", { max: concept.steps ?? 1, value: concept.step, ariaLabel: "Progress" }),
     concept.losses.length > 1 ? element("div", { className: "hint" }, `loss ${concept.loss?.toFixed(4)}`) : null,
     curve(concept.losses),
     ...strips,
@@ -243,7 +255,7 @@ function links(concept) {
     button("Save the concept", "save", () => save(concept.concept, "concept.safetensors"));
     button("Save it for diffusers and ComfyUI", "export", () => save(`/v1/concepts/${concept.id}/export.zip`, "export.zip"));
   }
-  button(["queued", "preparing", "training"].includes(concept.status) ? "Stop, and remove it" : "Remove it", "remove", async () => {
+  button(hasEnded(concept) ? "Remove it" : "Stop, and remove it", "remove", async () => {
     if (!confirm(`Remove ${concept.class_word}, its photos and all that was learned from them?`)) return;
     await ask(`/v1/concepts/${concept.id}`, { method: "DELETE" });
     forget(concept.id);
@@ -252,42 +264,38 @@ function links(concept) {
 }
 
 function forget(id) {
+  const concept = state.concepts.get(id);
+  for (const path of [...(concept?.photos ?? []), ...(concept?.previews ?? []).map((preview) => preview.url)]) {
+    images.get(path)?.then(URL.revokeObjectURL, () => {});
+    images.delete(path);
+  }
   state.concepts.delete(id);
   $(`concept-${id}`)?.remove();
   $("no-concepts").hidden = state.concepts.size > 0;
   fillChoices();
 }
 
-async function watch(id) {
-  if (state.watched.has(id)) return;
-  state.watched.add(id);
-  while (state.concepts.has(id)) {
-    try {
-      const reader = (await ask(`/v1/concepts/${id}/events`)).body.pipeThrough(new TextDecoderStream()).getReader();
-      for (let text = ""; ;) {
-        const { value, done } = await reader.read();
-        if (done) break;
-        text += value;
-        for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) takeEvent(id, text.slice(0, end));
+const hasEnded = (concept) => ["done", "failed", "cancelled"].includes(concept.status);
+
+// By asking, and not by one stream of events for each: a browser has six connections to a server.
+async function watch() {
+  for (;;) {
+    await new Promise((resolve) => setTimeout(resolve, POLL));
+    if (document.hidden) continue;
+    for (const { id } of [...state.concepts.values()].filter((concept) => !hasEnded(concept) || lacksPreviews(concept))) {
+      try {
+        const found = await json(`/v1/concepts/${id}`);
+        if (state.concepts.has(id)) showConcept(found);
+      } catch (error) {
+        if (error.status === 404) forget(id);
+        if (error.status === 401 || error.status === 0) break;
       }
-      const concept = state.concepts.get(id);
-      if (!concept || ["done", "failed", "cancelled"].includes(concept.status)) break;
-    } catch (error) {
-      if (error.status === 404) { forget(id); break; }
-      if (error.status === 401) break;
     }
-    await new Promise((resolve) => setTimeout(resolve, 2000));
   }
-  state.watched.delete(id);
 }
 
-function takeEvent(id, text) {
-  const lines = text.split("\n");
-  const kind = lines.find((line) => line.startsWith("event: "))?.slice(7);
-  const data = lines.find((line) => line.startsWith("data: "))?.slice(6);
-  if (kind === "removed") forget(id);
-  else if (kind === "concept" && state.concepts.has(id)) showConcept(JSON.parse(data));
-}
+// Those of the last step come after the concept is done.
+const lacksPreviews = (concept) => concept.status === "done" && !concept.previewed;
 
 async function listConcepts() {
   const after = state.next ? `&after=${state.next}` : "";
@@ -297,7 +305,6 @@ async function listConcepts() {
   for (const concept of page.concepts) {
     if (concept.status === "cancelled") continue;
     showConcept(concept);
-    if (!["failed", "cancelled"].includes(concept.status)) watch(concept.id);
   }
 }
 
@@ -436,3 +443,4 @@ $("strength").addEventListener("input", () => { $("strength-shown").textContent 
 $("large-close").addEventListener("click", () => $("large").close());
 $("more-concepts").addEventListener("click", listConcepts);
 begin();
+watch();
