@@ -62,7 +62,7 @@ router = APIRouter(prefix="/v1")
 Multipart = Form(media_type="multipart/form-data")
 IdempotencyKey = Annotated[
     str | None,
-    Header(min_length=1, max_length=200, description="The same key gives the same ids: a retry is harmless."),
+    Header(min_length=1, max_length=200, description="A retry with the same key gives the same ids."),
 ]
 Before = Annotated[str | None, Query(pattern=r"^[0-9]{1,15}$", description="`next` of the page before.")]
 Number = Annotated[int, PathParameter(ge=0, le=10**9)]

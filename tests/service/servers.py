@@ -17,7 +17,7 @@ import httpx
 from tests.commands import ENVIRONMENT, ROOT, command
 
 CONCEPTS = ROOT / "catversion_jax" / "concepts"
-PATIENCE = 240.0
+PATIENCE = 90.0
 STEPS = 6
 CONFIG = {
     "adapter.length": 2, "train.steps": STEPS, "train.steps_per_dispatch": 1, "train.batch_size": 2,
