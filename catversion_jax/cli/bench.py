@@ -80,7 +80,10 @@ def main(arguments: flags.FlagValues) -> int:
 
 def bench_service(arguments: flags.FlagValues) -> int:
     """Measures a service under load, and prints the table."""
-    ((concepts, pictures),) = parse_sizes(arguments.service)
+    match = re.fullmatch(r"([1-9]\d{0,5})x(\d{1,6})", arguments.service)
+    if match is None:
+        raise UserError(f"--service={arguments.service}: expected CONCEPTSxPICTURES, such as 100x500")
+    concepts, pictures = int(match[1]), int(match[2])
     load, config = Load(concepts, pictures, arguments.clients), checked_config(arguments, OF_A_RUN)
     # As they were given: the service and the batch have processes of their own.
     given = [argument for argument in sys.argv[1:] if argument.startswith("--config")]

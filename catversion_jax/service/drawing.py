@@ -80,13 +80,12 @@ def sampler_of(config: Config, asked: PictureRequest) -> SamplerConfig:
 
 
 class Drawings:
-    """The pictures that wait, and the previews before them. All methods are the worker's own."""
+    """The pictures and previews that wait. All methods are the worker's own."""
 
     def __init__(self, store: Store, config: Config, pipe: Pipeline):
         self.store, self.config, self.pipe = store, config, pipe
         self.previews: deque[Drawing] = deque()
         self.now: frozenset[str] = frozenset()  # ids of the pictures that are being drawn
-        self.drawn = 0
         self._made: dict[str, Drawing] = {}  # by id, of pictures that wait
         self._load = functools.lru_cache(1024)(self.load)
 
@@ -208,36 +207,33 @@ class Drawings:
             if drawing.preview:
                 drawing.path.parent.mkdir(exist_ok=True)
             write_atomically(drawing.path, save)
-        self.drawn += len(group)
         with self.store.transaction():
             for drawing in group:
                 self.end(drawing)
+        for drawing in group:
+            if drawing.preview:
+                self.leave(drawing, drawing.preview)
 
     def end(self, drawing: Drawing) -> None:
         """Notes that a drawing was drawn."""
         if drawing.preview:
             concept_id, step, number, _ = drawing.preview
             self.store.add_preview(concept_id, step, number, drawing.prompt)
-            self.leave(drawing)
         elif not self.store.end("pictures", drawing.id, DONE, {}):
             drawing.path.unlink(missing_ok=True)  # it was removed while it was drawn
 
-    def leave(self, drawing: Drawing) -> None:
+    def leave(self, drawing: Drawing, preview: PreviewOf) -> None:
         """Takes a preview out of the queue; after the last one of a concept that is done, nothing more comes of it."""
-        self.previews.remove(drawing)
-        preview = drawing.preview
-        if (
-            preview
-            and preview.is_done
-            and all(d.preview and d.preview.concept != preview.concept for d in self.previews)
-        ):
+        left = {other.preview.concept for other in self.previews if other.preview and other is not drawing}
+        if preview.is_done and preview.concept not in left:
             self.store.set_previewed(preview.concept)
+        self.previews.remove(drawing)
 
     def fail(self, drawing: Drawing, error: Exception) -> None:
         """Notes why a picture failed; a concept without previews is done all the same."""
         if drawing.preview:
             warn(f"concept {drawing.preview.concept}: no preview: {reason(error)}")
-            self.leave(drawing)
+            self.leave(drawing, drawing.preview)
         else:
             self.store.end("pictures", drawing.id, FAILED, {"error": reason(error)})
 

@@ -73,7 +73,7 @@ def serve(
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, after which the slots are saved. `on_start` is given the port it listens on.
 
-    Raises UserError if the store, the model or the address cannot be used, and for what ended the worker.
+    Raises UserError if the store, the model or the address cannot be used, and whatever ended the worker.
     """
     store = Store(expand(folder))
     try:
@@ -85,7 +85,7 @@ def serve(
         service = Service(config, pipe, store, worker, rules)
         run(service, address, on_start)
         if worker.failure is not None:
-            raise UserError(worker.failure)
+            raise worker.failure
     finally:
         store.close()
 

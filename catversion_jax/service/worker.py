@@ -21,8 +21,8 @@ from catversion_jax.service.requests import DONE, REMOVING
 from catversion_jax.service.shares import Shares
 from catversion_jax.service.store import Store
 from catversion_jax.training.engine import ConceptJob
-from catversion_jax.utils.errors import ReportedError, UserError, one_line, short
-from catversion_jax.utils.log import LOGGER, warn
+from catversion_jax.utils.errors import UserError, one_line
+from catversion_jax.utils.log import warn
 
 TRAIN, DRAW, REST = "train", "draw", "rest"
 """What the worker spends its time on; the rest is what it does between two turns."""
@@ -53,7 +53,7 @@ class Worker(threading.Thread):
         self.learning: Learning | None = None
         self.ready = threading.Event()
         self.problem: str | None = None  # of the storage, while there is one
-        self.failure: str | None = None  # which ended the worker
+        self.failure: Exception | None = None  # which ended the worker
         self.spent = dict.fromkeys((TRAIN, DRAW, REST), 0.0)  # seconds, without those that it was idle
         self._shares = Shares({TRAIN: 1 - drawing_share, DRAW: drawing_share})
         self._wake, self._stopping = threading.Event(), threading.Event()
@@ -80,8 +80,7 @@ class Worker(threading.Thread):
             learning.close()
         # Whatever it is: without its worker the server has to end, and to say why.
         except Exception as error:
-            self.failure = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {short(error)}"
-            LOGGER.debug("the worker ended", exc_info=True)
+            self.failure = error
         finally:
             self.ready.clear()
 

@@ -217,3 +217,22 @@ def test_random_weights_stand_in_only_for_a_known_model_that_is_not_there(config
     assert measure.find_source(published) is None
     with pytest.raises(UserError, match="someone/else: not in the cache"):
         measure.find_source(unknown)
+
+
+def test_a_service_under_load(tiny_model, tmp_path):
+    """Its table, beside `catversion batch` on the same concepts: nothing is lost."""
+    changes = {"model.path": tiny_model, "train.steps": 2, "sample.steps": 2, "sample.every": 0, "batch.slots": 2}
+    flags = ["--config=configs/mini.py", *(f"--config.{key}={value}" for key, value in changes.items())]
+    out = tmp_path / "load.json"
+    done = catversion("bench", *flags, "--service=5x5", "--clients=2", f"--out={out}")
+    found = json.loads(out.read_text())
+    service = found["service"]
+    assert (service["concepts"], service["pictures"], service["lost"], service["problems"]) == (5, 5, 0, [])
+    assert service["images_per_second"] > 0 < found["batch"]["images_per_second"]
+    for name in ("status_ms", "picture_seconds"):
+        assert 0 < service[name]["p50"] <= service[name]["p95"]
+    assert "| lost | 0 |" in done.stdout
+
+
+def test_loads_that_are_none():
+    assert "--service=x: expected CONCEPTSxPICTURES" in error_of("bench", "--config=configs/mini.py", "--service=x")

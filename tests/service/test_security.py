@@ -10,10 +10,14 @@ from PIL import Image
 from catversion_jax.service.guard import Buckets
 from catversion_jax.service.tokens import add_token, read_tokens
 from catversion_jax.utils.errors import UserError
+from tests.attack.serve_fuzz import fuzz
 from tests.commands import catversion
 from tests.service.servers import Running, detail, ended, learn, photos, running, wait_for
 
-LIMITS = ("--most_upload_mib=1", "--most_photos=8", "--most_megapixels=1", "--most_concepts=2", "--most_pictures=3")
+LIMITS = (
+    "--most_upload_mib=1", "--most_photos=8", "--most_megapixels=1", "--most_concepts=2", "--most_pictures=3",
+    "--most_requests=1000",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,14 @@ def test_the_queue_of_a_token(guarded, anna, ben):
     assert ended(ben, bens["id"], previews=False)["status"] == "done"
     answer = anna.post("/v1/pictures", json={"pictures": [{"prompt": "a"}] * 4})
     assert "more than 3 pictures of this token would wait" in detail(answer, 429)
+
+
+def test_malformed_requests(guarded, tokens, annas):
+    """To every route, made from its description; `make fuzz` sends a thousand."""
+    concept, picture = annas
+    statuses = fuzz(guarded, tokens[1]["ben"], [concept["id"], picture["id"]], 100)
+    assert statuses[422] > 10
+    assert not [line for line in guarded.said if "Traceback" in line]
 
 
 def test_the_rate(tiny_model, tmp_path):
