@@ -47,7 +47,7 @@ class Heard:
     lost: list[str] = field(default_factory=list)
 
 
-def photos_of(number: int) -> tuple[str, list[Path]]:
+def shipped_photos(number: int) -> tuple[str, list[Path]]:
     """Returns the class word and the photos of a load's concept: the shipped ones, in turn."""
     names = sorted(path.name for path in CONCEPTS.iterdir() if (path / "train").is_dir())
     name = names[number % len(names)]
@@ -100,7 +100,7 @@ class Client(threading.Thread):
     def post_concepts(self) -> None:
         kind = f"multipart/form-data; boundary={BOUNDARY}"
         for number in range(self._index, self._load.concepts, self._load.clients):
-            word, files = photos_of(number)
+            word, files = shipped_photos(number)
             body = multipart({"class_word": word, "seed": str(number)}, files)
             self.waiting.add(self.ask("POST", "/v1/concepts", body, kind)["id"])
 
@@ -156,12 +156,12 @@ def server_of(flags: Sequence[str], store: Path, load: Load) -> Iterator[tuple[s
 
 def is_ready(address: tuple[str, int]) -> bool:
     try:
-        return fetch(address, "/readyz")[0] == 200
+        return get_text(address, "/readyz")[0] == 200
     except OSError:
         return False
 
 
-def fetch(address: tuple[str, int], path: str) -> tuple[int, str]:
+def get_text(address: tuple[str, int], path: str) -> tuple[int, str]:
     connection = http.client.HTTPConnection(*address, timeout=60)
     try:
         connection.request("GET", path)
@@ -193,7 +193,7 @@ def measure_service(flags: Sequence[str], load: Load) -> dict[str, Any]:
                 resident.append(server.memory_info().rss / 2**20)
                 time.sleep(PAUSE)
             seconds = time.monotonic() - begun
-            numbers = fetch(address, "/metrics")[1]
+            numbers = get_text(address, "/metrics")[1]
             latencies = picture_latencies(address, load)
     spent = 'catversion_worker_seconds{{doing="{}"}}'
     busy = {doing: metric(numbers, spent.format(doing)) for doing in ("train", "draw", "rest")}
@@ -220,7 +220,7 @@ def picture_latencies(address: tuple[str, int], load: Load) -> list[float]:
     found: list[float] = []
     after = ""
     while load.pictures:
-        page = json.loads(fetch(address, f"/v1/pictures?limit=200{after}")[1])
+        page = json.loads(get_text(address, f"/v1/pictures?limit=200{after}")[1])
         found += [picture["ended"] - picture["created"] for picture in page["pictures"] if picture["ended"]]
         if page["next"] is None:
             break
@@ -245,7 +245,7 @@ def measure_batch(flags: Sequence[str], load: Load, config: Config) -> dict[str,
         folder = Path(name)
         lines = []
         for number in range(load.concepts):
-            word, files = photos_of(number)
+            word, files = shipped_photos(number)
             lines.append({"id": f"c{number}", "dir": str(files[0].parent), "class_word": word, "seed": number})
         manifest = folder / "manifest.jsonl"
         manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -60,11 +60,11 @@ def start(arguments: flags.FlagValues, on_start) -> None:
     names = None if arguments.tokens is None else read_tokens(expand(arguments.tokens))
     rules = Rules(limits, tuple(arguments.url_hosts), sizes, names)
     address = Address(arguments.host, arguments.port)
-    told = partial(tell, address, on_start)
+    told = partial(tell_address, address, on_start)
     serve(config, arguments.store, rules, address, told, arguments.drawing_share)
 
 
-def tell(address, on_start, port: int) -> None:
+def tell_address(address, on_start, port: int) -> None:
     on_start(str(type(address)(address.host, port)))
 
 

@@ -45,7 +45,7 @@ from catversion_jax.service.requests import (
     SecretAnswer,
     ServiceAnswer,
 )
-from catversion_jax.service.service import Service, page_of
+from catversion_jax.service.service import ConceptService, page_of
 
 PAGE = Path(__file__).parent / "page"
 POLL = 0.1  # seconds between two looks at what is waited for
@@ -69,7 +69,7 @@ Number = Annotated[int, PathParameter(ge=0, le=10**9)]
 PageSize = Annotated[int, Query(ge=1, le=200)]
 
 
-def service_of(request: Request) -> Service:
+def service_of(request: Request) -> ConceptService:
     return request.app.state.service
 
 
@@ -82,7 +82,7 @@ async def heavy(work: Callable[..., T], *arguments: Any) -> T:
     return await anyio.to_thread.run_sync(work, *arguments, limiter=HEAVY)
 
 
-Here = Annotated[Service, Depends(service_of)]
+Here = Annotated[ConceptService, Depends(service_of)]
 Owner = Annotated[str, Depends(owner_of_request)]
 
 
@@ -127,7 +127,7 @@ async def get_events(service: Here, owner: Owner, concept_id: Id) -> StreamingRe
     return StreamingResponse(events(service, owner, concept_id), media_type="text/event-stream")
 
 
-async def events(service: Service, owner: str, concept_id: str) -> AsyncIterator[str]:
+async def events(service: ConceptService, owner: str, concept_id: str) -> AsyncIterator[str]:
     """Yields the events of a concept."""
     last, said = "", time.monotonic()
     while not service.draining:
@@ -163,7 +163,7 @@ async def get_export(service: Here, owner: Owner, concept_id: Id) -> Response:
     return Response(packed, media_type="application/zip", headers=headers)
 
 
-def packed_export(service: Service, owner: str, concept_id: str) -> bytes:
+def packed_export(service: ConceptService, owner: str, concept_id: str) -> bytes:
     """Returns a concept's export as a zip file."""
     concept = service.concept_to_draw(owner, concept_id)
     check_exportable(concept, f"concept {concept_id}")
@@ -178,7 +178,7 @@ def packed_export(service: Service, owner: str, concept_id: str) -> bytes:
     return packed.getvalue()
 
 
-def done_file(service: Service, owner: str, concept_id: str) -> Path:
+def done_file(service: ConceptService, owner: str, concept_id: str) -> Path:
     if service.concept_entry(owner, concept_id).status != DONE:
         raise Problem(409, f"concept {concept_id}: not done; wait until it is")
     return service.store.concept_file(concept_id)
@@ -232,7 +232,7 @@ async def post_pictures(
     return await run_in_threadpool(with_pngs, service, found, request.headers.get("accept", ""))
 
 
-def with_pngs(service: Service, found: list[PictureAnswer], accepted: str) -> Response:
+def with_pngs(service: ConceptService, found: list[PictureAnswer], accepted: str) -> Response:
     """Returns pictures that have ended: one alone as a PNG, if that is what is accepted."""
     if len(found) == 1 and "image/png" in accepted:
         if found[0].status == FAILED:
@@ -283,7 +283,7 @@ def get_service(service: Here) -> ServiceAnswer:
     return service.service_answer()
 
 
-def make_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
+def make_app(service: ConceptService, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
     """Returns the app of a service."""
     problem = {"description": "A problem, in one line (RFC 9457)", "content": {MEDIA_TYPE: {}}}
     app = FastAPIOffline(
@@ -303,7 +303,7 @@ def make_app(service: Service, lifespan: Callable[[FastAPI], AbstractAsyncContex
     return app
 
 
-def add_plain_routes(app: FastAPI, service: Service) -> None:
+def add_plain_routes(app: FastAPI, service: ConceptService) -> None:
     """Adds the page, and what orchestrators and Prometheus ask."""
     for path, file in (("/", "index.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
         app.get(path, include_in_schema=False)(lambda file=file: FileResponse(PAGE / file))

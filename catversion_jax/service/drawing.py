@@ -27,7 +27,7 @@ from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.service.learning import Snapshot
 from catversion_jax.service.problems import is_full, reason
 from catversion_jax.service.requests import DONE, FAILED, QUEUED, PictureRequest
-from catversion_jax.service.store import Entry, Store
+from catversion_jax.service.store import Accepted, Store
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import calling
@@ -176,7 +176,7 @@ class Drawings:
     def key(self, drawing: Drawing):
         return batch_key(self.pipe.base, drawing.prompt, [c for c in drawing.concepts if c.strength])
 
-    def made(self, entry: Entry) -> Drawing:
+    def made(self, entry: Accepted) -> Drawing:
         """Returns the drawing of a picture that was asked for. Raises UserError if a concept cannot be used."""
         asked = entry.picture
         concepts = tuple(self._load(used.id, used.strength) for used in asked.concepts)

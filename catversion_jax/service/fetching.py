@@ -5,20 +5,20 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from catversion_jax.service.store import Entry
+from catversion_jax.service.store import Accepted
 
 
 class Fetched(NamedTuple):
     """A concept whose photos are there, or what went wrong."""
 
-    entry: Entry
+    entry: Accepted
     error: Exception | None
 
 
 class Fetching:
     """The concepts whose photos are being fetched, at most `most` at a time."""
 
-    def __init__(self, fetch: Callable[[Entry], object], most: int):
+    def __init__(self, fetch: Callable[[Accepted], object], most: int):
         self._fetch, self._most = fetch, most
         self._running: set[str] = set()
         self.ended: deque[Fetched] = deque()
@@ -28,12 +28,12 @@ class Fetching:
     def room(self) -> int:
         return self._most - len(self._running)
 
-    def start(self, entry: Entry) -> None:
+    def start(self, entry: Accepted) -> None:
         self._running.add(entry.id)
         # As a daemon: whatever a server does, it does not keep ours from stopping.
         threading.Thread(target=self._run, args=(entry,), name="fetching", daemon=True).start()
 
-    def _run(self, entry: Entry) -> None:
+    def _run(self, entry: Accepted) -> None:
         error: Exception | None = None
         try:
             self._fetch(entry)

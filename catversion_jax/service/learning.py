@@ -27,7 +27,7 @@ from catversion_jax.service.limits import Limits
 from catversion_jax.service.outbound import fetch_photo
 from catversion_jax.service.problems import is_full, reason
 from catversion_jax.service.requests import DONE, FAILED, PREPARING, QUEUED, REMOVING, TRAINING, ConceptRequest
-from catversion_jax.service.store import Entry, Store
+from catversion_jax.service.store import Accepted, Store
 from catversion_jax.service.uploads import digest_of_files, take_photo
 from catversion_jax.training.checkpoints import open_checkpoints
 from catversion_jax.training.concept_data import Room
@@ -106,7 +106,7 @@ class Learning:
         self.engine = Engine(config, pipeline, room, self.opened_checkpoints(), saved)
         self.preparation = Preparation(self.prepare, config.batch.slots)
         self.fetching = Fetching(self.fetch_photos, FETCHED_AT_ONCE)
-        self.held: Prepared[Entry, Ready] | None = None  # taken, and not in a slot yet: the disk was full
+        self.held: Prepared[Accepted, Ready] | None = None  # taken, and not in a slot yet: the disk was full
         self.unwritten: deque[Ended] = deque()
         self.progress: dict[str, Progress] = {}  # by id, of the concepts in the slots
         self.images, self.seconds = 0, 0.0  # learned from so far, and the time that it took
@@ -123,7 +123,7 @@ class Learning:
     def busy(self) -> bool:
         return self.engine.busy
 
-    def config_of(self, entry: Entry) -> Config:
+    def config_of(self, entry: Accepted) -> Config:
         """Returns the config of a concept that was asked for."""
         return config_of_request(self.config, entry.concept, self.store.concept_folder(entry.id))
 
@@ -152,23 +152,23 @@ class Learning:
             self.admit_one(*self.held)
             self.held = None
 
-    def has_photos(self, entry: Entry) -> bool:
+    def has_photos(self, entry: Accepted) -> bool:
         folder = self.store.concept_folder(entry.id) / "photos"
         return folder.is_dir() and any(folder.iterdir())
 
-    def is_wanted(self, entry: Entry) -> bool:
+    def is_wanted(self, entry: Accepted) -> bool:
         """Whether a concept is to be learned still."""
         found = self.store.concept(entry.id)
         return found is not None and found.status == PREPARING
 
-    def refuse(self, entry: Entry, error: Exception) -> None:
+    def refuse(self, entry: Accepted, error: Exception) -> None:
         """Notes why a concept failed before its first step; where the disk is at fault, it is tried again."""
         if is_full(error):
             self.store.set_status("concepts", entry.id, QUEUED, only=[PREPARING])
             raise error
         self.fail(entry.id, reason(error))
 
-    def admit_one(self, entry: Entry, data: Future[Ready]) -> None:
+    def admit_one(self, entry: Accepted, data: Future[Ready]) -> None:
         """Puts a concept into a slot, or notes why it failed."""
         if not self.is_wanted(entry):
             return
@@ -196,7 +196,7 @@ class Learning:
             alone = subject(photo)
             write_atomically(folder / f"{i:03}.png", Image.fromarray(photo.image if alone is None else alone).save)
 
-    def prepare(self, entry: Entry) -> Ready:
+    def prepare(self, entry: Accepted) -> Ready:
         """Reads and encodes a concept's photos, in the preparation's thread. Raises UserError for a mistake in them."""
         folder, asked, config = self.store.concept_folder(entry.id), entry.concept, self.config_of(entry)
         with calling(f"{folder}/", ""):
@@ -209,7 +209,7 @@ class Learning:
         text = json.dumps([digest_of_files(folder / "photos"), values], sort_keys=True)
         return Ready(ConceptJob(entry.id, hashlib.sha256(text.encode()).hexdigest()[:16], config), data, photos)
 
-    def fetch_photos(self, entry: Entry) -> None:
+    def fetch_photos(self, entry: Accepted) -> None:
         """Downloads the photos of a concept: all of them or none. Raises UserError for one that cannot be had."""
         with self.store.incoming() as received, calling(f"{received}/", ""):
             (received / "photos").mkdir()
@@ -297,7 +297,7 @@ class Learning:
             self.engine.checkpoints.close()
         self.engine.checkpoints = self.opened_checkpoints()
 
-    def remove(self, entries: list[Entry]) -> None:
+    def remove(self, entries: list[Accepted]) -> None:
         """Removes concepts: from the slots, from the checkpoints, which hold what they learned, and from the store."""
         ids = {entry.id for entry in entries}
         for concept_id in ids:
@@ -325,7 +325,7 @@ class Learning:
             self.engine.save()
         self.engine.checkpoints.close()
 
-    def estimated_seconds(self, entry: Entry, ahead: int) -> float | None:
+    def estimated_seconds(self, entry: Accepted, ahead: int) -> float | None:
         """Returns about how long a concept will take with `ahead` others before it; None before the first step."""
         if not self.seconds_per_step:
             return None

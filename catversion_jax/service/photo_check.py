@@ -10,7 +10,7 @@ from catversion_jax.data.photo_checks import check_photos
 from catversion_jax.data.photos import DataConfig, training_photos
 from catversion_jax.evaluation.photo_masks import subject
 from catversion_jax.service.requests import CheckAnswer, CheckedPhoto, PhotosForm
-from catversion_jax.service.service import Service
+from catversion_jax.service.service import ConceptService
 from catversion_jax.service.uploads import receive_photos
 from catversion_jax.utils.paths import calling
 from catversion_jax.utils.types import UInt8
@@ -19,7 +19,7 @@ SHOWN = 256
 """Pixels along a side of the pictures that are answered, at most."""
 
 
-def checked_photos(service: Service, form: PhotosForm) -> CheckAnswer:
+def checked_photos(service: ConceptService, form: PhotosForm) -> CheckAnswer:
     """Returns photos as training would see them, with warnings. Raises UserError for what is no photo."""
     with service.store.incoming() as folder:
         receive_photos(folder, form, service.limits)

@@ -16,7 +16,7 @@ from catversion_jax.config import Config
 from catversion_jax.service.app import make_app
 from catversion_jax.service.drawing import Drawings
 from catversion_jax.service.learning import Learning
-from catversion_jax.service.service import Rules, Service
+from catversion_jax.service.service import ConceptService, Rules
 from catversion_jax.service.store import Store
 from catversion_jax.service.webhooks import Webhooks
 from catversion_jax.service.worker import Worker
@@ -45,7 +45,7 @@ class Address:
 class Server(uvicorn.Server):
     """uvicorn, with what is to be told once it listens."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[int], object]):
+    def __init__(self, config: uvicorn.Config, service: ConceptService, on_start: Callable[[int], object]):
         super().__init__(config)
         self._service, self._on_start = service, on_start
 
@@ -82,8 +82,8 @@ def serve(
         drawings = Drawings(store, config, pipe)
         set_up = partial(Learning, store, config, pipe.base, rules.limits, rules.url_hosts)
         worker = Worker(store, drawings, set_up, drawing_share)
-        service = Service(config, pipe, store, worker, rules)
-        run(service, address, on_start)
+        service = ConceptService(config, pipe, store, worker, rules)
+        run_server(service, address, on_start)
         if worker.failure is not None:
             raise worker.failure
     finally:
@@ -97,7 +97,7 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def run(service: Service, address: Address, on_start: Callable[[int], object]) -> None:
+def run_server(service: ConceptService, address: Address, on_start: Callable[[int], object]) -> None:
     """Runs uvicorn and the threads of a service, until a signal."""
     raise_file_limit()
     webhooks = Webhooks(service.store, service.rules.url_hosts)

@@ -40,7 +40,7 @@ from catversion_jax.service.requests import (
     ServiceAnswer,
     Status,
 )
-from catversion_jax.service.store import Entry, Key, Store
+from catversion_jax.service.store import Accepted, Key, Store
 from catversion_jax.service.uploads import check_count, receive_photos
 from catversion_jax.service.webhooks import secret_of, secret_text
 from catversion_jax.service.worker import Worker
@@ -59,7 +59,7 @@ class Rules:
     names: Mapping[str, str] | None = None  # of the tokens, by their digests; None: no tokens, this machine alone
 
 
-class Service:
+class ConceptService:
     """A running service. Any thread may call it."""
 
     def __init__(self, config: Config, pipe: Pipeline, store: Store, worker: Worker, rules: Rules):
@@ -72,7 +72,7 @@ class Service:
 
     # What is accepted.
 
-    def add_concept(self, owner: str, form: ConceptForm, key: str | None) -> Entry:
+    def add_concept(self, owner: str, form: ConceptForm, key: str | None) -> Accepted:
         """Accepts a concept. Raises UserError or Problem for one that is not."""
         asked = form.request()
         self.check_concept(asked)
@@ -148,19 +148,19 @@ class Service:
     def sizes(self) -> list[tuple[int, int]]:
         return list(dict.fromkeys([self.own_size, *self.rules.sizes]))
 
-    def concept_entry(self, owner: str, concept_id: str) -> Entry:
+    def concept_entry(self, owner: str, concept_id: str) -> Accepted:
         """Returns an owner's concept. Raises Problem if it is not there, or somebody else's."""
         return self.owned(self.store.concept(concept_id), owner, f"concept {concept_id}")
 
-    def picture_entry(self, owner: str, picture_id: str) -> Entry:
+    def picture_entry(self, owner: str, picture_id: str) -> Accepted:
         return self.owned(self.store.picture(picture_id), owner, f"picture {picture_id}")
 
-    def owned(self, entry: Entry | None, owner: str, what: str) -> Entry:
+    def owned(self, entry: Accepted | None, owner: str, what: str) -> Accepted:
         if entry is None or entry.owner != owner or entry.status == REMOVING:
             raise Problem(404, f"{what}: not found")
         return entry
 
-    def concept_answer(self, entry: Entry) -> ConceptAnswer:
+    def concept_answer(self, entry: Accepted) -> ConceptAnswer:
         """Returns how a concept is doing."""
         asked, outcome, learning = entry.concept, entry.outcome, self.worker.learning
         progress = learning.progress.get(entry.id) if learning else None
@@ -187,11 +187,11 @@ class Service:
         answer.estimated_seconds = None if seconds is None else round(seconds, 1)
         return answer
 
-    def previews(self, entry: Entry) -> Iterator[Preview]:
+    def previews(self, entry: Accepted) -> Iterator[Preview]:
         for step, number, prompt in entry.outcome.get("previews", []):
             yield Preview(step=step, prompt=prompt, url=f"/v1/concepts/{entry.id}/previews/{step}/{number}")
 
-    def picture_answer(self, entry: Entry) -> PictureAnswer:
+    def picture_answer(self, entry: Accepted) -> PictureAnswer:
         """Returns how a picture is doing."""
         status = DRAWING if entry.status == QUEUED and entry.id in self.worker.drawings.now else entry.status
         return PictureAnswer(
@@ -246,6 +246,6 @@ def digest_of_request(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def page_of(entries: Sequence[Entry], count: int) -> tuple[list[Entry], str | None]:
+def page_of(entries: Sequence[Accepted], count: int) -> tuple[list[Accepted], str | None]:
     """Returns the entries of a page, and where the next one begins, given one more entry than the page has."""
     return list(entries[:count]), str(entries[count - 1].number) if len(entries) > count else None

@@ -75,7 +75,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Accepted:
     """A concept or a picture that was asked for."""
 
     number: int
@@ -89,7 +89,7 @@ class Entry:
     previewed: bool = False
 
     @classmethod
-    def of(cls, found: sqlite3.Row) -> "Entry":
+    def of(cls, found: sqlite3.Row) -> "Accepted":
         values = {name: found[name] for name in found.keys()}  # noqa: SIM118
         return cls(**values | {"outcome": json.loads(found["outcome"])})
 
@@ -297,32 +297,32 @@ class Store:
 
     # Rows.
 
-    def concept(self, concept_id: str) -> Entry | None:
+    def concept(self, concept_id: str) -> Accepted | None:
         return self.row("concepts", concept_id)
 
-    def picture(self, picture_id: str) -> Entry | None:
+    def picture(self, picture_id: str) -> Accepted | None:
         return self.row("pictures", picture_id)
 
-    def row(self, table: str, row_id: str) -> Entry | None:
+    def row(self, table: str, row_id: str) -> Accepted | None:
         found = self.database.execute(f"SELECT * FROM {table} WHERE id = ?", (row_id,)).fetchone()
-        return None if found is None else Entry.of(found)
+        return None if found is None else Accepted.of(found)
 
-    def owned(self, table: str, owner: str, before: int | None, count: int) -> list[Entry]:
+    def owned(self, table: str, owner: str, before: int | None, count: int) -> list[Accepted]:
         """Returns the newest rows of an owner, from before a number on."""
         found = self.database.execute(
             f"SELECT * FROM {table} WHERE owner = ? AND status != ? AND number < ? ORDER BY number DESC LIMIT ?",
             (owner, REMOVING, 2**62 if before is None else before, count),
         )
-        return list(map(Entry.of, found))
+        return list(map(Accepted.of, found))
 
-    def with_status(self, table: str, statuses: Iterable[str], count: int = 2**31) -> list[Entry]:
+    def with_status(self, table: str, statuses: Iterable[str], count: int = 2**31) -> list[Accepted]:
         """Returns the oldest rows of these statuses."""
         marks = list(statuses)
         found = self.database.execute(
             f"SELECT * FROM {table} WHERE status IN ({','.join('?' * len(marks))}) ORDER BY number LIMIT ?",
             (*marks, count),
         )
-        return list(map(Entry.of, found))
+        return list(map(Accepted.of, found))
 
     def count(self, table: str, statuses: Sequence[str], owner: str | None = None, before: int = 2**62) -> int:
         """Returns how many rows have these statuses: of one owner or of all, with smaller numbers than `before`."""
@@ -380,7 +380,7 @@ class Store:
 
     # Webhooks.
 
-    def tell(self, row: Entry, status: str, url: str, error: str | None) -> None:
+    def tell(self, row: Accepted, status: str, url: str, error: str | None) -> None:
         body = json.dumps({"type": f"concept.{status}", "data": {"id": row.id, "status": status, "error": error}})
         self.database.execute(
             "INSERT INTO deliveries (id, owner, concept, url, body, due) VALUES (?, ?, ?, ?, ?, ?)",
@@ -398,7 +398,7 @@ class Store:
 
     # Removal.
 
-    def remove_concept(self, row: Entry) -> None:
+    def remove_concept(self, row: Accepted) -> None:
         """Removes a concept, its photos and the pictures that show it; of one that had not ended, the id stays."""
         shutil.rmtree(self.concept_folder(row.id), ignore_errors=True)  # first: it makes room on a full disk
         shown = self.database.execute("SELECT picture FROM shown WHERE concept = ?", (row.id,)).fetchall()
