@@ -177,9 +177,9 @@ def metric(text: str, name: str) -> float:
     return float(match[1]) if match else 0.0
 
 
-def measure_service(flags: Sequence[str], load: Load) -> dict[str, Any]:
+def measure_service(flags: Sequence[str], load: Load, config: Config) -> dict[str, Any]:
     """Runs a load against a new service; returns the numbers."""
-    heard, resident = Heard(), []
+    heard, resident, samples = Heard(), [], []
     with tempfile.TemporaryDirectory() as folder:
         begun = time.monotonic()
         with server_of(flags, Path(folder) / "store", load) as (process, address):
@@ -191,13 +191,11 @@ def measure_service(flags: Sequence[str], load: Load) -> dict[str, Any]:
             server = psutil.Process(process.pid)
             while any(client.is_alive() for client in clients):
                 resident.append(server.memory_info().rss / 2**20)
+                samples.append(sampled(address))
                 time.sleep(PAUSE)
             seconds = time.monotonic() - begun
-            numbers = get_text(address, "/metrics")[1]
+            samples.append(sampled(address))
             latencies = picture_latencies(address, load)
-    spent = 'catversion_worker_seconds{{doing="{}"}}'
-    busy = {doing: metric(numbers, spent.format(doing)) for doing in ("train", "draw", "rest")}
-    images = metric(numbers, "catversion_images")
     half = resident[len(resident) // 2 :]
     return {
         "ready_seconds": round(ready, 1),
@@ -207,12 +205,27 @@ def measure_service(flags: Sequence[str], load: Load) -> dict[str, Any]:
         "lost": len(heard.lost),
         "problems": heard.lost[:5],
         "seconds": round(seconds, 1),
-        "images_per_second": round(images / max(1e-9, busy["train"] + busy["rest"]), 2),
-        "worker_seconds": {doing: round(value, 1) for doing, value in busy.items()},
+        "images_per_second": rate_of(samples, config),
+        "worker_seconds": samples[-1],
         "status_ms": percentiles(heard.status_seconds, 1000),
         "picture_seconds": percentiles(latencies),
         "memory_mib": {"at_half": mean(half[: len(half) // 4 + 1]), "at_end": mean(half[-len(half) // 4 :])},
     }
+
+
+def sampled(address: tuple[str, int]) -> dict[str, float]:
+    """Returns the photos that training has taken, and the seconds that the worker has spent on each kind of work."""
+    numbers, spent = get_text(address, "/metrics")[1], 'catversion_worker_seconds{{doing="{}"}}'
+    busy = {doing: metric(numbers, spent.format(doing)) for doing in ("train", "draw", "rest")}
+    return {"images": metric(numbers, "catversion_images")} | busy
+
+
+def rate_of(samples: Sequence[dict[str, float]], config: Config) -> float:
+    """Returns the photos a second of the time that was not drawn, after the first slots, as for `catversion batch`."""
+    first = config.batch.slots * config.train.steps * config.train.batch_size
+    begun, last = next((found for found in samples if found["images"] >= first), samples[0]), samples[-1]
+    seconds = sum(last[doing] - begun[doing] for doing in ("train", "rest"))
+    return round((last["images"] - begun["images"]) / max(1e-9, seconds), 2)
 
 
 def picture_latencies(address: tuple[str, int], load: Load) -> list[float]:

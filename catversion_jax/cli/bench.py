@@ -91,7 +91,7 @@ def bench_service(arguments: flags.FlagValues) -> int:
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
         "batch": measure_batch(given, load, config),
-        "service": measure_service(given, load),
+        "service": measure_service(given, load, config),
     }
     if arguments.out:
         write_atomically(expand(arguments.out), lambda path: path.write_text(json.dumps(facts, indent=1), "utf-8"))

@@ -38,7 +38,6 @@ from catversion_jax.training.preparation import Preparation, Prepared
 from catversion_jax.training.state import ConceptData
 from catversion_jax.training.step import StepConfig
 from catversion_jax.utils.errors import one_line
-from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.paths import calling
 from catversion_jax.utils.settings import check_settings
 
@@ -194,7 +193,8 @@ class Learning:
         folder.mkdir(exist_ok=True)
         for i, photo in enumerate(photos):
             alone = subject(photo)
-            write_atomically(folder / f"{i:03}.png", Image.fromarray(photo.image if alone is None else alone).save)
+            # Not flushed one by one: nobody is told of them before all are there, and a crash has them written anew.
+            Image.fromarray(photo.image if alone is None else alone).save(folder / f"{i:03}.png")
 
     def prepare(self, entry: Accepted) -> Ready:
         """Reads and encodes a concept's photos, in the preparation's thread. Raises UserError for a mistake in them."""
