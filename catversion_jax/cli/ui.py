@@ -9,6 +9,7 @@ from catversion_jax.cli import serve
 
 def define_flags() -> None:
     serve.define_flags()
+    flags.adopt_module_key_flags(serve)  # for the help
 
 
 def main(arguments: flags.FlagValues) -> int:
