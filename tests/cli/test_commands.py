@@ -292,7 +292,7 @@ def test_a_reader_that_has_gone():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-TAKES_CONFIG = {"train", "prepare", "serve", "batch", "sweep", "study", "bench"}
+TAKES_CONFIG = {"train", "prepare", "serve", "batch", "sweep", "study", "bench", "ui"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
