@@ -43,7 +43,6 @@ class Heard:
 
     status_seconds: list[float] = field(default_factory=list)
     picture_seconds: list[float] = field(default_factory=list)
-    concept_seconds: list[float] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
 
@@ -72,19 +71,13 @@ class Client(threading.Thread):
         self.drawing: set[str] = set()  # pictures
 
     def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> Any:
-        connection = http.client.HTTPConnection(*self._address, timeout=60)
-        try:
-            connection.request(method, path, body, {"Content-Type": kind} if body else {})
-            answer = connection.getresponse()
-            data = answer.read()
-        finally:
-            connection.close()
-        if answer.status == 429:
+        status, text = send(self._address, method, path, body, kind)
+        if status == 429:
             time.sleep(1)
             return self.ask(method, path, body, kind)
-        if answer.status >= 300:
-            raise UserError(f"{method} {path}: {answer.status}: {data.decode(errors='replace')}")
-        return json.loads(data)
+        if status >= 300:
+            raise UserError(f"{method} {path}: {status}: {text}")
+        return json.loads(text)
 
     def run(self) -> None:
         try:
@@ -112,7 +105,6 @@ class Client(threading.Thread):
             self._heard.status_seconds.append(time.monotonic() - begun)
             if found["status"] == "done":
                 self.waiting.discard(concept_id)
-                self._heard.concept_seconds.append(found["seconds"])
                 self.draw(found)
             elif found["status"] == "failed":
                 raise UserError(f"concept {concept_id}: {found['error']}")
@@ -156,17 +148,20 @@ def server_of(flags: Sequence[str], store: Path, load: Load) -> Iterator[tuple[s
 
 def is_ready(address: tuple[str, int]) -> bool:
     try:
-        return get_text(address, "/readyz")[0] == 200
+        return send(address, "GET", "/readyz")[0] == 200
     except OSError:
         return False
 
 
-def get_text(address: tuple[str, int], path: str) -> tuple[int, str]:
+def send(
+    address: tuple[str, int], method: str, path: str, body: bytes | None = None, kind: str = ""
+) -> tuple[int, str]:
+    """Sends a request; returns the answer's status and its text."""
     connection = http.client.HTTPConnection(*address, timeout=60)
     try:
-        connection.request("GET", path)
+        connection.request(method, path, body, {"Content-Type": kind} if body else {})
         answer = connection.getresponse()
-        return answer.status, answer.read().decode()
+        return answer.status, answer.read().decode(errors="replace")
     finally:
         connection.close()
 
@@ -215,7 +210,7 @@ def measure_service(flags: Sequence[str], load: Load, config: Config) -> dict[st
 
 def sampled(address: tuple[str, int]) -> dict[str, float]:
     """Returns the photos that training has taken, and the seconds that the worker has spent on each kind of work."""
-    numbers, spent = get_text(address, "/metrics")[1], 'catversion_worker_seconds{{doing="{}"}}'
+    numbers, spent = send(address, "GET", "/metrics")[1], 'catversion_worker_seconds{{doing="{}"}}'
     busy = {doing: metric(numbers, spent.format(doing)) for doing in ("train", "draw", "rest")}
     return {"images": metric(numbers, "catversion_images")} | busy
 
@@ -233,7 +228,7 @@ def picture_latencies(address: tuple[str, int], load: Load) -> list[float]:
     found: list[float] = []
     after = ""
     while load.pictures:
-        page = json.loads(get_text(address, f"/v1/pictures?limit=200{after}")[1])
+        page = json.loads(send(address, "GET", f"/v1/pictures?limit=200{after}")[1])
         found += [picture["ended"] - picture["created"] for picture in page["pictures"] if picture["ended"]]
         if page["next"] is None:
             break

@@ -151,7 +151,8 @@ async def events(service: ConceptService, owner: str, concept_id: str) -> AsyncI
 @router.get("/concepts/{concept_id}/concept.safetensors", response_class=FileResponse)
 def get_concept_file(service: Here, owner: Owner, concept_id: Id) -> FileResponse:
     """Sends what was learned, as `catversion generate` and `Concept.load` take it."""
-    path = done_file(service, owner, concept_id)
+    service.check_done(owner, concept_id)
+    path = service.store.concept_file(concept_id)
     return FileResponse(path, media_type="application/octet-stream", filename=concept_file.FILE_NAME)
 
 
@@ -176,12 +177,6 @@ def packed_export(service: ConceptService, owner: str, concept_id: str) -> bytes
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             archive.write(path, path.relative_to(folder))
     return packed.getvalue()
-
-
-def done_file(service: ConceptService, owner: str, concept_id: str) -> Path:
-    if service.concept_entry(owner, concept_id).status != DONE:
-        raise Problem(409, f"concept {concept_id}: not done; wait until it is")
-    return service.store.concept_file(concept_id)
 
 
 @router.get("/concepts/{concept_id}/photos/{number}", response_class=FileResponse)

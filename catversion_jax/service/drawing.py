@@ -17,7 +17,6 @@ from catversion_jax.base import schedulers
 from catversion_jax.base.pipeline import MINI
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.config import Config
-from catversion_jax.methods import concept_file
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import SAMPLER, Concept
 from catversion_jax.methods.model_names import public_name
@@ -25,9 +24,10 @@ from catversion_jax.sampling.branches import batch_key
 from catversion_jax.sampling.picture_record import png_info, texts_of
 from catversion_jax.sampling.sampler import SampleRequest
 from catversion_jax.service.learning import Snapshot
-from catversion_jax.service.problems import is_full, reason
+from catversion_jax.service.problems import is_full
 from catversion_jax.service.requests import DONE, FAILED, QUEUED, PictureRequest
 from catversion_jax.service.store import Accepted, Store
+from catversion_jax.utils.errors import reason
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import calling
@@ -115,9 +115,7 @@ class Drawings:
         self._load.cache_clear()
 
     def load(self, concept_id: str, strength: float | None) -> Concept:
-        path = self.store.concept_file(concept_id)
-        with calling(str(path), f"concept {concept_id}"):
-            return concept_file.load(path).at(strength)
+        return self.store.load_concept(concept_id).at(strength)
 
     def warm_up(self, drawings: Sequence[Drawing]) -> None:
         """Draws something that nobody sees."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from catversion_jax.methods.concept_file import Concept
 from catversion_jax.service.fetching import Fetching
 from catversion_jax.service.limits import Limits
 from catversion_jax.service.outbound import fetch_photo
-from catversion_jax.service.problems import is_full, reason
+from catversion_jax.service.problems import is_full
 from catversion_jax.service.requests import DONE, FAILED, PREPARING, QUEUED, REMOVING, TRAINING, ConceptRequest
 from catversion_jax.service.store import Accepted, Store
 from catversion_jax.service.uploads import digest_of_files, take_photo
@@ -37,7 +37,7 @@ from catversion_jax.training.loop import is_due
 from catversion_jax.training.preparation import Preparation, Prepared
 from catversion_jax.training.state import ConceptData
 from catversion_jax.training.step import StepConfig
-from catversion_jax.utils.errors import one_line
+from catversion_jax.utils.errors import one_line, reason
 from catversion_jax.utils.paths import calling
 from catversion_jax.utils.settings import check_settings
 
@@ -108,7 +108,7 @@ class Learning:
         self.held: Prepared[Accepted, Ready] | None = None  # taken, and not in a slot yet: the disk was full
         self.unwritten: deque[Ended] = deque()
         self.progress: dict[str, Progress] = {}  # by id, of the concepts in the slots
-        self.images, self.seconds = 0, 0.0  # learned from so far, and the time that it took
+        self.images = 0  # learned from so far
         self.seconds_per_step = 0.0  # of all slots together, of late
 
     @property
@@ -233,7 +233,6 @@ class Learning:
         took = time.monotonic() - begun
         steps = {index: int(engine.slots.host.step[index]) - step for index, step in before.items()}
         self.images += sum(steps.values()) * self.config.train.batch_size
-        self.seconds += took
         per_step = took / engine.length
         self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * per_step if self.seconds_per_step else per_step
         for index, job in jobs.items():
@@ -281,21 +280,23 @@ class Learning:
 
     def save_if_due(self) -> None:
         """Saves the slots from time to time; what has ended must have been written before."""
-        if self.engine.clock - self.engine.kept >= self.config.checkpoint.every:
-            self.save()
+        with self.saving():
+            self.engine.save_if_due()
 
-    def save(self) -> None:
-        """Saves the slots. After a failure, which Orbax's manager does not outlive, the next save has a new one."""
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """After a failure inside, which Orbax's manager does not outlive, the next save has a new one."""
         try:
-            self.engine.save()
+            yield
         except Exception:
-            self.reopen()
+            self.close_checkpoints()
+            self.engine.checkpoints = self.opened_checkpoints()
             raise
 
-    def reopen(self) -> None:
-        with suppress(Exception):  # it repeats what was said already
+    def close_checkpoints(self) -> None:
+        """Closes checkpoints whose last save failed, which was said already, or is not wanted any more."""
+        with suppress(Exception):
             self.engine.checkpoints.close()
-        self.engine.checkpoints = self.opened_checkpoints()
 
     def remove(self, entries: list[Accepted]) -> None:
         """Removes concepts: from the slots, from the checkpoints, which hold what they learned, and from the store."""
@@ -308,14 +309,14 @@ class Learning:
         self.fetching.drop(ids)
         if self.held is not None and self.held.job.id in ids:
             self.held = None
-        with suppress(Exception):  # of a save that failed, which is removed anyway
-            self.engine.checkpoints.close()
+        self.close_checkpoints()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for entry in entries:
             self.store.remove_concept(entry)
         self.engine.checkpoints = self.opened_checkpoints()
         if self.engine.busy:
-            self.save()
+            with self.saving():
+                self.engine.save()
 
     def close(self) -> None:
         """Writes what has ended, saves the slots, and waits for both."""

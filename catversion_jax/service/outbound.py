@@ -79,12 +79,12 @@ class PinnedConnection(http.client.HTTPSConnection):
     """A connection to an address that was looked up before, with the certificate of the server's name."""
 
     def __init__(self, host: str, address: tuple[str, int]):
-        super().__init__(host, address[1], timeout=TIMEOUT, context=ssl.create_default_context())
-        self._address, self._name = address, host
+        self._address, self._name, self._trusted = address, host, ssl.create_default_context()
+        super().__init__(host, address[1], timeout=TIMEOUT, context=self._trusted)
 
     def connect(self) -> None:
         self.sock = plain = socket.create_connection(self._address, TIMEOUT)
-        self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self._name)
+        self.sock = self._trusted.wrap_socket(plain, server_hostname=self._name)
 
     def abort(self) -> None:
         """Ends the connection from another thread, whose reader then gets an error."""

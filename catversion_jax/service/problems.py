@@ -56,11 +56,6 @@ def is_full(error: BaseException) -> bool:
     return passing or isinstance(error, StorageError) or is_storage_error(error)
 
 
-def reason(error: BaseException) -> str:
-    """Returns what is said of an error to whoever asked for what failed by it."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {short(error)}"
-
-
 def problem_of(error: BaseException) -> Problem:
     """Returns the problem that an error is to whoever sent the request."""
     if isinstance(error, Problem):

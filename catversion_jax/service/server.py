@@ -28,14 +28,12 @@ DRAIN = 10
 """Seconds that requests have to end in, after which the server stops without them."""
 MOST_CONNECTIONS = 2000
 """Beyond them a request is answered by 503."""
-SHARE = 0.5
-"""The part of the device's time that drawing gets while both wait."""
 
 
 @dataclass(frozen=True)
 class Address:
-    host: str = "127.0.0.1"
-    port: int = 8000
+    host: str
+    port: int
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -69,7 +67,7 @@ def serve(
     rules: Rules,
     address: Address,
     on_start: Callable[[int], object],
-    drawing_share: float = SHARE,
+    drawing_share: float,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, after which the slots are saved. `on_start` is given the port it listens on.
 

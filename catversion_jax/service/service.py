@@ -11,7 +11,6 @@ from catversion_jax.api.pipeline import Pipeline
 from catversion_jax.base.prompt_weights import weighted_parts
 from catversion_jax.config import Config
 from catversion_jax.evaluation import grabcut
-from catversion_jax.methods import concept_file
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import warnings
@@ -45,7 +44,6 @@ from catversion_jax.service.uploads import check_count, receive_photos
 from catversion_jax.service.webhooks import secret_of, secret_text
 from catversion_jax.service.worker import Worker
 from catversion_jax.utils.errors import UserError
-from catversion_jax.utils.paths import calling
 from catversion_jax.utils.settings import is_text
 
 
@@ -131,12 +129,14 @@ class ConceptService:
         check_composition(concepts)
         return warnings(self.pipe.base, [asked.prompt], concepts) if concepts else []
 
-    def concept_to_draw(self, owner: str, concept_id: str) -> Concept:
+    def check_done(self, owner: str, concept_id: str) -> None:
+        """Raises Problem unless an owner's concept is done."""
         if self.concept_entry(owner, concept_id).status != DONE:
             raise Problem(409, f"concept {concept_id}: not done; wait until it is")
-        path = self.store.concept_file(concept_id)
-        with calling(str(path), f"concept {concept_id}"):
-            return concept_file.load(path)
+
+    def concept_to_draw(self, owner: str, concept_id: str) -> Concept:
+        self.check_done(owner, concept_id)
+        return self.store.load_concept(concept_id)
 
     # What is answered.
 

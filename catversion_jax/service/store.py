@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from catversion_jax.methods import concept_file
+from catversion_jax.methods.concept_file import Concept
 from catversion_jax.service.requests import (
     CANCELLED,
     DONE,
@@ -36,6 +37,7 @@ from catversion_jax.service.requests import (
 from catversion_jax.utils.errors import UserError, refused
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.locks import lock_file
+from catversion_jax.utils.paths import calling
 
 VERSION = 1
 KEY_SECONDS = 86400.0
@@ -90,8 +92,7 @@ class Accepted:
 
     @classmethod
     def of(cls, found: sqlite3.Row) -> "Accepted":
-        values = {name: found[name] for name in found.keys()}  # noqa: SIM118
-        return cls(**values | {"outcome": json.loads(found["outcome"])})
+        return cls(**dict(found) | {"outcome": json.loads(found["outcome"])})
 
     @property
     def concept(self) -> ConceptRequest:
@@ -201,6 +202,12 @@ class Store:
 
     def concept_file(self, concept_id: str) -> Path:
         return self.concept_folder(concept_id) / concept_file.FILE_NAME
+
+    def load_concept(self, concept_id: str) -> Concept:
+        """Returns what a concept learned. Raises UserError, naming its id, for a file that is missing or damaged."""
+        path = self.concept_file(concept_id)
+        with calling(str(path), f"concept {concept_id}"):
+            return concept_file.load(path)
 
     def picture_file(self, picture_id: str) -> Path:
         return self.folder / "pictures" / f"{picture_id}.png"
@@ -444,7 +451,7 @@ class Store:
         for row in self.with_status("concepts", [QUEUED]):
             if (path := self.concept_file(row.id)).is_file():
                 try:
-                    steps = concept_file.load(path).steps
+                    steps = self.load_concept(row.id).steps
                 except UserError:  # damaged: it is learned again
                     path.unlink()
                 else:

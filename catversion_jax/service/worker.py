@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 
-from catversion_jax.methods import concept_file
 from catversion_jax.service.drawing import Drawing, Drawings
 from catversion_jax.service.learning import Learning, Snapshot
 from catversion_jax.service.problems import is_full
@@ -89,7 +88,7 @@ class Worker(threading.Thread):
         engine = learning.engine
         engine.slots.advance()
         config = learning.config.replaced({"concept.class_word": "thing"})
-        concept = learning.engine.concept_of(ConceptJob("", "", config), engine.step_config.init_state([0]))
+        concept = engine.concept_of(ConceptJob("", "", config), engine.step_config.init_state([0]))
         sampler = config.sample.sampler
         if jax.default_backend() == "cpu":  # where each step is a dispatch of the same program
             sampler = replace(sampler, steps=min(sampler.steps, 2))
@@ -103,7 +102,7 @@ class Worker(threading.Thread):
             if entry.previewed:
                 continue
             try:
-                concept = concept_file.load(self.store.concept_file(entry.id))
+                concept = self.store.load_concept(entry.id)
                 self.drawings.show(Snapshot(entry.id, concept.steps, concept, learning.config_of(entry)))
             except UserError as error:  # of a damaged file, for example
                 warn(f"concept {entry.id}: no previews: {error}")

@@ -28,7 +28,7 @@ from catversion_jax.training.status import DONE, FAILED, ConceptStatus
 from catversion_jax.training.step import StepConfig, steps_per_dispatch, warn_of_idle_devices
 from catversion_jax.training.trained_concept import to_concept
 from catversion_jax.training.training_prompts import check_prompts
-from catversion_jax.utils.errors import UserError, is_out_of_memory, short
+from catversion_jax.utils.errors import UserError, is_out_of_memory, reason
 from catversion_jax.utils.log import warn
 
 
@@ -54,12 +54,11 @@ def told_of_failure(tell: Callable[[str], object]) -> Iterator[None]:
     """Tells, in one line, of anything that is wrong with one concept, which must not end the others."""
     try:
         yield
-    except UserError as error:
-        tell(str(error))
     except Exception as error:
-        if is_out_of_memory(error):  # the others take the memory that this one lacks
+        # The others take the memory that this one lacks.
+        if not isinstance(error, UserError) and is_out_of_memory(error):
             raise
-        tell(f"{type(error).__name__}: {short(error)}")
+        tell(reason(error))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ class Slots:
         # come and go by overwriting a slot. An empty slot takes part in every step, which leaves it as it is.
         empty = jax.tree.map(lambda x: np.zeros((count, *x.shape[1:]), x.dtype), like)
         self._state, self._data = jax.device_put(state, on_concepts), jax.device_put(empty, on_concepts)
-        self._blank = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), (state, like))
         self.host = to_host(state)
         self.steps = np.zeros(count, np.int32)
         self.finished: Bool[np.ndarray, "C"] = np.ones(count, bool)
@@ -58,7 +57,8 @@ class Slots:
 
     def clear(self, index: int) -> None:
         """Empties a slot: nothing of its concept is left, neither here nor on the devices."""
-        self.put(index, *self._blank)
+        blank = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), (self._state, self._data))
+        self.put(index, *blank)
 
     def one(self, index: int) -> TrainState:
         """Returns a copy of a slot's state, [1, ...], on the host: the next concept overwrites the slot."""

@@ -120,3 +120,8 @@ def told(where: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Returns what is said of an error to whoever asked for what failed by it: a UserError's line, or its kind."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {short(error)}"
