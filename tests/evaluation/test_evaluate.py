@@ -365,7 +365,8 @@ def test_numbers_that_json_lacks_are_null(scored, monkeypatch):
     assert evaluate.main(scored) == 0
     result = json.loads(Path(scored.out).read_text())
     assert result["config"]["odd"] == {"learning_rate": None, "nested": [{"bias": None, "values": [1.0, None]}]}
-    assert "NaN" not in Path(scored.out).with_suffix(".html").read_text()
+    # The images' base64 may hold these three letters.
+    assert "NaN" not in re.sub(r"base64,[\w+/=]*", "", Path(scored.out).with_suffix(".html").read_text())
 
 
 def test_a_benchmark_of_hundreds_of_prompts_says_what_its_grid_shows():

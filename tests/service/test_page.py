@@ -3,12 +3,12 @@
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from catversion_jax.methods import concept_file
 from tests.commands import catversion
@@ -50,12 +50,18 @@ def choose_photos(page: Page, count: int = 5) -> None:
     expect(page.locator("#photos img")).to_have_count(count)
 
 
+def learn_by(page: Page, submit: Callable[[], None]) -> Locator:
+    """Returns the card of the concept that `submit` sends: the server may have others, learned before."""
+    with page.expect_response(lambda answer: answer.request.method == "POST" and answer.url.endswith("/v1/concepts")) as sent:
+        submit()
+    return page.locator(f"#concept-{sent.value.json()['id']}")
+
+
 def test_from_photos_to_pictures(page: Page, server: Running, tmp_path):
     choose_photos(page)
     expect(page.locator("#photo-hint")).to_have_text("5 photos, as training will see them.")
     page.fill("#class-word", "teapot")
-    page.click("#learn-button")
-    card = page.locator(".concept").first
+    card = learn_by(page, lambda: page.click("#learn-button"))
     expect(card.locator("h3")).to_have_text("teapot")
     expect(card.locator(".state")).to_contain_text("done")
     expect(card.locator("svg.curve")).to_be_visible()
@@ -110,8 +116,8 @@ def test_by_keyboard(page: Page, server: Running):
     page.locator("#files").focus()
     tab_to("#class-word")
     page.keyboard.type("teapot")
-    page.keyboard.press("Enter")
-    card = page.locator(".concept").first
+    card = learn_by(page, lambda: page.keyboard.press("Enter"))
+    expect(card).to_be_focused()
     expect(card.locator(".state")).to_contain_text("done")
     tab_to('[data-does="draw"]')
     page.keyboard.press("Enter")

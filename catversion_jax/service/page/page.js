@@ -153,7 +153,10 @@ async function learn(event) {
     state.files = [];
     $("files").value = "";
     checkFiles();
-    $(`concept-${concept.id}`).focus();
+    // Who has gone on to something else meanwhile stays there.
+    if (document.activeElement === document.body || $("learn").contains(document.activeElement)) {
+      $(`concept-${concept.id}`).focus();
+    }
   } catch (refused) {
     error.textContent = refused.message;
   } finally {
