@@ -86,7 +86,7 @@ class Worker(threading.Thread):
     def warm_up(self, learning: Learning) -> None:
         """Compiles the step and the sampler, so that nobody waits for that."""
         engine = learning.engine
-        engine.slots.advance()
+        engine.slots.compile()
         config = learning.config.replaced({"concept.class_word": "thing"})
         concept = engine.concept_of(ConceptJob("", "", config), engine.step_config.init_state([0]))
         sampler = config.sample.sampler

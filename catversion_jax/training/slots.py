@@ -64,6 +64,13 @@ class Slots:
         """Returns a copy of a slot's state, [1, ...], on the host: the next concept overwrites the slot."""
         return jax.tree.map(lambda x: x[index : index + 1].copy(), self.host)
 
+    def compile(self) -> None:
+        """Compiles what `advance` runs, so that its first call takes no longer than the others."""
+        arguments = self._state, self._frozen, self._data
+        compile_chunk(self._config, self._length).lower(*arguments).compile()
+        if self._config.stop.every:
+            compile_evaluate(self._config).lower(*arguments).compile()
+
     def advance(self) -> None:
         """Runs one dispatch, and an evaluation if it is due for a concept."""
         config, before, was_finished = self._config, self.host.step, self.finished
