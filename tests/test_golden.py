@@ -113,7 +113,7 @@ def test_gradient_and_twenty_steps(mini, golden):
     frozen = Frozen(mini.params["unet"], mini.params["text"], jnp.asarray(networks.schedule.alphas_cumprod))
     (encoder,), (params,) = networks.text, mini.params["text"]
     prompts = lower_layers(encoder, params, golden["train.token_ids"], jnp.ones((2, 77, 1), bool), stop=LAYERS[0])
-    state = init_state([0], config.method, networks, config.optimizer.transformation())
+    state = init_state([0], config.method, networks, config.optimizer)
     state = state.replace(learned={"prefix": jnp.asarray(golden["prefix.p1_bias0"])[None]})
     state = jax.device_put(state, sharding(config.mesh, "concept"))
 

@@ -25,7 +25,10 @@ CONCEPTS = Path(__file__).parents[1] / "concepts"
 BOUNDARY = "catversion-load"
 LONGEST = 14_400.0
 """Seconds after which a load that has not ended is given up."""
-PAUSE = 0.2
+SAMPLED = 0.2
+"""Seconds between two looks at the server's memory and metrics."""
+POLL = 1.0
+"""Seconds between two rounds of a client's questions, as of the page."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Client(threading.Thread):
             until = time.monotonic() + LONGEST
             while (self.waiting or self.drawing) and time.monotonic() < until:
                 self.look()
-                time.sleep(PAUSE)
+                time.sleep(POLL)
             self._heard.lost += [*self.waiting, *self.drawing]
         except (OSError, UserError, ValueError) as error:
             self._heard.lost.append(f"a client: {short(error)}")
@@ -187,7 +190,7 @@ def measure_service(flags: Sequence[str], load: Load, config: Config) -> dict[st
             while any(client.is_alive() for client in clients):
                 resident.append(server.memory_info().rss / 2**20)
                 samples.append(sampled(address))
-                time.sleep(PAUSE)
+                time.sleep(SAMPLED)
             seconds = time.monotonic() - begun
             samples.append(sampled(address))
             latencies = picture_latencies(address, load)

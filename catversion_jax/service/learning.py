@@ -1,6 +1,7 @@
 """The half of the worker that learns: concepts from the store into the engine's slots, and what they learned back."""
 
 import hashlib
+import io
 import json
 import shutil
 import time
@@ -60,12 +61,20 @@ def config_of_request(config: Config, asked: ConceptRequest, folder: Path) -> Co
     return changed
 
 
+def png_of(photo: Photo) -> bytes:
+    """Returns a photo as training sees it, the background dimmed where there is a mask."""
+    alone, file = subject(photo), io.BytesIO()
+    Image.fromarray(photo.image if alone is None else alone).save(file, "PNG")
+    return file.getvalue()
+
+
 class Ready(NamedTuple):
     """A concept whose photos were read and encoded."""
 
     job: ConceptJob
     data: ConceptData
-    photos: list[Photo]
+    seen: list[bytes]  # PNGs of the photos as training sees them, the background dimmed where there is a mask
+    warnings: list[str]
 
 
 @dataclass
@@ -173,28 +182,25 @@ class Learning:
             return
         try:
             ready = data.result()
-            self.write_seen(entry.id, ready.photos)
+            self.write_seen(entry.id, ready.seen)
         # Whatever is wrong with one concept must not end the others.
         except Exception as error:
             self.refuse(entry, error)
             return
-        checked = enumerate(check_photos(ready.photos), 1)
-        warnings = [one_line(f"photo {i}: {line}") for i, of_photo in checked for line in of_photo]
         with self.store.transaction():
-            self.store.add_outcome(entry.id, {"photos": len(ready.photos), "warnings": warnings})
+            self.store.add_outcome(entry.id, {"photos": len(ready.seen), "warnings": ready.warnings})
             wanted = self.store.set_status("concepts", entry.id, TRAINING, only=[PREPARING])
         if wanted:
             self.engine.enter(ready.job, ready.data)
             self.progress[entry.id] = Progress(ready.job.config.train.steps)
 
-    def write_seen(self, concept_id: str, photos: list[Photo]) -> None:
-        """Writes the photos as training sees them, the background dimmed where there is a mask."""
+    def write_seen(self, concept_id: str, images: list[bytes]) -> None:
+        """Writes the photos as training sees them."""
         folder = self.store.concept_folder(concept_id) / "seen"
         folder.mkdir(exist_ok=True)
-        for i, photo in enumerate(photos):
-            alone = subject(photo)
+        for i, image in enumerate(images):
             # Not flushed one by one: nobody is told of them before all are there, and a crash has them written anew.
-            Image.fromarray(photo.image if alone is None else alone).save(folder / f"{i:03}.png")
+            (folder / f"{i:03}.png").write_bytes(image)
 
     def prepare(self, entry: Accepted) -> Ready:
         """Reads and encodes a concept's photos, in the preparation's thread. Raises UserError for a mistake in them."""
@@ -204,10 +210,13 @@ class Learning:
             if asked.create_masks and all(photo.mask is None for photo in photos):
                 photos = with_masks(config, self.pipeline, photos)
             data = self.engine.prepare(config, photos)
+        checked = enumerate(check_photos(photos), 1)
+        warnings = [one_line(f"photo {i}: {line}") for i, of_photo in checked for line in of_photo]
         # All that the numbers depend on: with another config of the service, an interrupted concept begins anew.
         values = {k: v for k, v in config.identity().items() if k != "data.dir"} | {"create_masks": asked.create_masks}
         text = json.dumps([digest_of_files(folder / "photos"), values], sort_keys=True)
-        return Ready(ConceptJob(entry.id, hashlib.sha256(text.encode()).hexdigest()[:16], config), data, photos)
+        job = ConceptJob(entry.id, hashlib.sha256(text.encode()).hexdigest()[:16], config)
+        return Ready(job, data, list(map(png_of, photos)), warnings)
 
     def fetch_photos(self, entry: Accepted) -> None:
         """Downloads the photos of a concept: all of them or none. Raises UserError for one that cannot be had."""

@@ -4,6 +4,7 @@ Every leaf has a leading concept axis C, of size 1 in a run of one concept, so t
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import flax.struct
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from catversion_jax.base.pipeline import BasePipeline, Networks
 from catversion_jax.base.text_states import PromptStates
+from catversion_jax.config.optimizer import OptimizerConfig
 from catversion_jax.config.sections import StopConfig
 from catversion_jax.methods.base import Method
 from catversion_jax.models.sharding import Rules, param_shardings, sharding
@@ -70,10 +72,18 @@ def init_state(
     seeds: Sequence[int],
     method: Method,
     networks: Networks,
-    optimizer: optax.GradientTransformation,
+    optimizer: OptimizerConfig,
     keeps_best: bool = False,
 ) -> TrainState:
     """Returns a fresh state for each seed, with room for the best that is learned if `keeps_best`."""
+    return compile_init(method, networks, optimizer, keeps_best)(jnp.asarray(seeds, jnp.uint32))
+
+
+# Once, and not anew for each concept that enters a slot.
+@cache
+def compile_init(method: Method, networks: Networks, optimizer: OptimizerConfig, keeps_best: bool):
+    """Returns the jitted `init(seeds)`, which makes fresh states."""
+    transformation = optimizer.transformation()
 
     def one(seed: UInt32[Array, ""]) -> TrainState:
         # Step t draws from fold_in(key(seed), t), so no step draws from this one.
@@ -81,6 +91,6 @@ def init_state(
         learned = method.init(key, networks)
         best, stale = jnp.float32(jnp.inf), jnp.int32(0)
         kept = jax.tree.map(jnp.zeros_like, learned) if keeps_best else None
-        return TrainState(jnp.int32(0), seed, learned, optimizer.init(learned), best, stale, kept)
+        return TrainState(jnp.int32(0), seed, learned, transformation.init(learned), best, stale, kept)
 
-    return jax.jit(jax.vmap(one))(jnp.asarray(seeds, jnp.uint32))
+    return jax.jit(jax.vmap(one))

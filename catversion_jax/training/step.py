@@ -74,7 +74,7 @@ class StepConfig:
     def init_state(self, seeds: Sequence[int]) -> TrainState:
         """Returns the state before the first step, with one concept for each seed."""
         keeps_best = self.stop.every > 0
-        return init_state(seeds, self.method, self.networks, self.optimizer.transformation(), keeps_best)
+        return init_state(seeds, self.method, self.networks, self.optimizer, keeps_best)
 
 
 def warn_of_idle_devices(config: Config, mesh: Mesh, slots: int | None = None) -> None:

@@ -21,7 +21,7 @@ import httpx
 from tests.service.servers import Running, photos
 
 NAMES = ("teapot", "dog", "owl", "rocket")
-TIMEOUT = 300.0
+TIMEOUT = 1800.0
 
 
 @dataclass

@@ -52,7 +52,9 @@ def choose_photos(page: Page, count: int = 5) -> None:
 
 def learn_by(page: Page, submit: Callable[[], None]) -> Locator:
     """Returns the card of the concept that `submit` sends: the server may have others, learned before."""
-    with page.expect_response(lambda answer: answer.request.method == "POST" and answer.url.endswith("/v1/concepts")) as sent:
+    with page.expect_response(
+        lambda answer: answer.request.method == "POST" and answer.url.endswith("/v1/concepts")
+    ) as sent:
         submit()
     return page.locator(f"#concept-{sent.value.json()['id']}")
 

@@ -36,7 +36,7 @@ def run(model: str, name: str, concepts: int) -> dict[str, np.ndarray]:
     method = CatVersion(((1, 2, 3),), length=2, init_std=0.1)
     config = ts.StepConfig(pipe.networks, method, ts.OptimizerConfig(), BATCH, mesh)
     place = sharding(mesh, "concept")
-    state = init_state(list(range(concepts)), method, pipe.networks, config.optimizer.transformation())
+    state = init_state(list(range(concepts)), method, pipe.networks, config.optimizer)
     data = stack(*(concept(3 + i, seed=i, size=16) for i in range(concepts)))
     state, data = jax.device_put(state, place), jax.device_put(data, place)
     frozen = Frozen.of(pipe, mesh, FROZEN)

@@ -49,7 +49,7 @@ def stack(*trees):
 
 
 def start(config: ts.StepConfig, seeds=(0,)):
-    return init_state(list(seeds), config.method, config.networks, config.optimizer.transformation())
+    return init_state(list(seeds), config.method, config.networks, config.optimizer)
 
 
 @pytest.fixture(scope="module")
