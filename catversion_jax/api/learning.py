@@ -21,10 +21,11 @@ from catversion_jax.data.manifest import parse_line
 from catversion_jax.data.photos import given_photos
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.engine import Ended
-from catversion_jax.training.many_concepts import Share, each_trained
+from catversion_jax.training.many_concepts import each_trained
 from catversion_jax.training.metric_writer import MetricRow
 from catversion_jax.training.run import Watch, train
 from catversion_jax.training.run_dir import RunDir
+from catversion_jax.training.share import Share
 from catversion_jax.training.trackers import EachStep
 from catversion_jax.utils.errors import Interrupted, UserError
 from catversion_jax.utils.files import read_bytes, write_atomically

@@ -4,7 +4,8 @@ from absl import flags
 
 from catversion_jax.cli.flags import checked_config, define_config, given_config
 from catversion_jax.training.distributed import Process, from_environment, meet
-from catversion_jax.training.many_concepts import BatchOutcome, Share, train_many
+from catversion_jax.training.many_concepts import BatchOutcome, train_many
+from catversion_jax.training.share import Share
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.paths import expand
 

@@ -11,8 +11,9 @@ from catversion_jax.methods import concept_file
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.registry import METHODS
 from catversion_jax.study.settings import TRIED_ON
-from catversion_jax.training.many_concepts import Share, train_many
+from catversion_jax.training.many_concepts import train_many
 from catversion_jax.training.run import train_once
+from catversion_jax.training.share import Share
 from catversion_jax.utils.errors import Interrupted, UserError
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.paths import AnyPath, make_folder

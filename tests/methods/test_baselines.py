@@ -23,8 +23,9 @@ from catversion_jax.sampling.conditioning import movement
 from catversion_jax.training import class_images
 from catversion_jax.training import step as ts
 from catversion_jax.training.concept_data import check_masks, prepare, subject_weights
-from catversion_jax.training.many_concepts import Share, train_many
+from catversion_jax.training.many_concepts import train_many
 from catversion_jax.training.run import train_once
+from catversion_jax.training.share import Share
 from catversion_jax.training.state import ConceptData, Frozen
 from catversion_jax.utils.errors import UserError
 from configs import sd15

@@ -17,10 +17,11 @@ from catversion_jax.training import step
 from catversion_jax.training.engine import ConceptJob, Engine, told_of_failure
 from catversion_jax.training.interrupted import InterruptedConcept
 from catversion_jax.training.loop import enough_memory, not_finite, signals
-from catversion_jax.training.many_concepts import Share, refuse_changed_lines
 from catversion_jax.training.run_dir import RunDir
+from catversion_jax.training.share import Share, refuse_changed_lines
 from catversion_jax.training.status import DONE, ConceptStatus, write_status
 from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.id_set import IdSet
 from tests.training.test_checkpoints import state
 from tests.training.test_many_concepts import LINES, write
 
@@ -111,9 +112,9 @@ def test_a_changed_line_is_not_done_already(share, changes):
     """Its concept was learned with other values."""
     run = RunDir.of(share.config)
     write_status(run.path / "a", ConceptStatus("a", DONE, steps=3, digest=line(**changes).digest))
-    refuse_changed_lines(share, run, set())  # a status without the concept's file is worth nothing
+    refuse_changed_lines(share, run, IdSet(), IdSet("a"))  # a status without the concept's file is worth nothing
     with pytest.raises(UserError) as error:
-        refuse_changed_lines(share, run, {"a"})
+        refuse_changed_lines(share, run, IdSet("a"), IdSet("a"))
     assert str(error.value) == (
         f"{share.manifest}: concepts that are done already have other values here (a); give the old values or another "
         f"id, or remove {run.path}/ID to learn it anew"
@@ -130,7 +131,7 @@ def test_a_line_that_is_done(share, changes):
     folder = share.manifest.parent
     digest = None if changes is None else line(**changes).resolved(folder, config.seed, config.train.steps).digest
     write_status(run.path / "a", ConceptStatus("a", DONE, steps=3, digest=digest))
-    refuse_changed_lines(share, run, {"a"})
+    refuse_changed_lines(share, run, IdSet("a"), IdSet("a"))
 
 
 @pytest.mark.parametrize(

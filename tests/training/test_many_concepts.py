@@ -20,10 +20,11 @@ from catversion_jax.methods import concept_file
 from catversion_jax.training import engine
 from catversion_jax.training import step as ts
 from catversion_jax.training.distributed import Process
-from catversion_jax.training.many_concepts import Share, train_many
+from catversion_jax.training.many_concepts import train_many
 from catversion_jax.training.preparation import Preparation
 from catversion_jax.training.run import load_model, train
 from catversion_jax.training.run_dir import RunDir
+from catversion_jax.training.share import Share
 from catversion_jax.utils.errors import UserError
 from tests.commands import ENVIRONMENT, ROOT, catversion, command, error_of
 
