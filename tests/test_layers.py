@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "catversion_jax"
 ORDER = (
-    "utils < models, weights < base < data < methods < sampling < config < training < api, evaluation, bench < study, "
-    "service < cli"
+    "utils < models, weights < base < data < methods < sampling < config < training < api, evaluation, bench, fleet "
+    "< study, service < cli"
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER.split(" < ")) for room in rooms.split(", ")}
 FILES = [path for room in LEVEL for path in sorted((PACKAGE / room).rglob("*.py"))]

@@ -9,6 +9,9 @@ from catversion_jax.utils.paths import expand
 from catversion_jax.utils.records import encode
 
 POSITIONALS = ("OUT",)
+COLUMNS = ("id", "status", "photos", "steps", "loss", "seconds", "waited", "node", "error")
+ALWAYS = ("id", "status", "photos", "steps", "loss", "seconds", "error")
+"""Those of them that are shown also where no concept has a value: the others are a Ray cluster's."""
 
 
 def define_flags() -> None:
@@ -25,13 +28,15 @@ def main(arguments: flags.FlagValues, out: str) -> int:
     if arguments.json:
         print(*map(encode, shown), sep="\n")
         return 0
-    print(table(("id", "status", "photos", "steps", "loss", "seconds", "error"), map(row, shown)))
+    columns = [name for name in COLUMNS if name in ALWAYS or any(getattr(status, name) is not None for status in shown)]
+    print(table(columns, (row(status, columns) for status in shown)))
     failed = sum(status.status == FAILED for status in found)
     print(f"\n{len(found) - failed} concepts done, {failed} failed")
     return 0
 
 
-def row(status: ConceptStatus) -> tuple[str, ...]:
-    loss = "" if status.loss is None else f"{status.loss:.4f}"
-    values = (status.id, status.status, status.photos, status.steps, loss, status.seconds, status.error)
-    return tuple("" if value is None else str(value) for value in values)
+def row(status: ConceptStatus, columns: list[str]) -> tuple[str, ...]:
+    values = {name: getattr(status, name) for name in columns}
+    if status.loss is not None:
+        values["loss"] = f"{status.loss:.4f}"
+    return tuple("" if value is None else str(value) for value in values.values())

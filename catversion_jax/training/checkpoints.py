@@ -41,6 +41,8 @@ from catversion_jax.utils.records import read_record
 
 MOST_DIGITS = 18
 """Digits of a step; a folder with a longer name is none of ours."""
+NOTE = Path("config", "metadata")
+"""Where a checkpoint's folder has its note."""
 DIGEST = "digest"
 """The key of the note under which the digest is saved. Checkpoints that were saved before there was one lack it."""
 
@@ -290,7 +292,7 @@ def damage_of(damaged: Mapping[str, str]) -> str:
 def read_checkpoint(path: Path, like: Callable[[dict[str, Any]], TrainState]) -> tuple[TrainState, dict[str, Any]]:
     """Reads one checkpoint. Raises ValueError if its digest is another, and anything else if a file is damaged."""
     # Item by item, as CheckpointManager lays them out: it would also read all other checkpoints' metadata.
-    note = read_record(path / "config" / "metadata", dict[str, Any], "expected a checkpoint's note")
+    note = read_record(path / NOTE, dict[str, Any], "expected a checkpoint's note")
     digest = note.pop(DIGEST, None)
     wanted = like(note)
     # Checkpoints of the versions without a digest did not keep the best that was learned either.

@@ -1,5 +1,6 @@
 """The concepts that a batch was training when it was interrupted, as its checkpoints hold them."""
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -8,13 +9,13 @@ import jax
 import msgspec
 import numpy as np
 
-from catversion_jax.training.checkpoints import Saved, read_newest
+from catversion_jax.training.checkpoints import NOTE, Saved, checkpoint_path, read_newest, saved_steps, unpacked
 from catversion_jax.training.state import TrainState
 from catversion_jax.training.step import StepConfig
-from catversion_jax.utils.errors import UserError
+from catversion_jax.utils.errors import ReportedError, UserError
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import AnyPath, NoAccess
-from catversion_jax.utils.records import convert
+from catversion_jax.utils.records import convert, read_record
 
 
 class SlotNote(msgspec.Struct):
@@ -62,6 +63,16 @@ def read_interrupted(folders: Iterable[AnyPath], step_config: StepConfig) -> dic
             if concept_id not in concepts or found.state.step > concepts[concept_id].state.step:
                 concepts[concept_id] = found
     return concepts
+
+
+def noted_ids(folder: AnyPath) -> list[str]:
+    """Returns the ids of the concepts that the newest readable checkpoint in a folder holds, none if there is none."""
+    for step in saved_steps(folder):
+        # What is damaged is said by whoever reads the state.
+        with contextlib.suppress(ReportedError), unpacked(checkpoint_path(folder, step)) as local:
+            note = read_record(local / NOTE, dict[str, Any], "expected a checkpoint's note")
+            return [concept_id for concept_id in to_slot_note(note).ids if concept_id is not None]
+    return []
 
 
 def to_slot_note(note: dict[str, Any]) -> SlotNote:

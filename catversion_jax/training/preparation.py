@@ -29,6 +29,11 @@ class Preparation(Generic[JobT, DataT]):
         """How many jobs may be added now."""
         return self._most - len(self._waiting)
 
+    @property
+    def jobs(self) -> list[JobT]:
+        """The jobs in the queue, the next one first."""
+        return [prepared.job for prepared in self._waiting]
+
     def drop(self, unwanted: Callable[[JobT], bool]) -> None:
         """Takes jobs out of the queue, whether they are prepared or not."""
         self._waiting = deque(prepared for prepared in self._waiting if not unwanted(prepared.job))

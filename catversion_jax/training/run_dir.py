@@ -24,6 +24,8 @@ ALONE = "run"
 """The name of the claim on a bucket's folder of who works there alone."""
 Check = Callable[[], None]
 """Raises StorageError if another process has taken the folder over."""
+OF_RAY = "-of-ray"
+"""How the folder of checkpoints of a worker of a Ray cluster ends, where that of a process has how many there are."""
 PATIENCE = 10.0
 """Seconds that a process of a batch waits for a sibling that is claiming the folder, which takes milliseconds."""
 OTHER = "choose another run_dir"

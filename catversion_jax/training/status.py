@@ -28,6 +28,8 @@ class ConceptStatus(msgspec.Struct, omit_defaults=True):
     loss: float | None = None  # of the last step
     seconds: float | None = None
     digest: str | None = None  # of the line that it was learned with, in a batch
+    node: str | None = None  # which learned it, of a Ray cluster
+    waited: float | None = None  # seconds until its first step there
 
 
 def write_status(folder: AnyPath, status: ConceptStatus) -> None:

@@ -1,0 +1,97 @@
+"""`catversion batch --ray`: the lines of a manifest through the workers of a Ray cluster."""
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from catversion_jax.fleet import cluster
+from catversion_jax.fleet.driver import Fleet, RayOptions
+from catversion_jax.fleet.work_queue import WorkQueue
+from catversion_jax.fleet.worker import Setup
+from catversion_jax.training.engine import ConceptJob
+from catversion_jax.training.interrupted import noted_ids
+from catversion_jax.training.loop import signals
+from catversion_jax.training.many_concepts import BatchOutcome
+from catversion_jax.training.run_dir import OF_RAY, RunDir
+from catversion_jax.training.share import Share, take_stock
+from catversion_jax.training.status import AT_ONCE, FAILED
+from catversion_jax.utils.id_set import IdSet
+from catversion_jax.utils.paths import remove_folder
+
+
+def train_on_ray(share: Share, options: RayOptions) -> BatchOutcome:
+    """Trains the concepts of a manifest on a Ray cluster. Raises UserError for a user's mistake."""
+    config, run = share.config, RunDir.of(share.config)
+    run.check(config, resume=True)
+    cluster.import_ray()
+    room = share.room
+    with run.held(config):
+        stock = take_stock(share, run)
+        if not stock.left:
+            return BatchOutcome(run.path, stock.concepts, 0, 0, None)
+        saved = saved_concepts(run, stock.done)
+        lines = (line for line in share.lines() if line.id not in stock.done)
+        jobs = (ConceptJob(line.id, line.digest, share.config_of(line)) for line in lines)
+        queue = WorkQueue(jobs, config.batch.slots, saved)
+        with (
+            connected(options.address) as ray,
+            tqdm(total=stock.concepts, initial=len(stock.done), unit=" concepts", desc="starting") as bar,
+        ):
+            fleet = Fleet(ray, Setup(config, room), queue, options)
+            failed, received = learn(fleet, bar)
+        if received is None:
+            for folder in run.of_processes:
+                if folder.name.endswith(OF_RAY):
+                    remove_folder(folder)
+    return BatchOutcome(run.path, stock.concepts, stock.left, failed, received)
+
+
+def saved_concepts(run: RunDir, done: IdSet) -> dict[str, tuple[str, ...]]:
+    """Returns the folders of checkpoints that have each concept that was interrupted, by id."""
+    saved: dict[str, tuple[str, ...]] = {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        folders = run.of_processes
+        for folder, ids in zip(folders, pool.map(noted_ids, folders), strict=True):
+            for concept_id in ids:
+                if concept_id not in done:
+                    saved[concept_id] = (*saved.get(concept_id, ()), folder.name)
+    return saved
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Gives Ray, connected to a cluster for as long as the context lasts."""
+    ray = cluster.connect(address)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def learn(fleet: Fleet, bar: tqdm) -> tuple[int, signal.Signals | None]:
+    """Learns what the queue has; returns how many failed, and the signal that ended it early, if one did."""
+    failed = 0
+    with signals() as received:
+        while not received and not fleet.queue.is_over:
+            for status in fleet.work():
+                failed += status.status == FAILED
+                bar.update()
+            show(bar, fleet)
+        fleet.leave()
+    return failed, received[0] if received and not fleet.queue.is_over else None
+
+
+def show(bar: tqdm, fleet: Fleet) -> None:
+    """Shows how many workers learn, and how many concepts end an hour."""
+    if fleet.learning and bar.desc.startswith("starting"):
+        bar.unpause()  # its rate and time left exclude the start
+        bar.set_description("training", refresh=False)
+    shown, rate = f"{fleet.learning} workers", bar.format_dict["rate"]
+    if rate:
+        shown += f", {3600 * rate:.0f} concepts/h"
+    has_changed = bar.postfix is None or bar.postfix.split()[0] != shown.split()[0]
+    bar.set_postfix_str(shown, refresh=has_changed)

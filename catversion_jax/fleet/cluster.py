@@ -1,0 +1,141 @@
+"""A Ray cluster: its nodes, and where on them workers have a place."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from catversion_jax.utils.errors import UserError, short
+
+NAMESPACE = "catversion"
+LOCAL, AUTO = "local", "auto"
+ACCELERATORS = ("TPU", "GPU")
+OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus"}
+"""How Ray calls what a worker needs of these; anything else is a resource of its own name."""
+
+
+class Seat(NamedTuple):
+    """A place for a worker."""
+
+    node_id: str
+    node: str  # its host's name, or its address
+    number: int  # of those on this node
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is alive."""
+
+    id: str
+    name: str
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+
+def import_ray() -> Any:
+    """Returns Ray. Raises UserError if it is not installed."""
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--ray: Ray is not installed; pip install 'catversion-jax[ray]'") from error
+    return ray
+
+
+def connect(address: str) -> Any:
+    """Connects to a cluster, or starts one on this machine, and returns Ray."""
+    # Ray would send what it calls usage statistics to its makers, from everybody's machine.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A GPU that a worker did not ask for stays hidden from it.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    ray = import_ray()
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
+        raise UserError(
+            f"--ray={address}: no Ray cluster answers ({short(error)}); start one with ray start --head, or give "
+            f"--ray={LOCAL} for one on this machine"
+        ) from error
+    return ray
+
+
+def alive_nodes(ray: Any) -> list[Node]:
+    """Returns the nodes that are alive, and are not about to be taken away."""
+    leaving = draining(ray)
+    return [
+        Node(node["NodeID"], name_of(node), node["Resources"])
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving
+    ]
+
+
+def name_of(node: Mapping[str, Any]) -> str:
+    """Returns a node's own name, which people give with ray start --node-name, or its host's."""
+    own, address = node["NodeName"], node["NodeManagerAddress"]
+    return own if own != address else node["NodeManagerHostname"] or address
+
+
+def draining(ray: Any) -> set[str]:
+    """Returns the ids of the nodes that are about to be taken away, as Ray was told (ray drain-node)."""
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    return set(client.get_draining_nodes())
+
+
+def needs_of(text: str | None) -> dict[str, float] | None:
+    """Parses what a worker needs, such as {"TPU": 4}. Raises UserError for anything else."""
+    if text is None:
+        return None
+    expected = 'expected what one worker takes, such as {"TPU": 4} or {"GPU": 1}'
+    try:
+        needs = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--ray_resources={text}: not JSON ({short(error)}); {expected}") from None
+    if not isinstance(needs, dict) or not needs or not all(is_amount(amount) for amount in needs.values()):
+        raise UserError(f"--ray_resources={text}: {expected}")
+    return needs
+
+
+def is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6
+
+
+def needs_on(node: Node, nodes: list[Node]) -> dict[str, float]:
+    """Returns what a worker takes where nobody says it: a host's TPU chips, one GPU, or a node's cores."""
+    if amount := node.resources.get("TPU"):
+        return {"TPU": amount}
+    if node.resources.get("GPU"):
+        return {"GPU": 1}
+    has_accelerators = any(other.resources.get(kind) for other in nodes for kind in ACCELERATORS)
+    cores = node.resources.get("CPU", 0)
+    # A head without accelerators keeps its cores to itself.
+    return {} if has_accelerators or not cores else {"CPU": cores}
+
+
+def seats(nodes: list[Node], given: Mapping[str, float] | None) -> dict[Seat, dict[str, float]]:
+    """Returns the places for workers, with what each takes of its node."""
+    found: dict[Seat, dict[str, float]] = {}
+    for node in nodes:
+        needs = dict(given) if given else needs_on(node, nodes)
+        count = min((int(node.resources.get(kind, 0) // amount) for kind, amount in needs.items()), default=0)
+        found |= {Seat(node.id, node.name, number): needs for number in range(count)}
+    return found
+
+
+def options(seat: Seat, needs: Mapping[str, float], name: str) -> dict[str, Any]:
+    """Returns Ray's options of a worker."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    own = {OPTIONS[kind]: amount for kind, amount in needs.items() if kind in OPTIONS}
+    others = {kind: amount for kind, amount in needs.items() if kind not in OPTIONS}
+    return {"num_cpus": 0, **own, "resources": others} | {
+        "name": f"catversion {name}",
+        "max_restarts": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(seat.node_id, soft=False),
+    }
+
+
+def environment(needs: Mapping[str, float]) -> dict[str, str]:
+    """Returns the variables of a worker's process: one without accelerators computes with its own cores alone."""
+    if any(kind in needs for kind in ACCELERATORS) or "CPU" not in needs:
+        return {}
+    return {"NPROC": str(max(1, int(needs["CPU"]))), "JAX_PLATFORMS": "cpu"}

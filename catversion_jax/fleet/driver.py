@@ -1,0 +1,224 @@
+"""The driver: starts a worker in every place of a Ray cluster, hands out the concepts, and notices who is lost.
+
+Ray finds machines, starts processes there and says when they end. What is decided here is only which concept goes where
+(work_queue.py), and when a worker that says nothing is given up.
+"""
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from catversion_jax.fleet import cluster
+from catversion_jax.fleet.cluster import Seat
+from catversion_jax.fleet.work_queue import TOGETHER, WorkQueue
+from catversion_jax.fleet.worker import ConceptWorker, Handed, Report, Setup
+from catversion_jax.training.engine import ConceptJob
+from catversion_jax.training.run_dir import OF_RAY, RunDir
+from catversion_jax.training.status import FAILED, ConceptStatus, write_status
+from catversion_jax.utils.errors import ReportedError, one_line, short
+from catversion_jax.utils.log import warn
+
+LOOK = 1.0
+"""Seconds between two looks at the cluster's nodes."""
+NODE_LOSS = 10.0
+"""Seconds after which a worker's end is its own fault, if its node is still alive: Ray notices lost nodes later."""
+STARTING = 3600.0
+"""Seconds that a worker has for its model and its compilation."""
+LEAVING = 120.0
+"""Seconds that workers have to save their states."""
+STARTS = 3
+"""Workers that may end in a place for no concept's sake, until it is left alone."""
+START, TURN, LEAVE = "start", "turn", "leave"
+"""The methods of a worker."""
+CRASHED = "a worker crashed {} times with it, the last time with it alone ({})"
+
+
+@dataclass
+class Worker:
+    """A worker, as the driver sees it."""
+
+    name: str
+    seat: Seat
+    actor: Any
+    doing: str = START
+    call: Any = None  # Ray's reference to what it does now
+    since: float = 0.0  # when that was asked for
+    lost: float | None = None  # when it was found dead, while it is not clear yet whether its node is, too
+    told: str = ""  # how it ended
+
+    @property
+    def is_free(self) -> bool:
+        return self.call is None and self.lost is None
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Which cluster, and what is expected of its workers."""
+
+    address: str
+    needs: dict[str, float] | None = None  # of its node, for one worker; None: found by itself
+    patience: float = 300.0  # seconds without a word, after which a worker is given up
+
+
+class Fleet:
+    """The workers of a run on a Ray cluster."""
+
+    def __init__(self, ray: Any, setup: Setup, queue: WorkQueue[ConceptJob], options: RayOptions):
+        self.ray, self.setup, self.queue, self.options = ray, setup, queue, options
+        self.folder = RunDir.of(setup.config).path
+        self.workers: dict[str, Worker] = {}
+        self.vain: dict[Seat, int] = {}  # workers that ended in a place, for which no concept can be the reason
+        self.loss = 0.0
+        self._began = time.monotonic()
+        self._looked = self._began - LOOK
+        self._class = ray.remote(ConceptWorker)
+        self._error: ReportedError | None = None
+        self._ended: list[ConceptStatus] = []
+        self._waits = False
+
+    @property
+    def learning(self) -> int:
+        """How many workers learn."""
+        return sum(worker.doing == TURN for worker in self.workers.values())
+
+    def work(self) -> list[ConceptStatus]:
+        """Lets the workers learn for about a second; returns the concepts that ended.
+
+        Raises the error of the last worker if none can go on.
+        """
+        if time.monotonic() - self._looked >= LOOK:
+            self._looked = time.monotonic()
+            self.look()
+        for worker in self.workers.values():
+            if worker.is_free:
+                self.next_turn(worker)
+        self.wait()
+        for worker in list(self.workers.values()):
+            limit = STARTING if worker.doing == START else self.options.patience
+            if worker.call is not None and time.monotonic() - worker.since > limit:
+                self.lose(worker, f"said nothing for {limit:g} s", crashed=True)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def wait(self) -> None:
+        """Waits up to a second for what a worker says."""
+        calls = {worker.call: worker for worker in self.workers.values() if worker.call is not None}
+        if not calls:
+            time.sleep(LOOK / 4)
+            return
+        ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=LOOK)
+        for call in ready:
+            self.hear(calls[call])
+
+    def leave(self) -> None:
+        """Lets the workers save their states, and ends them."""
+        until = time.monotonic() + LEAVING
+        while self.workers and time.monotonic() < until:
+            for worker in list(self.workers.values()):
+                if worker.doing == START or worker.lost is not None:
+                    self.forget(worker)
+                elif worker.is_free:
+                    self.ask(worker, LEAVE)
+            self.wait()
+        for worker in list(self.workers.values()):
+            warn(f"{worker.seat.node}: a worker did not save its states in {LEAVING:g} s")
+            self.forget(worker)
+
+    def look(self) -> None:
+        """Looks who is there: a place without a worker gets one, and what a lost worker had is handed to others."""
+        nodes = cluster.alive_nodes(self.ray)
+        alive, places = {node.id for node in nodes}, cluster.seats(nodes, self.options.needs)
+        for worker in list(self.workers.values()):
+            is_alive = worker.seat.node_id in alive
+            if worker.lost is None:
+                if not is_alive and worker.is_free:  # which is about to be taken away
+                    self.ask(worker, LEAVE)
+            # Ray may not have noticed yet that the node is lost, too.
+            elif not is_alive:
+                self.lose(worker, "was lost with its node", crashed=False)
+            elif time.monotonic() - worker.lost > NODE_LOSS:
+                self.lose(worker, f"ended ({worker.told})", crashed=True)
+        taken = {worker.seat for worker in self.workers.values()}
+        for seat, needs in places.items():
+            if seat not in taken and self.vain.get(seat, 0) < STARTS:
+                self.start(seat, needs)
+        if not self.workers and self._error is not None:
+            raise self._error
+        if not self.workers and not self._waits:
+            warn("no node of the cluster has a place for a worker yet; waiting for one")
+        self._waits = not self.workers
+
+    def start(self, seat: Seat, needs: dict[str, float]) -> None:
+        name = f"{seat.node}-{seat.number}-{secrets.token_hex(3)}{OF_RAY}"
+        actor = self._class.options(**cluster.options(seat, needs, name)).remote(
+            name, seat.node, cluster.environment(needs), self.setup
+        )
+        self.workers[name] = Worker(name, seat, actor)
+        self.ask(self.workers[name], START)
+
+    def next_turn(self, worker: Worker) -> None:
+        """Hands a worker its next concepts, and lets it learn; one that has none waits."""
+        waited = time.monotonic() - self._began
+        handed = [Handed(task.job, waited, task.saved_by) for task in self.queue.hand(worker.name)]
+        if self.queue.hands[worker.name].tasks:
+            self.ask(worker, TURN, handed, self.queue.to_return(worker.name))
+
+    def ask(self, worker: Worker, what: str, *arguments: Any) -> None:
+        worker.doing, worker.since = what, time.monotonic()
+        worker.call = getattr(worker.actor, what).remote(*arguments)
+
+    def hear(self, worker: Worker) -> None:
+        """Takes a worker's report in."""
+        try:
+            report: Report = self.ray.get(worker.call)
+        except self.ray.exceptions.RayActorError as error:
+            worker.call, worker.lost, worker.told = None, time.monotonic(), short(error)
+            return
+        # Whatever it raised: the worker may be in any state.
+        except self.ray.exceptions.RayError as error:
+            self.lose(worker, f"failed ({last_line(error)})", crashed=True)
+            return
+        worker.call = None
+        for message in report.warnings:
+            warn(f"{worker.seat.node}: {message}")
+        if report.error is not None:
+            self._error = report.error
+            self.lose(worker, str(report.error), crashed=False)
+        elif worker.doing == LEAVE:
+            self.queue.leave(worker.name)
+            self.forget(worker)
+        elif worker.doing == START:
+            worker.doing = TURN
+            self.queue.join(worker.name)
+        else:
+            self.loss = report.loss
+            self.queue.heard(worker.name, [status.id for status in report.ended], report.begun, report.returned)
+            self._ended += report.ended
+
+    def lose(self, worker: Worker, why: str, crashed: bool) -> None:
+        """Gives a worker up; what it had goes to others, or has failed."""
+        had = self.queue.hands.get(worker.name)
+        warn(f"{worker.seat.node}: a worker {why}" + ("; what it had goes to others" if had and had.tasks else ""))
+        if had is None or not had.tasks or not crashed:
+            # Not where its concepts may be the reason: their crashes are counted.
+            self.vain[worker.seat] = self.vain.get(worker.seat, 0) + 1
+        if had is not None and crashed:
+            for job in self.queue.crashed(worker.name):
+                error = CRASHED.format(len(TOGETHER), worker.told or why)
+                status = ConceptStatus(job.id, FAILED, error, digest=job.digest)
+                write_status(self.folder / job.id, status)
+                self._ended.append(status)
+        elif had is not None:
+            self.queue.leave(worker.name)
+        self.forget(worker)
+
+    def forget(self, worker: Worker) -> None:
+        # A process that hangs, or whose node is out of reach, may not end by itself.
+        self.ray.kill(worker.actor)
+        del self.workers[worker.name]
+
+
+def last_line(error: BaseException) -> str:
+    """Returns what an error says that Ray shows with the traceback of another process."""
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[-1], 200)

@@ -1,0 +1,1 @@
+"""The tests of `--ray`: real clusters of several nodes on this machine."""

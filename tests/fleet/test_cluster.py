@@ -1,0 +1,86 @@
+"""What a worker takes of a node, and what is said where there is no cluster."""
+
+import builtins
+
+import pytest
+
+from catversion_jax.fleet.cluster import Node, Seat, environment, needs_of, seats
+from catversion_jax.fleet.host import alone_on_tpu
+from catversion_jax.utils.errors import UserError
+from tests.commands import error_of
+
+HEAD = Node("0", "head", {"CPU": 8.0, "memory": 1e9})
+TPU = Node("1", "tpu", {"CPU": 100.0, "TPU": 4.0})
+GPUS = Node("2", "gpus", {"CPU": 32.0, "GPU": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "expected"),
+    [
+        ([HEAD], None, {("head", 0): {"CPU": 8.0}}),
+        ([HEAD, TPU], None, {("tpu", 0): {"TPU": 4.0}}),
+        ([HEAD, GPUS], None, {("gpus", i): {"GPU": 1} for i in range(3)}),
+        ([TPU], {"TPU": 1}, {("tpu", i): {"TPU": 1} for i in range(4)}),
+        ([GPUS, HEAD], {"GPU": 2, "CPU": 4}, {("gpus", 0): {"GPU": 2, "CPU": 4}}),
+        ([HEAD], {"CPU": 3}, {("head", i): {"CPU": 3} for i in range(2)}),
+        ([HEAD], {"TPU": 4}, {}),
+        ([], None, {}),
+    ],
+)
+def test_every_gpu_and_every_tpu_host_has_a_place(nodes, given, expected):
+    found = seats(nodes, given)
+    assert {(seat.node, seat.number): needs for seat, needs in found.items()} == expected
+    assert all(isinstance(seat, Seat) for seat in found)
+
+
+def test_a_worker_without_an_accelerator_computes_with_its_own_cores():
+    assert environment({"CPU": 3.0}) == {"NPROC": "3", "JAX_PLATFORMS": "cpu"}
+    assert environment({"CPU": 3.0, "GPU": 1}) == environment({"TPU": 4}) == {}
+
+
+def test_a_worker_does_not_wait_for_the_other_hosts_of_its_slice(monkeypatch):
+    monkeypatch.setenv("TPU_VISIBLE_CHIPS", "0,1,2,3")
+    assert alone_on_tpu()["TPU_CHIPS_PER_PROCESS_BOUNDS"] == "2,2,1"
+    monkeypatch.delenv("TPU_VISIBLE_CHIPS")
+    monkeypatch.setattr("glob.glob", lambda pattern: [])
+    assert alone_on_tpu() == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4", "[]", "{}", '{"TPU": "4"}', '{"TPU": 0}', '{"TPU": true}', '{"GPU": -1}', "{"]
+)
+def test_what_a_worker_takes_is_checked(text):
+    with pytest.raises(UserError, match=r"^--ray_resources=.*what one worker takes"):
+        needs_of(text)
+
+
+def test_without_ray_one_line_says_what_to_install(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without_ray(name, *arguments, **keywords):
+        if name.split(".")[0] == "ray":
+            raise ImportError(name="ray")
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without_ray)
+    (tmp_path / "list.jsonl").write_text('{"id": "a", "dir": "x", "class_word": "teapot"}')
+    error = error_of("batch", "--config=mini", f"--manifest={tmp_path}/list.jsonl",
+                     f"--config.run_dir={tmp_path}/out", "--ray=local")  # fmt: skip
+    assert error == "catversion: error: --ray: Ray is not installed; pip install 'catversion-jax[ray]'"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--ray=127.0.0.1:1"], "--ray=127.0.0.1:1: no Ray cluster answers"),
+        (["--ray=auto"], "--ray=auto: no Ray cluster answers"),
+        (["--ray=local", "--num_processes=2", "--process_id=0"], "--ray: hands out the concepts by itself"),
+        (["--ray=local", "--ray_resources=4"], "--ray_resources=4: expected what one worker takes"),
+    ],
+)
+def test_mistakes(tmp_path, flags, expected):
+    (tmp_path / "list.jsonl").write_text('{"id": "a", "dir": "x", "class_word": "teapot"}')
+    error = error_of("batch", "--config=mini", f"--manifest={tmp_path}/list.jsonl",
+                     f"--config.run_dir={tmp_path}/out", *flags)  # fmt: skip
+    assert error.startswith(f"catversion: error: {expected}")
+    assert "\n" not in error

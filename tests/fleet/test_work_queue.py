@@ -1,0 +1,113 @@
+"""The queue, without Ray: who gets what, and what becomes of what a lost worker had."""
+
+import random
+from typing import NamedTuple
+
+from catversion_jax.fleet.work_queue import TOGETHER, WorkQueue
+
+
+class Job(NamedTuple):
+    id: str
+
+
+def queue_of(count: int, slots: int = 2, workers: str = "", **saved: tuple[str, ...]) -> WorkQueue[Job]:
+    queue = WorkQueue(iter([Job(str(i)) for i in range(count)]), slots, saved)
+    for worker in workers:
+        queue.join(worker)
+    return queue
+
+
+def ids(tasks) -> list[str]:
+    return [task.job.id for task in tasks]
+
+
+def test_a_worker_has_its_slots_twice_and_the_manifest_is_read_as_it_goes():
+    read = []
+    queue = WorkQueue((read.append(i) or Job(str(i)) for i in range(10**9)), 3)
+    queue.join("a")
+    assert ids(queue.hand("a")) == ["0", "1", "2", "3", "4", "5"]
+    assert queue.hand("a") == []
+    assert len(read) == 7
+    queue.heard("a", ["0", "2"], ["1", "3", "4"], [])
+    assert ids(queue.hand("a")) == ["6", "7"]
+
+
+def test_what_was_saved_before_is_told_once():
+    queue = queue_of(2, 1, "a", **{"1": ("x", "y")})
+    assert [task.saved_by for task in queue.hand("a")] == [(), ("x", "y")]
+
+
+def test_a_lost_workers_concepts_go_to_others():
+    queue = queue_of(4, 1, "ab")
+    assert ids(queue.hand("a")) == ["0", "1"]
+    queue.leave("a")
+    assert [(task.job.id, task.saved_by, task.crashes) for task in queue.hand("b")] == [
+        ("0", ("a",), 0),
+        ("1", ("a",), 0),
+    ]
+    queue.heard("b", ["0", "1"], [], [])
+    assert ids(queue.hand("b")) == ["2", "3"]
+
+
+def test_at_the_end_what_is_not_begun_goes_to_who_is_free():
+    queue = queue_of(6, 3, "ab")
+    assert len(queue.hand("a")) == 6
+    assert queue.hand("b") == []
+    assert queue.to_return("a") == 3
+    queue.heard("a", [], ["0", "1", "2"], ["5", "4", "3"])
+    assert queue.hand("a") == []
+    assert ids(queue.hand("b")) == ["5", "4", "3"]
+    assert queue.to_return("a") == queue.to_return("b") == 0
+
+
+def test_the_concept_with_which_workers_crash_fails_and_no_other():
+    """Sixteen at once, then four, then one: three crashes."""
+    queue, failed, ended, crashes = queue_of(40, 8), [], set(), 0
+    for number in range(100):
+        worker = f"w{number}"
+        queue.join(worker)
+        while queue.hand(worker):
+            pass
+        while (tasks := queue.hands[worker].tasks) and "7" not in tasks:
+            most = TOGETHER[queue.hands[worker].crashes]
+            assert most is None or len(tasks) <= most
+            one = min(tasks)
+            queue.heard(worker, [one], [], [])
+            ended.add(one)
+            queue.hand(worker)
+        if not tasks:
+            break
+        crashes += 1
+        failed += [job.id for job in queue.crashed(worker)]
+    assert failed == ["7"]
+    assert crashes == 3
+    assert ended == {str(i) for i in range(40)} - {"7"}
+    assert queue.is_over
+
+
+def test_whatever_happens_each_concept_ends_once():
+    for seed in range(200):
+        rng = random.Random(seed)
+        slots, count = rng.randint(1, 4), rng.randint(1, 40)
+        queue, ended, names = queue_of(count, slots), [], iter(range(10**6))
+        for _ in range(10_000):
+            if queue.is_over:
+                break
+            if not queue.hands or (len(queue.hands) < 4 and rng.random() < 0.1):
+                queue.join(f"w{next(names)}")
+            worker = rng.choice(list(queue.hands))
+            queue.hand(worker)
+            tasks = list(queue.hands[worker].tasks)
+            assert len(tasks) <= 2 * slots
+            begun = tasks[:slots]
+            chance = rng.random()
+            if chance < 0.05:
+                queue.leave(worker)
+            elif chance < 0.08:
+                ended += [job.id for job in queue.crashed(worker)]
+            elif begun:
+                asked = queue.to_return(worker)
+                returned = [task for task in tasks[::-1] if task not in begun][:asked]
+                queue.heard(worker, begun[:1], begun[1:], returned)
+                ended += begun[:1]
+        assert sorted(ended, key=int) == [str(i) for i in range(count)], seed
