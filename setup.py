@@ -42,6 +42,7 @@ EXTRAS = {
     "s3": ["s3fs>=2025.3"],  # paths in Amazon's
     "wandb": ["wandb>=0.19"],  # `train --track=wandb`
     "trackio": ["trackio>=0.2"],  # `train --track=trackio`
+    "ray": ["ray[default]>=2.50"],  # `batch --ray`: workers on many machines, found, started and watched
     "grabcut": ["opencv-python-headless>=4.10"],  # sharper masks, for `evaluate` and `prepare`
     "serve": [
         "fastapi>=0.115",  # the service's routes, checked, and their OpenAPI description
@@ -66,6 +67,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3",
         "python-multipart>=0.0.18",
+        "ray[default]>=2.50",
         "ruff>=0.9",
         "s3fs>=2025.3",
         "schemathesis>=4",  # malformed requests to every route of the service

@@ -42,7 +42,7 @@ def train_on_ray(share: Share, options: RayOptions) -> BatchOutcome:
             tqdm(total=stock.concepts, initial=len(stock.done), unit=" concepts", desc="starting") as bar,
         ):
             fleet = Fleet(ray, Setup(config, room), queue, options)
-            failed, received = learn(fleet, bar)
+            failed, received = learn_all(fleet, bar)
         if received is None:
             for folder in run.of_processes:
                 if folder.name.endswith(OF_RAY):
@@ -72,7 +72,7 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def learn(fleet: Fleet, bar: tqdm) -> tuple[int, signal.Signals | None]:
+def learn_all(fleet: Fleet, bar: tqdm) -> tuple[int, signal.Signals | None]:
     """Learns what the queue has; returns how many failed, and the signal that ended it early, if one did."""
     failed = 0
     with signals() as received:

@@ -63,13 +63,13 @@ def alive_nodes(ray: Any) -> list[Node]:
     """Returns the nodes that are alive, and are not about to be taken away."""
     leaving = draining(ray)
     return [
-        Node(node["NodeID"], name_of(node), node["Resources"])
+        Node(node["NodeID"], node_name(node), node["Resources"])
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in leaving
     ]
 
 
-def name_of(node: Mapping[str, Any]) -> str:
+def node_name(node: Mapping[str, Any]) -> str:
     """Returns a node's own name, which people give with ray start --node-name, or its host's."""
     own, address = node["NodeName"], node["NodeManagerAddress"]
     return own if own != address else node["NodeManagerHostname"] or address

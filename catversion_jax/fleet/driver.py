@@ -35,7 +35,7 @@ CRASHED = "a worker crashed {} times with it, the last time with it alone ({})"
 
 
 @dataclass
-class Worker:
+class RemoteWorker:
     """A worker, as the driver sees it."""
 
     name: str
@@ -67,7 +67,7 @@ class Fleet:
     def __init__(self, ray: Any, setup: Setup, queue: WorkQueue[ConceptJob], options: RayOptions):
         self.ray, self.setup, self.queue, self.options = ray, setup, queue, options
         self.folder = RunDir.of(setup.config).path
-        self.workers: dict[str, Worker] = {}
+        self.workers: dict[str, RemoteWorker] = {}
         self.vain: dict[Seat, int] = {}  # workers that ended in a place, for which no concept can be the reason
         self.loss = 0.0
         self._began = time.monotonic()
@@ -154,21 +154,21 @@ class Fleet:
         actor = self._class.options(**cluster.options(seat, needs, name)).remote(
             name, seat.node, cluster.environment(needs), self.setup
         )
-        self.workers[name] = Worker(name, seat, actor)
+        self.workers[name] = RemoteWorker(name, seat, actor)
         self.ask(self.workers[name], START)
 
-    def next_turn(self, worker: Worker) -> None:
+    def next_turn(self, worker: RemoteWorker) -> None:
         """Hands a worker its next concepts, and lets it learn; one that has none waits."""
         waited = time.monotonic() - self._began
         handed = [Handed(task.job, waited, task.saved_by) for task in self.queue.hand(worker.name)]
         if self.queue.hands[worker.name].tasks:
             self.ask(worker, TURN, handed, self.queue.to_return(worker.name))
 
-    def ask(self, worker: Worker, what: str, *arguments: Any) -> None:
+    def ask(self, worker: RemoteWorker, what: str, *arguments: Any) -> None:
         worker.doing, worker.since = what, time.monotonic()
         worker.call = getattr(worker.actor, what).remote(*arguments)
 
-    def hear(self, worker: Worker) -> None:
+    def hear(self, worker: RemoteWorker) -> None:
         """Takes a worker's report in."""
         try:
             report: Report = self.ray.get(worker.call)
@@ -196,7 +196,7 @@ class Fleet:
             self.queue.heard(worker.name, [status.id for status in report.ended], report.begun, report.returned)
             self._ended += report.ended
 
-    def lose(self, worker: Worker, why: str, crashed: bool) -> None:
+    def lose(self, worker: RemoteWorker, why: str, crashed: bool) -> None:
         """Gives a worker up; what it had goes to others, or has failed."""
         had = self.queue.hands.get(worker.name)
         warn(f"{worker.seat.node}: a worker {why}" + ("; what it had goes to others" if had and had.tasks else ""))
@@ -213,7 +213,7 @@ class Fleet:
             self.queue.leave(worker.name)
         self.forget(worker)
 
-    def forget(self, worker: Worker) -> None:
+    def forget(self, worker: RemoteWorker) -> None:
         # A process that hangs, or whose node is out of reach, may not end by itself.
         self.ray.kill(worker.actor)
         del self.workers[worker.name]

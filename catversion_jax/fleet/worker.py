@@ -62,7 +62,7 @@ class Report(NamedTuple):
     error: ReportedError | None = None  # for which it cannot go on
 
 
-class Kept(logging.Handler):
+class KeptWarnings(logging.Handler):
     """Keeps warnings until they are reported."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class ConceptWorker:
     def __init__(self, name: str, node: str, environment: dict[str, str], setup: Setup):
         self.name, self.node, self.setup = name, node, setup
         os.environ.update(environment | alone_on_tpu())
-        self.kept = Kept()
+        self.kept = KeptWarnings()
         LOGGER.addHandler(self.kept)
         LOGGER.propagate = False
 

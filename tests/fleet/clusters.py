@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ class Nodes:
         )  # fmt: skip
 
 
-RAY = ["python", "-m", "ray.scripts.scripts"]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 def workers_of(node) -> list[psutil.Process]:

@@ -14,8 +14,8 @@ from tests.commands import TIMEOUT, catversion
 from tests.fleet.clusters import PATIENCE, cluster_of, ended, start, wait_for, workers_of
 from tests.training.test_many_concepts import LINES, flags, report, write
 
-COUNT = 16
-STEPS = 150
+COUNT = 12
+STEPS = 80
 
 
 def lines() -> list[dict]:
