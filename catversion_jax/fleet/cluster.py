@@ -49,6 +49,8 @@ def connect(address: str) -> Any:
     # A GPU that a worker did not ask for stays hidden from it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     ray = import_ray()
+    # Ray prints the log of a node that dies, of which the driver tells in a line; it has no setting for that.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:

@@ -16,13 +16,14 @@ from catversion_jax.fleet.worker import ConceptWorker, Handed, Report, Setup
 from catversion_jax.training.engine import ConceptJob
 from catversion_jax.training.run_dir import OF_RAY, RunDir
 from catversion_jax.training.status import FAILED, ConceptStatus, write_status
-from catversion_jax.utils.errors import ReportedError, one_line, short
+from catversion_jax.utils.errors import ReportedError, UserError, one_line
 from catversion_jax.utils.log import warn
 
 LOOK = 1.0
 """Seconds between two looks at the cluster's nodes."""
-NODE_LOSS = 10.0
-"""Seconds after which a worker's end is its own fault, if its node is still alive: Ray notices lost nodes later."""
+NODE_LOSS, NODE_SILENCE = 10.0, 120.0
+"""Seconds after which a worker's end is its own fault if its node is still alive: of one whose end Ray was told of, and
+of one that is out of reach. Ray takes up to a minute to notice that a node is."""
 STARTING = 3600.0
 """Seconds that a worker has for its model and its compilation."""
 LEAVING = 120.0
@@ -44,8 +45,9 @@ class RemoteWorker:
     doing: str = START
     call: Any = None  # Ray's reference to what it does now
     since: float = 0.0  # when that was asked for
-    lost: float | None = None  # when it was found dead, while it is not clear yet whether its node is, too
+    lost: float | None = None  # of one that is dead: until when its node may turn out to be lost, too
     told: str = ""  # how it ended
+    goes: bool = False  # its node is about to be taken away
 
     @property
     def is_free(self) -> bool:
@@ -91,7 +93,9 @@ class Fleet:
             self._looked = time.monotonic()
             self.look()
         for worker in self.workers.values():
-            if worker.is_free:
+            if worker.is_free and worker.goes:
+                self.ask(worker, LEAVE)
+            elif worker.is_free:
                 self.next_turn(worker)
         self.wait()
         for worker in list(self.workers.values()):
@@ -132,12 +136,11 @@ class Fleet:
         for worker in list(self.workers.values()):
             is_alive = worker.seat.node_id in alive
             if worker.lost is None:
-                if not is_alive and worker.is_free:  # which is about to be taken away
-                    self.ask(worker, LEAVE)
+                worker.goes = not is_alive
             # Ray may not have noticed yet that the node is lost, too.
             elif not is_alive:
                 self.lose(worker, "was lost with its node", crashed=False)
-            elif time.monotonic() - worker.lost > NODE_LOSS:
+            elif time.monotonic() > worker.lost:
                 self.lose(worker, f"ended ({worker.told})", crashed=True)
         taken = {worker.seat for worker in self.workers.values()}
         for seat, needs in places.items():
@@ -173,7 +176,9 @@ class Fleet:
         try:
             report: Report = self.ray.get(worker.call)
         except self.ray.exceptions.RayActorError as error:
-            worker.call, worker.lost, worker.told = None, time.monotonic(), short(error)
+            silent = isinstance(error, self.ray.exceptions.ActorUnavailableError)
+            worker.call, worker.told = None, last_line(error)
+            worker.lost = time.monotonic() + (NODE_SILENCE if silent else NODE_LOSS)
             return
         # Whatever it raised: the worker may be in any state.
         except self.ray.exceptions.RayError as error:
@@ -184,6 +189,8 @@ class Fleet:
             warn(f"{worker.seat.node}: {message}")
         if report.error is not None:
             self._error = report.error
+            if isinstance(report.error, UserError):  # which another one there would make, too
+                self.vain[worker.seat] = STARTS
             self.lose(worker, str(report.error), crashed=False)
         elif worker.doing == LEAVE:
             self.queue.leave(worker.name)
@@ -195,6 +202,8 @@ class Fleet:
             self.loss = report.loss
             self.queue.heard(worker.name, [status.id for status in report.ended], report.begun, report.returned)
             self._ended += report.ended
+            if report.ended:
+                self.vain.pop(worker.seat, None)
 
     def lose(self, worker: RemoteWorker, why: str, crashed: bool) -> None:
         """Gives a worker up; what it had goes to others, or has failed."""
@@ -203,6 +212,7 @@ class Fleet:
         if had is None or not had.tasks or not crashed:
             # Not where its concepts may be the reason: their crashes are counted.
             self.vain[worker.seat] = self.vain.get(worker.seat, 0) + 1
+            self._error = self._error or UserError(f"{worker.seat.node}: a worker {why}")
         if had is not None and crashed:
             for job in self.queue.crashed(worker.name):
                 error = CRASHED.format(len(TOGETHER), worker.told or why)

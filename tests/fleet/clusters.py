@@ -64,7 +64,14 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 def workers_of(node) -> list[psutil.Process]:
     """The processes of a node that learn."""
     raylet = next(info.process.pid for info in node.all_processes["raylet"])
-    return [process for process in psutil.Process(raylet).children() if "ConceptWorker" in " ".join(process.cmdline())]
+    return [process for process in psutil.Process(raylet).children() if is_worker(process)]
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "ConceptWorker" in " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
 
 
 def start(run: list[object], address: str, *flags: str) -> subprocess.Popen:
