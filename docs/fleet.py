@@ -94,7 +94,7 @@ class Fleet:
 
     def arrive(self, host: Host, now: float) -> None:
         host.life, host.here, host.begun, host.clock = host.life + 1, now, now + START, 0
-        self.queue_of(host.number).join(host.name)
+        self.queue_of(host.number).join(host.name, host.name)
         self.plan(now + START, host, "learn")
         if self.mean is not None:
             self.plan(now + self.rng.expovariate(1 / (3600 * self.mean)), host, "leave")

@@ -341,11 +341,8 @@ def test_skypilot_task(place):
     finish(place.shell(task["run"], **skypilot_settings(task, SKYPILOT_NODE_RANK="0", **nodes)), status=2)
     manifest = place.path / "concepts" / "concepts.jsonl"
     flags = f"--ray=10.0.0.1:6379 --config=sd15 --manifest={manifest} --config.run_dir=gs://b/mugs"
-    assert place.calls == [
-        ["ray", "start", "--head", "--port=6379", "--dashboard-host=127.0.0.1"],
-        ["catversion", "batch", *flags.split(), "--config.seed=3", "--config.train.steps=5"],
-        ["ray", "stop"],
-    ]
+    assert ["ray", "start", "--head", "--port=6379", "--dashboard-host=127.0.0.1", "--block"] in place.calls
+    assert place.calls[-1] == ["catversion", "batch", *flags.split(), "--config.seed=3", "--config.train.steps=5"]
     place.calls_file.unlink()
     place.fake("ray", "[[ $1 != start ]] || exit 1", ".venv/bin")  # as it ends when the head has stopped
     finish(place.shell(task["run"], **skypilot_settings(task, SKYPILOT_NODE_RANK="1", **nodes)))
@@ -365,7 +362,7 @@ def test_gke_manifest(place):
     kinds = read["available_node_types"]
     assert kinds["headgroup"]["resources"]["CPU"] == 0
     assert kinds["tpu-hosts"]["resources"]["TPU"] == 8
-    program, command, *flags = job["spec"]["entrypoint"].split()
+    program, command, *flags = job["spec"]["entrypoint"].partition("||")[0].split()
     assert (program, command, flags[0]) == ("catversion", "batch", "--ray=auto")
     known = catversion("batch", "--help").stdout
     assert all(flag.partition("=")[0].partition(".")[0] in known for flag in flags)

@@ -4,10 +4,12 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
+from catversion_jax.config import Config
 from catversion_jax.fleet import cluster
 from catversion_jax.fleet.driver import Fleet, RayOptions
 from catversion_jax.fleet.work_queue import WorkQueue
@@ -18,36 +20,58 @@ from catversion_jax.training.loop import signals
 from catversion_jax.training.many_concepts import BatchOutcome
 from catversion_jax.training.run_dir import OF_RAY, RunDir
 from catversion_jax.training.share import Share, take_stock
-from catversion_jax.training.status import AT_ONCE, FAILED
+from catversion_jax.training.status import AT_ONCE, FAILED, ConceptStatus, write_status
+from catversion_jax.utils.errors import ReportedError, UserError
 from catversion_jax.utils.id_set import IdSet
-from catversion_jax.utils.paths import remove_folder
+from catversion_jax.utils.paths import expand, remove_folder, whole
 
 
 def train_on_ray(share: Share, options: RayOptions) -> BatchOutcome:
     """Trains the concepts of a manifest on a Ray cluster. Raises UserError for a user's mistake."""
+    # Workers have a working directory of their own.
+    share = replace(share, manifest=expand(whole(share.manifest)))
     config, run = share.config, RunDir.of(share.config)
     run.check(config, resume=True)
     cluster.import_ray()
     room = share.room
-    with run.held(config):
+    with run.held(config) as check:
         stock = take_stock(share, run)
         if not stock.left:
             return BatchOutcome(run.path, stock.concepts, 0, 0, None)
         saved = saved_concepts(run, stock.done)
-        lines = (line for line in share.lines() if line.id not in stock.done)
-        jobs = (ConceptJob(line.id, line.digest, share.config_of(line)) for line in lines)
-        queue = WorkQueue(jobs, config.batch.slots, saved)
+        refused: list[ConceptStatus] = []
+        queue = WorkQueue(jobs_of(share, stock.done, refused), config.batch.slots, saved)
         with (
             connected(options.address) as ray,
             tqdm(total=stock.concepts, initial=len(stock.done), unit=" concepts", desc="starting") as bar,
         ):
-            fleet = Fleet(ray, Setup(config, room), queue, options)
-            failed, received = learn_all(fleet, bar)
+            fleet = Fleet(ray, Setup(with_whole_paths(config), room, run.config.read_text()), queue, options, check)
+            failed, received = learn_all(fleet, bar, refused)
         if received is None:
+            check()
             for folder in run.of_processes:
                 if folder.name.endswith(OF_RAY):
                     remove_folder(folder)
     return BatchOutcome(run.path, stock.concepts, stock.left, failed, received)
+
+
+def with_whole_paths(config: Config) -> Config:
+    """Returns the config with paths that mean the same in every process."""
+    changes = {"run_dir": whole(config.run_dir)}
+    if expand(config.model.path).exists():
+        changes["model.path"] = whole(config.model.path)
+    return config.replaced(changes)
+
+
+def jobs_of(share: Share, done: IdSet, refused: list[ConceptStatus]) -> Iterator[ConceptJob]:
+    """Yields the concepts that are not done; those with a path that is none are added to `refused`."""
+    for line in share.lines():
+        if line.id in done:
+            continue
+        try:
+            yield ConceptJob(line.id, line.digest, share.config_of(line))
+        except UserError as error:
+            refused.append(ConceptStatus(line.id, FAILED, str(error), digest=line.digest))
 
 
 def saved_concepts(run: RunDir, done: IdSet) -> dict[str, tuple[str, ...]]:
@@ -72,16 +96,27 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def learn_all(fleet: Fleet, bar: tqdm) -> tuple[int, signal.Signals | None]:
+def learn_all(fleet: Fleet, bar: tqdm, refused: list[ConceptStatus]) -> tuple[int, signal.Signals | None]:
     """Learns what the queue has; returns how many failed, and the signal that ended it early, if one did."""
     failed = 0
+
+    def note(ended: list[ConceptStatus]) -> None:
+        nonlocal failed
+        while refused:
+            write_status(fleet.folder / refused[-1].id, refused[-1])
+            ended.append(refused.pop())
+        failed += sum(status.status == FAILED for status in ended)
+        bar.update(len(ended))
+        show(bar, fleet)
+
     with signals() as received:
-        while not received and not fleet.queue.is_over:
-            for status in fleet.work():
-                failed += status.status == FAILED
-                bar.update()
-            show(bar, fleet)
-        fleet.leave()
+        try:
+            while not received and not fleet.queue.is_over:
+                note(fleet.work())
+        except ReportedError:  # the states of those that still learn are saved
+            fleet.leave()
+            raise
+        note(fleet.leave())
     return failed, received[0] if received and not fleet.queue.is_over else None
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -52,13 +53,21 @@ def connect(address: str) -> Any:
     # Ray prints the log of a node that dies, of which the driver tells in a line; it has no setting for that.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     try:
+        if address not in (LOCAL, AUTO):
+            knock(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--ray={address}: no Ray cluster answers ({short(error)}); start one with ray start --head, or give "
             f"--ray={LOCAL} for one on this machine"
         ) from error
     return ray
+
+
+def knock(address: str) -> None:
+    """Raises OSError or ValueError if nobody listens at an address, for which Ray itself would wait for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def alive_nodes(ray: Any) -> list[Node]:
@@ -79,8 +88,7 @@ def node_name(node: Mapping[str, Any]) -> str:
 
 def draining(ray: Any) -> set[str]:
     """Returns the ids of the nodes that are about to be taken away, as Ray was told (ray drain-node)."""
-    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    return set(client.get_draining_nodes())
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 def needs_of(text: str | None) -> dict[str, float] | None:

@@ -6,16 +6,18 @@ Ray finds machines, starts processes there and says when they end. What is decid
 
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from catversion_jax.fleet import cluster
 from catversion_jax.fleet.cluster import Seat
-from catversion_jax.fleet.work_queue import TOGETHER, WorkQueue
+from catversion_jax.fleet.work_queue import TOGETHER, Hands, WorkQueue
 from catversion_jax.fleet.worker import ConceptWorker, Handed, Report, Setup
 from catversion_jax.training.engine import ConceptJob
 from catversion_jax.training.run_dir import OF_RAY, RunDir
-from catversion_jax.training.status import FAILED, ConceptStatus, write_status
+from catversion_jax.training.status import FAILED, ConceptStatus, read_statuses, write_status
+from catversion_jax.training.status import FILE_NAME as STATUS
 from catversion_jax.utils.errors import ReportedError, UserError, one_line
 from catversion_jax.utils.log import warn
 
@@ -47,6 +49,7 @@ class RemoteWorker:
     since: float = 0.0  # when that was asked for
     lost: float | None = None  # of one that is dead: until when its node may turn out to be lost, too
     told: str = ""  # how it ended
+    silent: bool = False  # out of reach, rather than ended
     goes: bool = False  # its node is about to be taken away
 
     @property
@@ -66,11 +69,14 @@ class RayOptions:
 class Fleet:
     """The workers of a run on a Ray cluster."""
 
-    def __init__(self, ray: Any, setup: Setup, queue: WorkQueue[ConceptJob], options: RayOptions):
-        self.ray, self.setup, self.queue, self.options = ray, setup, queue, options
+    def __init__(
+        self, ray: Any, setup: Setup, queue: WorkQueue[ConceptJob], options: RayOptions, check: Callable[[], None]
+    ):
+        """`check` raises StorageError if another driver has taken the folder over."""
+        self.ray, self.setup, self.queue, self.options, self.check = ray, setup, queue, options, check
         self.folder = RunDir.of(setup.config).path
         self.workers: dict[str, RemoteWorker] = {}
-        self.vain: dict[Seat, int] = {}  # workers that ended in a place, for which no concept can be the reason
+        self.vain: dict[Seat, float] = {}  # workers that ended in a place without having ended a concept
         self.loss = 0.0
         self._began = time.monotonic()
         self._looked = self._began - LOOK
@@ -78,6 +84,7 @@ class Fleet:
         self._error: ReportedError | None = None
         self._ended: list[ConceptStatus] = []
         self._waits = False
+        self._alive: set[str] = set()  # the ids of the nodes, by the last look
 
     @property
     def learning(self) -> int:
@@ -102,6 +109,10 @@ class Fleet:
             limit = STARTING if worker.doing == START else self.options.patience
             if worker.call is not None and time.monotonic() - worker.since > limit:
                 self.lose(worker, f"said nothing for {limit:g} s", crashed=True)
+        return self.taken()
+
+    def taken(self) -> list[ConceptStatus]:
+        """Returns the concepts that ended since it was asked before."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -111,12 +122,14 @@ class Fleet:
         if not calls:
             time.sleep(LOOK / 4)
             return
-        ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=LOOK)
+        self.ray.wait(list(calls), num_returns=1, timeout=LOOK)
+        # All that have ended: whoever has not is measured by his patience next.
+        ready, _ = self.ray.wait(list(calls), num_returns=len(calls), timeout=0)
         for call in ready:
             self.hear(calls[call])
 
-    def leave(self) -> None:
-        """Lets the workers save their states, and ends them."""
+    def leave(self) -> list[ConceptStatus]:
+        """Lets the workers save their states, and ends them; returns the concepts that ended meanwhile."""
         until = time.monotonic() + LEAVING
         while self.workers and time.monotonic() < until:
             for worker in list(self.workers.values()):
@@ -128,25 +141,33 @@ class Fleet:
         for worker in list(self.workers.values()):
             warn(f"{worker.seat.node}: a worker did not save its states in {LEAVING:g} s")
             self.forget(worker)
+        return self.taken()
 
     def look(self) -> None:
         """Looks who is there: a place without a worker gets one, and what a lost worker had is handed to others."""
-        nodes = cluster.alive_nodes(self.ray)
-        alive, places = {node.id for node in nodes}, cluster.seats(nodes, self.options.needs)
+        self.check()
+        try:
+            nodes = cluster.alive_nodes(self.ray)
+        except self.ray.exceptions.RayError as error:  # its head is slow; asked again
+            warn(f"the cluster does not say which nodes it has ({last_line(error)})")
+            return
+        self._alive = alive = {node.id for node in nodes}
+        places = cluster.seats(nodes, self.options.needs)
         for worker in list(self.workers.values()):
             is_alive = worker.seat.node_id in alive
             if worker.lost is None:
                 worker.goes = not is_alive
+                self.rest(worker)
             # Ray may not have noticed yet that the node is lost, too.
             elif not is_alive:
                 self.lose(worker, "was lost with its node", crashed=False)
             elif time.monotonic() > worker.lost:
-                self.lose(worker, f"ended ({worker.told})", crashed=True)
+                self.lose(worker, f"ended ({worker.told})", crashed=not worker.silent)
         taken = {worker.seat for worker in self.workers.values()}
         for seat, needs in places.items():
             if seat not in taken and self.vain.get(seat, 0) < STARTS:
                 self.start(seat, needs)
-        if not self.workers and self._error is not None:
+        if places and not self.workers and self._error is not None:
             raise self._error
         if not self.workers and not self._waits:
             warn("no node of the cluster has a place for a worker yet; waiting for one")
@@ -176,9 +197,10 @@ class Fleet:
         try:
             report: Report = self.ray.get(worker.call)
         except self.ray.exceptions.RayActorError as error:
-            silent = isinstance(error, self.ray.exceptions.ActorUnavailableError)
+            worker.silent = isinstance(error, self.ray.exceptions.ActorUnavailableError)
             worker.call, worker.told = None, last_line(error)
-            worker.lost = time.monotonic() + (NODE_SILENCE if silent else NODE_LOSS)
+            worker.lost = time.monotonic() + (NODE_SILENCE if worker.silent else NODE_LOSS)
+            self.rest(worker)
             return
         # Whatever it raised: the worker may be in any state.
         except self.ray.exceptions.RayError as error:
@@ -189,7 +211,7 @@ class Fleet:
             warn(f"{worker.seat.node}: {message}")
         if report.error is not None:
             self._error = report.error
-            if isinstance(report.error, UserError):  # which another one there would make, too
+            if worker.doing == START and isinstance(report.error, UserError):  # another there would make it, too
                 self.vain[worker.seat] = STARTS
             self.lose(worker, str(report.error), crashed=False)
         elif worker.doing == LEAVE:
@@ -197,7 +219,7 @@ class Fleet:
             self.forget(worker)
         elif worker.doing == START:
             worker.doing = TURN
-            self.queue.join(worker.name)
+            self.queue.join(worker.name, worker.seat.node_id)
         else:
             self.loss = report.loss
             self.queue.heard(worker.name, [status.id for status in report.ended], report.begun, report.returned)
@@ -208,20 +230,38 @@ class Fleet:
     def lose(self, worker: RemoteWorker, why: str, crashed: bool) -> None:
         """Gives a worker up; what it had goes to others, or has failed."""
         had = self.queue.hands.get(worker.name)
+        if had is not None:
+            self.take_results(worker.name, had)
         warn(f"{worker.seat.node}: a worker {why}" + ("; what it had goes to others" if had and had.tasks else ""))
-        if had is None or not had.tasks or not crashed:
-            # Not where its concepts may be the reason: their crashes are counted.
-            self.vain[worker.seat] = self.vain.get(worker.seat, 0) + 1
+        if worker.seat.node_id in self._alive:
+            # Half, where one of its concepts may be the reason.
+            self.vain[worker.seat] = self.vain.get(worker.seat, 0) + (0.5 if had and had.tasks and crashed else 1)
             self._error = self._error or UserError(f"{worker.seat.node}: a worker {why}")
+            if self.vain[worker.seat] >= STARTS:
+                warn(f"{worker.seat.node}: no more workers are started in this place")
         if had is not None and crashed:
             for job in self.queue.crashed(worker.name):
                 error = CRASHED.format(len(TOGETHER), worker.told or why)
                 status = ConceptStatus(job.id, FAILED, error, digest=job.digest)
+                self.check()
                 write_status(self.folder / job.id, status)
                 self._ended.append(status)
         elif had is not None:
             self.queue.leave(worker.name)
         self.forget(worker)
+
+    def take_results(self, name: str, had: Hands[ConceptJob]) -> None:
+        """Takes in what a worker that is lost had written, and not reported any more."""
+        files = {task.job.id: self.folder / task.job.id / STATUS for task in had.tasks.values()}
+        statuses = list(read_statuses(path for path in files.values() if path.is_file()))
+        found = [status for status in statuses if status.digest == had.tasks[status.id].job.digest]
+        self.queue.heard(name, [status.id for status in found], had.begun, [])
+        self._ended += found
+
+    def rest(self, worker: RemoteWorker) -> None:
+        """Hands a worker no more while it is dead, or about to leave."""
+        if worker.name in self.queue.hands:
+            self.queue.hands[worker.name].rests = worker.goes or worker.lost is not None
 
     def forget(self, worker: RemoteWorker) -> None:
         # A process that hangs, or whose node is out of reach, may not end by itself.

@@ -29,14 +29,18 @@ class Task(Generic[JobT]):
 
     job: JobT
     crashes: int = 0  # of workers that had it
+    crashed_on: frozenset[str] = frozenset()  # the nodes of those
     saved_by: tuple[str, ...] = ()  # the workers whose checkpoints may have its state
+    returned_by: str = ""  # the worker that handed it back for others to begin
 
 
 @dataclass
 class Hands(Generic[JobT]):
     """What a worker was handed, and has not ended."""
 
+    node: str
     tasks: dict[str, Task[JobT]] = field(default_factory=dict)  # by id
+    rests: bool = False  # it takes no more: it is dead, perhaps, or about to leave
     begun: set[str] = field(default_factory=set)  # those in its slots, by what it said last
 
     @property
@@ -62,41 +66,70 @@ class WorkQueue(Generic[JobT]):
     def _is_waiting(self) -> bool:
         return any(self._waiting.values())
 
-    def join(self, worker: str) -> None:
-        """Adds a worker."""
-        self.hands[worker] = Hands()
+    def join(self, worker: str, node: str) -> None:
+        """Adds a worker on a node."""
+        self.hands[worker] = Hands(node)
 
     def hand(self, worker: str) -> list[Task[JobT]]:
         """Returns the next concepts for a worker."""
         hands = self.hands[worker]
-        if not hands.tasks and (suspected := max((n for n, tasks in self._waiting.items() if n and tasks), default=0)):
-            crashes = suspected
-        else:
-            crashes = hands.crashes
+        crashes = hands.crashes
+        if not crashes and (suspected := self._suspected(hands.node)):
+            if hands.tasks and worker == self._next_free(suspected):
+                return []  # until it has ended what it has: it is to try what others crashed with
+            if not hands.tasks:
+                crashes = suspected
         # Towards the end nobody prepares what another could begin.
         whole = self._slots * (1 if self._next is None else 2)
         room = min(TOGETHER[crashes] or whole, whole) - len(hands.tasks)
-        handed = list(itertools.islice(self._take(crashes), max(0, room)))
+        handed = list(itertools.islice(self._take(crashes, worker), max(0, room)))
         hands.tasks |= {task.job.id: task for task in handed}
         return handed
 
-    def _take(self, crashes: int) -> Iterator[Task[JobT]]:
-        while True:
-            if waiting := self._waiting[crashes]:
-                yield waiting.popleft()
-            elif not crashes and self._next is not None:
-                job, self._next = self._next, next(self._jobs, None)
-                yield Task(job, saved_by=self._saved.pop(job.id, ()))
-            else:
-                return
+    def _take(self, crashes: int, worker: str) -> Iterator[Task[JobT]]:
+        waiting = self._waiting[crashes]
+        node, others_are_free = self.hands[worker].node, self._free_slots(worker) > 0
+        for task in list(waiting):
+            if self._may_try(task, node) and not (task.returned_by == worker and others_are_free):
+                waiting.remove(task)
+                yield task
+        while not crashes and self._next is not None:
+            job, self._next = self._next, next(self._jobs, None)
+            yield Task(job, saved_by=self._saved.pop(job.id, ()))
+
+    def _may_try(self, task: Task[JobT], node: str) -> bool:
+        """Whether a node may try a concept: not one where it crashed, which may be at fault, while there are others."""
+        nodes = {hands.node for hands in self.hands.values() if not hands.rests}
+        return node not in task.crashed_on or nodes <= task.crashed_on
+
+    def _suspected(self, node: str) -> int:
+        """Returns the most crashes of a concept that waits and that a node may try; 0 if there is none."""
+        may_try = (n for n, tasks in self._waiting.items() if any(self._may_try(task, node) for task in tasks))
+        return max(may_try, default=0)
+
+    def _next_free(self, crashes: int) -> str | None:
+        """Returns the worker that will first have ended what it has, of those that may try what others crashed with."""
+        able = {
+            name: len(hands.tasks)
+            for name, hands in self.hands.items()
+            if not hands.rests and any(self._may_try(task, hands.node) for task in self._waiting[crashes])
+        }
+        return min(able, key=able.__getitem__, default=None)
+
+    def _free_slots(self, worker: str) -> int:
+        """Returns how many concepts others than a worker could begin at once."""
+        return sum(
+            max(0, self._slots - len(hands.tasks))
+            for name, hands in self.hands.items()
+            if name != worker and not hands.rests and not hands.crashes
+        )
 
     def to_return(self, worker: str) -> int:
         """Returns how many of the concepts that a worker has not begun others could begin at once."""
         if self._next is not None or self._is_waiting:
             return 0
         hands = self.hands[worker]
-        free = sum(max(0, self._slots - len(other.tasks)) for name, other in self.hands.items() if name != worker)
-        return min(free, max(0, len(hands.tasks) - max(len(hands.begun), 1))) if len(hands.tasks) > 1 else 0
+        return min(self._free_slots(worker), max(0, len(hands.tasks) - max(len(hands.begun), 1)))
 
     def heard(self, worker: str, ended: Collection[str], begun: Collection[str], returned: Collection[str]) -> None:
         """Notes what a worker says: the ids of those that ended, that are in its slots, and that it hands back."""
@@ -105,6 +138,7 @@ class WorkQueue(Generic[JobT]):
             del hands.tasks[concept_id]
         for concept_id in returned:
             task = hands.tasks.pop(concept_id)
+            task.returned_by = worker
             self._waiting[task.crashes].append(task)
         hands.begun = set(begun)
 
@@ -116,9 +150,10 @@ class WorkQueue(Generic[JobT]):
 
     def crashed(self, worker: str) -> list[JobT]:
         """Takes back what a worker had that crashed; returns what has failed by that."""
-        failed = []
-        for task in self.hands.pop(worker).tasks.values():
+        failed, hands = [], self.hands.pop(worker)
+        for task in hands.tasks.values():
             task.crashes += 1
+            task.crashed_on |= {hands.node}
             task.saved_by += (worker,)
             if task.crashes == len(TOGETHER):
                 failed.append(task.job)

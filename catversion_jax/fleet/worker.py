@@ -3,12 +3,14 @@
 The driver (driver.py) calls it through Ray. It writes its results and checkpoints to the run's folder itself.
 """
 
+import contextlib
 import logging
 import os
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import msgspec
 
 from catversion_jax import __version__
@@ -20,6 +22,7 @@ from catversion_jax.training.concept_data import Room
 from catversion_jax.training.engine import ConceptJob, Ended, Engine, told_of_failure
 from catversion_jax.training.interrupted import InterruptedConcept, read_interrupted
 from catversion_jax.training.preparation import Preparation
+from catversion_jax.training.previews import sample_preview
 from catversion_jax.training.results import Results
 from catversion_jax.training.run import load_model
 from catversion_jax.training.run_dir import RunDir
@@ -40,6 +43,7 @@ class Setup:
 
     config: Config
     room: Room
+    claimed: str  # config.json of the run's folder, as the driver reads it
     version: str = __version__  # of the driver
 
 
@@ -92,6 +96,8 @@ class ConceptWorker:
     def __init__(self, name: str, node: str, environment: dict[str, str], setup: Setup):
         self.name, self.node, self.setup = name, node, setup
         os.environ.update(environment | alone_on_tpu())
+        # JAX has read the variable already, when this class was imported.
+        jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or None)
         self.kept = KeptWarnings()
         LOGGER.addHandler(self.kept)
         LOGGER.propagate = False
@@ -128,7 +134,7 @@ class ConceptWorker:
         if self.setup.version != __version__:
             raise UserError(f"catversion-jax {__version__}, the driver has {self.setup.version}; install the same")
         run = RunDir.of(config)
-        if not run.config.is_file():
+        if not run.config.is_file() or run.config.read_text() != self.setup.claimed:
             raise UserError(f"{run.path}: not there; expected a bucket, or a folder that all nodes share")
         cache.enable()
         pipeline = load_model(config, config.batch.slots)
@@ -139,17 +145,30 @@ class ConceptWorker:
         self.read: dict[str, dict[str, InterruptedConcept]] = {}  # what workers before had saved, by worker
         self.waited: dict[str, float] = {}  # seconds until each concept in the slots had its first step here
         self.engine.slots.compile()
+        self.draw_once()
         return Report()
 
-    def prepare(self, preparing: Preparing) -> tuple[ConceptData, InterruptedConcept | None]:
-        """Reads and encodes a concept's photos, and what was saved of it."""
+    def draw_once(self) -> None:
+        """Compiles what draws a preview, which would make a turn long."""
+        config, engine = self.setup.config, self.engine
+        if config.batch.previews:
+            concept = engine.concept_of(ConceptJob("", "", config), engine.step_config.init_state([config.seed]))
+            with contextlib.suppress(UserError):  # of prompts that this class word does not fit
+                sample_preview(config, engine.pipeline, concept, config.batch.previews)
+
+    def prepare(self, preparing: Preparing) -> tuple[ConceptData, InterruptedConcept | ReportedError | None]:
+        """Reads and encodes a concept's photos, and what was saved of it, or why that cannot be read now."""
         job, _, saved_by = preparing.handed
         check_settings(job.config)
         data = self.engine.prepare(
             job.config, training_photos(job.config.data, self.engine.pipeline.networks.resolution)
         )
-        saved = [found for worker in saved_by if (found := self.saved_by(worker).get(job.id)) is not None]
-        return data, max(saved, key=lambda found: int(found.state.step[0]), default=None)
+        try:
+            saved = [found for worker in saved_by if (found := self.saved_by(worker).get(job.id)) is not None]
+        except ReportedError as error:
+            return data, error
+        own = [found for found in saved if found.digest in (None, job.digest)]
+        return data, max(own, key=lambda found: int(found.state.step[0]), default=None)
 
     def saved_by(self, worker: str) -> dict[str, InterruptedConcept]:
         """Returns what a worker that is gone had saved."""
@@ -197,6 +216,9 @@ class ConceptWorker:
 
             with told_of_failure(tell):
                 data, saved = prepared.data.result()
+            if not prepared.data.exception():
+                if isinstance(saved, ReportedError):  # the storage's fault, not the concept's
+                    raise saved
                 if saved is not None:
                     self.engine.saved[job.id] = saved
                 self.engine.enter(job, data)

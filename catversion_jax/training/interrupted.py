@@ -1,7 +1,7 @@
 """The concepts that a batch was training when it was interrupted, as its checkpoints hold them."""
 
-import contextlib
 import itertools
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from catversion_jax.training.checkpoints import NOTE, Saved, checkpoint_path, read_newest, saved_steps, unpacked
 from catversion_jax.training.state import TrainState
 from catversion_jax.training.step import StepConfig
-from catversion_jax.utils.errors import ReportedError, UserError
+from catversion_jax.utils.errors import UserError, short
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.paths import AnyPath, NoAccess
 from catversion_jax.utils.records import convert, read_record
@@ -68,10 +68,15 @@ def read_interrupted(folders: Iterable[AnyPath], step_config: StepConfig) -> dic
 def noted_ids(folder: AnyPath) -> list[str]:
     """Returns the ids of the concepts that the newest readable checkpoint in a folder holds, none if there is none."""
     for step in saved_steps(folder):
-        # What is damaged is said by whoever reads the state.
-        with contextlib.suppress(ReportedError), unpacked(checkpoint_path(folder, step)) as local:
-            note = read_record(local / NOTE, dict[str, Any], "expected a checkpoint's note")
+        try:
+            with unpacked(checkpoint_path(folder, step)) as local:
+                note = read_record(local / NOTE, dict[str, Any], "expected a checkpoint's note")
             return [concept_id for concept_id in to_slot_note(note).ids if concept_id is not None]
+        except NoAccess:
+            raise
+        # A newer one has replaced it meanwhile, or it is damaged: an older one has most of its concepts.
+        except (FileNotFoundError, zipfile.BadZipFile, UserError) as error:
+            warn(f"{folder / str(step)}: passed over ({short(error)})")
     return []
 
 

@@ -36,6 +36,9 @@ class Preparation(Generic[JobT, DataT]):
 
     def drop(self, unwanted: Callable[[JobT], bool]) -> None:
         """Takes jobs out of the queue, whether they are prepared or not."""
+        for prepared in self._waiting:
+            if unwanted(prepared.job):
+                prepared.data.cancel()
         self._waiting = deque(prepared for prepared in self._waiting if not unwanted(prepared.job))
 
     def add(self, job: JobT) -> None:

@@ -15,7 +15,7 @@ from tests.fleet.clusters import PATIENCE, cluster_of, ended, start, wait_for, w
 from tests.training.test_many_concepts import LINES, flags, report, write
 
 COUNT = 12
-STEPS = 80
+STEPS = 140
 
 
 def lines() -> list[dict]:

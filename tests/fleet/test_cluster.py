@@ -73,6 +73,7 @@ def test_without_ray_one_line_says_what_to_install(tmp_path, monkeypatch):
     ("flags", "expected"),
     [
         (["--ray=127.0.0.1:1"], "--ray=127.0.0.1:1: no Ray cluster answers"),
+        (["--ray=here"], "--ray=here: no Ray cluster answers"),
         (["--ray=auto"], "--ray=auto: no Ray cluster answers"),
         (["--ray=local", "--num_processes=2", "--process_id=0"], "--ray: hands out the concepts by itself"),
         (["--ray=local", "--ray_resources=4"], "--ray_resources=4: expected what one worker takes"),

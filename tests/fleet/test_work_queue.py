@@ -13,7 +13,7 @@ class Job(NamedTuple):
 def queue_of(count: int, slots: int = 2, workers: str = "", **saved: tuple[str, ...]) -> WorkQueue[Job]:
     queue = WorkQueue(iter([Job(str(i)) for i in range(count)]), slots, saved)
     for worker in workers:
-        queue.join(worker)
+        queue.join(worker, worker)
     return queue
 
 
@@ -24,7 +24,7 @@ def ids(tasks) -> list[str]:
 def test_a_worker_has_its_slots_twice_and_the_manifest_is_read_as_it_goes():
     read = []
     queue = WorkQueue((read.append(i) or Job(str(i)) for i in range(10**9)), 3)
-    queue.join("a")
+    queue.join("a", "a")
     assert ids(queue.hand("a")) == ["0", "1", "2", "3", "4", "5"]
     assert queue.hand("a") == []
     assert len(read) == 7
@@ -65,7 +65,7 @@ def test_the_concept_with_which_workers_crash_fails_and_no_other():
     queue, failed, ended, crashes = queue_of(40, 8), [], set(), 0
     for number in range(100):
         worker = f"w{number}"
-        queue.join(worker)
+        queue.join(worker, worker)
         while queue.hand(worker):
             pass
         while (tasks := queue.hands[worker].tasks) and "7" not in tasks:
@@ -94,7 +94,7 @@ def test_whatever_happens_each_concept_ends_once():
             if queue.is_over:
                 break
             if not queue.hands or (len(queue.hands) < 4 and rng.random() < 0.1):
-                queue.join(f"w{next(names)}")
+                queue.join(f"w{next(names)}", rng.choice("xyz"))
             worker = rng.choice(list(queue.hands))
             queue.hand(worker)
             tasks = list(queue.hands[worker].tasks)
