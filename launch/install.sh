@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install this checkout on a host of a fleet, into .venv; $1: extras of setup.py, such as tpu,gcs.
+# Install this checkout on a host, into .venv; $1: extras of setup.py, such as tpu,gcs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # uv brings a Python of its own: the TPU images' is older than the 3.11 that is needed.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What every host of a fleet runs; tpu_vm.sh, gke_xpk.sh and skypilot.yaml start it.
+# What every host of a TPU VM runs; tpu_vm.sh starts it.
 #
 #   worker.sh HERE FLAG...
 #
