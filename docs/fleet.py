@@ -1,4 +1,4 @@
-"""Draws docs/fleet.png: ten thousand concepts on 64 spot machines, by fixed stripes and by the queue of --ray.
+"""Draws docs/fleet.png: ten thousand concepts on 64 spot machines, by fixed parts and by the queue of --ray.
 
     python docs/fleet.py
 
@@ -140,7 +140,7 @@ class Fleet:
         self.plan(when, host, "learn")
 
 
-def by_stripes(mean_hours: float | None, seed: int) -> Outcome:
+def by_parts(mean_hours: float | None, seed: int) -> Outcome:
     """Each machine, and whichever replaces it, has its own part of the manifest."""
     jobs = [iter([Job(str(i)) for i in range(number, CONCEPTS, HOSTS)]) for number in range(HOSTS)]
     queues = [WorkQueue(mine, SLOTS) for mine in jobs]
@@ -153,7 +153,7 @@ def by_queue(mean_hours: float | None, seed: int) -> Outcome:
     return Fleet(mean_hours, seed, lambda _: queue).run()
 
 
-WAYS = {"fixed stripes": by_stripes, "one queue": by_queue}
+WAYS = {"fixed parts": by_parts, "one queue": by_queue}
 
 
 def main() -> None:
