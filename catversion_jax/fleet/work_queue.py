@@ -90,7 +90,9 @@ class WorkQueue(Generic[JobT]):
         waiting = self._waiting[crashes]
         node, others_are_free = self.hands[worker].node, self._free_slots(worker) > 0
         for task in list(waiting):
-            if self._may_try(task, node) and not (task.returned_by == worker and others_are_free):
+            if crashes and not self._may_try(task, node):
+                continue
+            if crashes or task.returned_by != worker or not others_are_free:
                 waiting.remove(task)
                 yield task
         while not crashes and self._next is not None:
@@ -126,9 +128,10 @@ class WorkQueue(Generic[JobT]):
 
     def to_return(self, worker: str) -> int:
         """Returns how many of the concepts that a worker has not begun others could begin at once."""
-        if self._next is not None or self._is_waiting:
-            return 0
         hands = self.hands[worker]
+        # What others crashed with stays where it is: not everybody may try it.
+        if self._next is not None or self._is_waiting or hands.crashes:
+            return 0
         return min(self._free_slots(worker), max(0, len(hands.tasks) - max(len(hands.begun), 1)))
 
     def heard(self, worker: str, ended: Collection[str], begun: Collection[str], returned: Collection[str]) -> None:

@@ -111,3 +111,16 @@ def test_whatever_happens_each_concept_ends_once():
                 queue.heard(worker, begun[:1], begun[1:], returned)
                 ended += begun[:1]
         assert sorted(ended, key=int) == [str(i) for i in range(count)], seed
+
+
+def test_what_was_handed_back_and_then_crashed_goes_to_the_other_node():
+    queue = queue_of(2, 1, "ab")
+    assert ids(queue.hand("a")) == ["0", "1"]
+    queue.heard("a", [], ["0"], ["1"])
+    assert ids(queue.hand("b")) == ["1"]
+    assert queue.crashed("b") == []
+    queue.heard("a", ["0"], [], [])
+    queue.join("b2", "b")
+    assert queue.hand("b2") == []
+    assert ids(queue.hand("a")) == ["1"]
+    assert queue.to_return("a") == 0
