@@ -4,7 +4,6 @@ Every leaf has a leading concept axis C, of size 1 in a run of one concept, so t
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import flax.struct
 import jax
@@ -79,8 +78,6 @@ def init_state(
     return compile_init(method, networks, optimizer, keeps_best)(jnp.asarray(seeds, jnp.uint32))
 
 
-# Once, and not anew for each concept that enters a slot.
-@cache
 def compile_init(method: Method, networks: Networks, optimizer: OptimizerConfig, keeps_best: bool):
     """Returns the jitted `init(seeds)`, which makes fresh states."""
     transformation = optimizer.transformation()

@@ -23,7 +23,7 @@ from catversion_jax.config.sections import StopConfig, TrainConfig
 from catversion_jax.methods.base import Method
 from catversion_jax.models.sharding import sharding
 from catversion_jax.models.unet import Context, UNet2DConditionModel
-from catversion_jax.training.state import ConceptData, Frozen, TrainState, init_state
+from catversion_jax.training.state import ConceptData, Frozen, TrainState, compile_init, init_state
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Key, Params, Shaped
@@ -73,8 +73,11 @@ class StepConfig:
 
     def init_state(self, seeds: Sequence[int]) -> TrainState:
         """Returns the state before the first step, with one concept for each seed."""
-        keeps_best = self.stop.every > 0
-        return init_state(seeds, self.method, self.networks, self.optimizer, keeps_best)
+        return init_state(seeds, self.method, self.networks, self.optimizer, self.stop.every > 0)
+
+    def compile_init(self):
+        """Returns the jitted `init(seeds)`, for whoever makes many states: each call of `init_state` compiles anew."""
+        return compile_init(self.method, self.networks, self.optimizer, self.stop.every > 0)
 
 
 def warn_of_idle_devices(config: Config, mesh: Mesh, slots: int | None = None) -> None:
