@@ -17,7 +17,7 @@ from catversion_jax.models.prefix_attention import Prefix
 from catversion_jax.models.sharding import make_mesh, sharding
 from catversion_jax.sampling import conditioning, denoising
 from catversion_jax.training import step as ts
-from catversion_jax.training.state import Frozen, init_state
+from catversion_jax.training.state import Frozen
 from catversion_jax.weights.source import open_source
 from tests.conftest import max_error
 
@@ -113,7 +113,7 @@ def test_gradient_and_twenty_steps(mini, golden):
     frozen = Frozen(mini.params["unet"], mini.params["text"], jnp.asarray(networks.schedule.alphas_cumprod))
     (encoder,), (params,) = networks.text, mini.params["text"]
     prompts = lower_layers(encoder, params, golden["train.token_ids"], jnp.ones((2, 77, 1), bool), stop=LAYERS[0])
-    state = init_state([0], config.method, networks, config.optimizer)
+    state = config.init_state([0])
     state = state.replace(learned={"prefix": jnp.asarray(golden["prefix.p1_bias0"])[None]})
     state = jax.device_put(state, sharding(config.mesh, "concept"))
 

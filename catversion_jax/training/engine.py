@@ -97,7 +97,6 @@ class Engine:
             prepare(config, self.step_config.method, pipeline, [blank], room),
             self.length,
         )
-        self._init = self.step_config.compile_init()  # once, and not anew for each concept that enters
         self.saved, self.checkpoints = saved, checkpoints
         self.clock = self.kept = checkpoints.latest or 0  # steps of the slots, whoever was in them
         self.entered: dict[int, Entered] = {}  # by slot
@@ -153,7 +152,7 @@ class Engine:
             return saved.state
         if saved is not None:
             warn(f"{job.id}: it has other values than when it was interrupted; begun anew")
-        return self._init(np.array([job.config.seed], np.uint32))
+        return self.step_config.init_state([job.config.seed])
 
     def advance(self) -> list[Ended]:
         """Runs one dispatch; returns the concepts that ended with it, whose slots are empty now."""

@@ -3,8 +3,6 @@
 Every leaf has a leading concept axis C, of size 1 in a run of one concept, so that concepts can be stacked.
 """
 
-from collections.abc import Sequence
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -65,17 +63,6 @@ class Frozen(flax.struct.PyTreeNode):
 
         alphas = jax.device_put(pipeline.networks.schedule.alphas_cumprod, sharding(mesh, "frozen"))
         return cls(put(pipeline.params["unet"]), tuple(map(put, pipeline.params["text"])), alphas)
-
-
-def init_state(
-    seeds: Sequence[int],
-    method: Method,
-    networks: Networks,
-    optimizer: OptimizerConfig,
-    keeps_best: bool = False,
-) -> TrainState:
-    """Returns a fresh state for each seed, with room for the best that is learned if `keeps_best`."""
-    return compile_init(method, networks, optimizer, keeps_best)(jnp.asarray(seeds, jnp.uint32))
 
 
 def compile_init(method: Method, networks: Networks, optimizer: OptimizerConfig, keeps_best: bool):

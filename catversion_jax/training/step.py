@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import flax.struct
@@ -23,7 +23,7 @@ from catversion_jax.config.sections import StopConfig, TrainConfig
 from catversion_jax.methods.base import Method
 from catversion_jax.models.sharding import sharding
 from catversion_jax.models.unet import Context, UNet2DConditionModel
-from catversion_jax.training.state import ConceptData, Frozen, TrainState, compile_init, init_state
+from catversion_jax.training.state import ConceptData, Frozen, TrainState, compile_init
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Key, Params, Shaped
@@ -73,11 +73,12 @@ class StepConfig:
 
     def init_state(self, seeds: Sequence[int]) -> TrainState:
         """Returns the state before the first step, with one concept for each seed."""
-        return init_state(seeds, self.method, self.networks, self.optimizer, self.stop.every > 0)
+        return self._init(jnp.asarray(seeds, jnp.uint32))
 
-    def compile_init(self):
-        """Returns the jitted `init(seeds)`, for whoever makes many states: each call of `init_state` compiles anew."""
-        return compile_init(self.method, self.networks, self.optimizer, self.stop.every > 0)
+    @cached_property
+    def _init(self):
+        # Once, and not anew for each concept that enters a slot.
+        return compile_init(self.method, self.networks, self.optimizer, keeps_best=self.stop.every > 0)
 
 
 def warn_of_idle_devices(config: Config, mesh: Mesh, slots: int | None = None) -> None:

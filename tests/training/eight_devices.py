@@ -13,7 +13,7 @@ from catversion_jax.base import pipeline
 from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.models.sharding import FROZEN, make_mesh, sharding
 from catversion_jax.training import step as ts
-from catversion_jax.training.state import Frozen, init_state
+from catversion_jax.training.state import Frozen
 from tests.training.test_step import concept, stack
 
 BATCH, STEPS = 4, 2
@@ -36,7 +36,7 @@ def run(model: str, name: str, concepts: int) -> dict[str, np.ndarray]:
     method = CatVersion(((1, 2, 3),), length=2, init_std=0.1)
     config = ts.StepConfig(pipe.networks, method, ts.OptimizerConfig(), BATCH, mesh)
     place = sharding(mesh, "concept")
-    state = init_state(list(range(concepts)), method, pipe.networks, config.optimizer)
+    state = config.init_state(list(range(concepts)))
     data = stack(*(concept(3 + i, seed=i, size=16) for i in range(concepts)))
     state, data = jax.device_put(state, place), jax.device_put(data, place)
     frozen = Frozen.of(pipe, mesh, FROZEN)

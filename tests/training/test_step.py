@@ -15,7 +15,7 @@ from catversion_jax.methods.catversion import CatVersion
 from catversion_jax.models.sharding import make_mesh, sharding
 from catversion_jax.models.unet import UNet2DConditionModel
 from catversion_jax.training import step as ts
-from catversion_jax.training.state import ConceptData, Frozen, init_state
+from catversion_jax.training.state import ConceptData, Frozen
 
 BATCH = 4
 
@@ -49,7 +49,7 @@ def stack(*trees):
 
 
 def start(config: ts.StepConfig, seeds=(0,)):
-    return init_state(list(seeds), config.method, config.networks, config.optimizer)
+    return config.init_state(list(seeds))
 
 
 @pytest.fixture(scope="module")
