@@ -16,7 +16,7 @@ from catversion_jax.fleet.work_queue import WorkQueue
 from catversion_jax.fleet.worker import Setup
 from catversion_jax.training.engine import ConceptJob
 from catversion_jax.training.interrupted import noted_ids
-from catversion_jax.training.loop import signals
+from catversion_jax.training.loop import signals, started
 from catversion_jax.training.many_concepts import BatchOutcome
 from catversion_jax.training.run_dir import OF_RAY, RunDir
 from catversion_jax.training.share import Share, take_stock
@@ -43,7 +43,7 @@ def train_on_ray(share: Share, options: RayOptions) -> BatchOutcome:
         queue = WorkQueue(jobs_of(share, stock.done, refused), config.batch.slots, saved)
         with (
             connected(options.address) as ray,
-            tqdm(total=stock.concepts, initial=len(stock.done), unit=" concepts", desc="starting") as bar,
+            tqdm(total=stock.concepts, initial=len(stock.done), unit=" concepts", desc="compiling") as bar,
         ):
             fleet = Fleet(ray, Setup(with_whole_paths(config), room, run.config.read_text()), queue, options, check)
             failed, received = learn_all(fleet, bar, refused)
@@ -122,9 +122,8 @@ def learn_all(fleet: Fleet, bar: tqdm, refused: list[ConceptStatus]) -> tuple[in
 
 def show(bar: tqdm, fleet: Fleet) -> None:
     """Shows how many workers learn, and how many concepts end an hour."""
-    if fleet.learning and bar.desc.startswith("starting"):
-        bar.unpause()  # its rate and time left exclude the start
-        bar.set_description("training", refresh=False)
+    if fleet.learning:
+        started(bar)
     shown, rate = f"{fleet.learning} workers", bar.format_dict["rate"]
     if rate:
         shown += f", {3600 * rate:.0f} concepts/h"

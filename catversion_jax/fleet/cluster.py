@@ -47,8 +47,6 @@ def connect(address: str) -> Any:
     """Connects to a cluster, or starts one on this machine, and returns Ray."""
     # Ray would send what it calls usage statistics to its makers, from everybody's machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A GPU that a worker did not ask for stays hidden from it.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     ray = import_ray()
     # Ray prints the log of a node that dies, of which the driver tells in a line; it has no setting for that.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None

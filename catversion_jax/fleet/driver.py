@@ -18,7 +18,7 @@ from catversion_jax.training.engine import ConceptJob
 from catversion_jax.training.run_dir import OF_RAY, RunDir
 from catversion_jax.training.status import FAILED, ConceptStatus, read_statuses, write_status
 from catversion_jax.training.status import FILE_NAME as STATUS
-from catversion_jax.utils.errors import ReportedError, UserError, one_line
+from catversion_jax.utils.errors import ReportedError, UserError, one_line, short
 from catversion_jax.utils.log import warn
 
 LOOK = 1.0
@@ -198,7 +198,7 @@ class Fleet:
             report: Report = self.ray.get(worker.call)
         except self.ray.exceptions.RayActorError as error:
             worker.silent = isinstance(error, self.ray.exceptions.ActorUnavailableError)
-            worker.call, worker.told = None, last_line(error)
+            worker.call, worker.told = None, short(error)
             worker.lost = time.monotonic() + (NODE_SILENCE if worker.silent else NODE_LOSS)
             self.rest(worker)
             return

@@ -30,7 +30,7 @@ class Task(Generic[JobT]):
     job: JobT
     crashes: int = 0  # of workers that had it
     crashed_on: frozenset[str] = frozenset()  # the nodes of those
-    saved_by: tuple[str, ...] = ()  # the workers whose checkpoints may have its state
+    saved_by: tuple[str, ...] = ()  # the folders of checkpoints that may have its state; a worker's has its name
     returned_by: str = ""  # the worker that handed it back for others to begin
 
 
@@ -52,7 +52,7 @@ class WorkQueue(Generic[JobT]):
     """The concepts that wait, and those that workers have."""
 
     def __init__(self, jobs: Iterator[JobT], slots: int, saved: Mapping[str, tuple[str, ...]] | None = None):
-        """`jobs` is read as they are handed out. `saved` are the workers whose checkpoints hold a job, by id."""
+        """`jobs` is read as they are handed out. `saved` are the folders that hold its state, by id."""
         self._jobs, self._slots, self._saved = jobs, slots, dict(saved or {})
         self._waiting: defaultdict[int, deque[Task[JobT]]] = defaultdict(deque)  # handed back, by crashes
         self.hands: dict[str, Hands[JobT]] = {}  # by worker

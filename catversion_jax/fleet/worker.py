@@ -15,12 +15,12 @@ import msgspec
 
 from catversion_jax import __version__
 from catversion_jax.config import Config
-from catversion_jax.data.photos import training_photos
 from catversion_jax.fleet.host import alone_on_tpu
 from catversion_jax.training.checkpoints import open_checkpoints
 from catversion_jax.training.concept_data import Room
 from catversion_jax.training.engine import ConceptJob, Ended, Engine, told_of_failure
 from catversion_jax.training.interrupted import InterruptedConcept, read_interrupted
+from catversion_jax.training.loop import enough_memory, fewer_slots
 from catversion_jax.training.preparation import Preparation
 from catversion_jax.training.previews import sample_preview
 from catversion_jax.training.results import Results
@@ -29,9 +29,8 @@ from catversion_jax.training.run_dir import RunDir
 from catversion_jax.training.state import ConceptData
 from catversion_jax.training.status import FAILED, ConceptStatus
 from catversion_jax.utils import cache
-from catversion_jax.utils.errors import ReportedError, UserError, is_out_of_memory, short
+from catversion_jax.utils.errors import ReportedError, UserError
 from catversion_jax.utils.log import LOGGER
-from catversion_jax.utils.settings import check_settings
 
 TURN = 2.0
 """Seconds that a worker learns before it reports; a dispatch is always finished."""
@@ -52,7 +51,7 @@ class Handed(NamedTuple):
 
     job: ConceptJob
     waited: float  # seconds, so far
-    saved_by: tuple[str, ...]  # the workers whose checkpoints may have its state
+    saved_by: tuple[str, ...]  # the folders of checkpoints that may have its state
 
 
 class Report(NamedTuple):
@@ -91,9 +90,8 @@ class Preparing(NamedTuple):
 class ConceptWorker:
     """Learns concepts. Each method returns a report, and raises nothing that a person has to read."""
 
-    """`name` is that of its folder of checkpoints."""
-
     def __init__(self, name: str, node: str, environment: dict[str, str], setup: Setup):
+        """`name` is that of its folder of checkpoints."""
         self.name, self.node, self.setup = name, node, setup
         os.environ.update(environment | alone_on_tpu())
         # JAX has read the variable already, when this class was imported.
@@ -119,15 +117,10 @@ class ConceptWorker:
 
     def reported(self, act) -> Report:
         try:
-            return act()._replace(warnings=self.kept.taken())
+            with enough_memory(fewer_slots(self.setup.config)):
+                return act()._replace(warnings=self.kept.taken())
         except ReportedError as error:
             return Report(warnings=self.kept.taken(), error=type(error)(f"{self.node}: {error}"))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            config = self.setup.config
-            todo = f"lower batch.slots ({config.batch.slots}) or train.batch_size ({config.train.batch_size})"
-            return Report(error=UserError(f"{self.node}: out of memory ({short(error)}); {todo}"))
 
     def _start(self) -> Report:
         config = self.setup.config
@@ -142,7 +135,7 @@ class ConceptWorker:
         self.engine = Engine(config, pipeline, self.setup.room, checkpoints, {})
         self.results = Results(run.path, pipeline, lambda: None)
         self.preparation = Preparation(self.prepare, 2 * config.batch.slots)
-        self.read: dict[str, dict[str, InterruptedConcept]] = {}  # what workers before had saved, by worker
+        self.read: dict[str, dict[str, InterruptedConcept]] = {}  # what others before had saved, by folder
         self.waited: dict[str, float] = {}  # seconds until each concept in the slots had its first step here
         self.engine.slots.compile()
         self.draw_once()
@@ -152,30 +145,26 @@ class ConceptWorker:
         """Compiles what draws a preview, which would make a turn long."""
         config, engine = self.setup.config, self.engine
         if config.batch.previews:
-            concept = engine.concept_of(ConceptJob("", "", config), engine.step_config.init_state([config.seed]))
             with contextlib.suppress(UserError):  # of prompts that this class word does not fit
-                sample_preview(config, engine.pipeline, concept, config.batch.previews)
+                sample_preview(config, engine.pipeline, engine.untrained(config), config.batch.previews)
 
     def prepare(self, preparing: Preparing) -> tuple[ConceptData, InterruptedConcept | ReportedError | None]:
         """Reads and encodes a concept's photos, and what was saved of it, or why that cannot be read now."""
         job, _, saved_by = preparing.handed
-        check_settings(job.config)
-        data = self.engine.prepare(
-            job.config, training_photos(job.config.data, self.engine.pipeline.networks.resolution)
-        )
+        data = self.engine.prepare_source(job.config)
         try:
-            saved = [found for worker in saved_by if (found := self.saved_by(worker).get(job.id)) is not None]
+            saved = [found for folder in saved_by if (found := self.saved_in(folder).get(job.id)) is not None]
         except ReportedError as error:
             return data, error
         own = [found for found in saved if found.digest in (None, job.digest)]
         return data, max(own, key=lambda found: int(found.state.step[0]), default=None)
 
-    def saved_by(self, worker: str) -> dict[str, InterruptedConcept]:
-        """Returns what a worker that is gone had saved."""
-        if worker not in self.read:
-            folder = RunDir.of(self.setup.config).checkpoints / worker
-            self.read[worker] = read_interrupted([folder], self.engine.step_config)
-        return self.read[worker]
+    def saved_in(self, folder: str) -> dict[str, InterruptedConcept]:
+        """Returns what a worker or a process that is gone had saved."""
+        if folder not in self.read:
+            path = RunDir.of(self.setup.config).checkpoints / folder
+            self.read[folder] = read_interrupted([path], self.engine.step_config)
+        return self.read[folder]
 
     def _turn(self, handed: list[Handed], give_back: int) -> Report:
         engine, ended, until = self.engine, [], time.monotonic() + TURN

@@ -1,7 +1,6 @@
 """The half of the worker that learns: concepts from the store into the engine's slots, and what they learned back."""
 
 import hashlib
-import io
 import json
 import shutil
 import time
@@ -13,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.config import Config
+from catversion_jax.data.dataset import encode_png
 from catversion_jax.data.latents import bucket
 from catversion_jax.data.photo_checks import check_photos
 from catversion_jax.data.photos import Photo, training_photos
@@ -63,9 +61,8 @@ def config_of_request(config: Config, asked: ConceptRequest, folder: Path) -> Co
 
 def png_of(photo: Photo) -> bytes:
     """Returns a photo as training sees it, the background dimmed where there is a mask."""
-    alone, file = subject(photo), io.BytesIO()
-    Image.fromarray(photo.image if alone is None else alone).save(file, "PNG")
-    return file.getvalue()
+    alone = subject(photo)
+    return encode_png(photo.image if alone is None else alone)
 
 
 class Ready(NamedTuple):

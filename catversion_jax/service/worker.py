@@ -19,7 +19,6 @@ from catversion_jax.service.problems import is_full
 from catversion_jax.service.requests import DONE, REMOVING
 from catversion_jax.service.shares import Shares
 from catversion_jax.service.store import Store
-from catversion_jax.training.engine import ConceptJob
 from catversion_jax.utils.errors import UserError, one_line
 from catversion_jax.utils.log import warn
 
@@ -88,7 +87,7 @@ class Worker(threading.Thread):
         engine = learning.engine
         engine.slots.compile()
         config = learning.config.replaced({"concept.class_word": "thing"})
-        concept = engine.concept_of(ConceptJob("", "", config), engine.step_config.init_state([0]))
+        concept = engine.untrained(config)
         sampler = config.sample.sampler
         if jax.default_backend() == "cpu":  # where each step is a dispatch of the same program
             sampler = replace(sampler, steps=min(sampler.steps, 2))

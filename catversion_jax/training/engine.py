@@ -16,7 +16,7 @@ import numpy as np
 
 from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.config import Config
-from catversion_jax.data.photos import Photo
+from catversion_jax.data.photos import Photo, training_photos
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.training.checkpoints import Checkpoints
 from catversion_jax.training.concept_data import Room, check_masks, prepare
@@ -30,6 +30,7 @@ from catversion_jax.training.trained_concept import to_concept
 from catversion_jax.training.training_prompts import check_prompts
 from catversion_jax.utils.errors import UserError, is_out_of_memory, reason
 from catversion_jax.utils.log import warn
+from catversion_jax.utils.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ class Engine:
         check_prompts(config, self.step_config.method, self.pipeline, photos)
         return prepare(config, self.step_config.method, self.pipeline, photos, self.room)
 
+    def prepare_source(self, config: Config) -> ConceptData:
+        """Reads and encodes what `config.data` names, and the prompts, in any thread; raises as `prepare`."""
+        check_settings(config)
+        return self.prepare(config, training_photos(config.data, self.pipeline.networks.resolution))
+
     def enter(self, job: ConceptJob, data: ConceptData) -> None:
         """Puts a concept into an empty slot: there has to be one."""
         index = min(set(range(self.config.batch.slots)) - self.entered.keys())
@@ -144,6 +150,10 @@ class Engine:
 
     def concept_of(self, job: ConceptJob, state: TrainState) -> Concept:
         return to_concept(job.config, self.step_config.method, self.pipeline.fingerprint, state)
+
+    def untrained(self, config: Config) -> Concept:
+        """Returns a concept that has learned nothing, by which what draws can be compiled."""
+        return self.concept_of(ConceptJob("", "", config), self.step_config.init_state([config.seed]))
 
     def state_of(self, job: ConceptJob) -> TrainState:
         """Returns the state that a concept goes on from: the one that was saved, if that was of the same values."""

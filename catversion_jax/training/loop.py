@@ -143,6 +143,11 @@ def not_finite(step: int, config: Config) -> str:
     return f"{what}; lower train.learning_rate ({rate}) or set train.clip_norm, in a new run_dir"
 
 
+def fewer_slots(config: Config) -> str:
+    """Says what to do where the slots of a batch take too much memory."""
+    return f"lower batch.slots ({config.batch.slots}) or train.batch_size ({config.train.batch_size})"
+
+
 @contextlib.contextmanager
 def enough_memory(todo: str) -> Iterator[None]:
     """Raises UserError, which says what to do, if the memory of the machine or of a device is too small."""

@@ -15,12 +15,11 @@ from tqdm import tqdm
 
 from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.data.manifest import Line
-from catversion_jax.data.photos import training_photos
 from catversion_jax.training.checkpoints import open_checkpoints
 from catversion_jax.training.concept_data import Room
 from catversion_jax.training.engine import ConceptJob, Ended, Engine, told_of_failure
 from catversion_jax.training.interrupted import read_interrupted
-from catversion_jax.training.loop import enough_memory, signals, started
+from catversion_jax.training.loop import enough_memory, fewer_slots, signals, started
 from catversion_jax.training.preparation import Preparation
 from catversion_jax.training.results import Results
 from catversion_jax.training.run import load_model
@@ -30,7 +29,6 @@ from catversion_jax.training.state import ConceptData
 from catversion_jax.training.status import FAILED, ConceptStatus
 from catversion_jax.training.step import StepConfig
 from catversion_jax.utils.paths import AnyPath
-from catversion_jax.utils.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,7 @@ def train_share(share: Share, run: RunDir, check: Check, room: Room, pipeline: B
     stock = take_stock(share, run)
     if not stock.left:
         return BatchOutcome(run.path, stock.concepts, 0, 0, None)
-    todo = f"lower batch.slots ({config.batch.slots}) or train.batch_size ({config.train.batch_size})"
-    with enough_memory(todo):
+    with enough_memory(fewer_slots(config)):
         batch = ManyConcepts(share, pipeline or load_model(config, config.batch.slots), check, room)
         with tqdm(total=stock.concepts, initial=len(stock.done), unit=" concepts", desc="compiling") as bar:
             interrupted_by = yield from batch.train((line for line in share.lines() if line.id not in stock.done), bar)
@@ -91,7 +88,7 @@ class ManyConcepts:
     def __init__(self, share: Share, pipeline: BasePipeline, check: Check, room: Room):
         """Loads the saved states and sets up empty slots, each with that room."""
         config = share.config
-        self.share, self.pipeline, run = share, pipeline, RunDir.of(config)
+        self.share, run = share, RunDir.of(config)
         self.results = Results(run.path, pipeline, check)
         saved = read_interrupted(run.of_processes, StepConfig.of(config, pipeline.networks, config.batch.slots))
         checkpoints = open_checkpoints(run.of_process(share.process), config.checkpoint.keep, check)
@@ -125,9 +122,7 @@ class ManyConcepts:
 
     def prepare(self, line: Line) -> ConceptData:
         """Reads and encodes a line's photos and prompts for the step."""
-        config = self.share.config_of(line)
-        check_settings(config)
-        return self.engine.prepare(config, training_photos(config.data, self.pipeline.networks.resolution))
+        return self.engine.prepare_source(self.share.config_of(line))
 
     def fill(self, queue: Preparation[Line, ConceptData], lines: Iterator[Line], bar: tqdm) -> bool:
         """Puts the next concepts that are prepared into empty slots; returns whether any slot is in use."""
