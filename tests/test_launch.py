@@ -336,7 +336,8 @@ def test_skypilot_task(place):
     assert [key for key, value in task["envs"].items() if value is None] == ["NAME", "BUCKET"]
     assert task["setup"] == 'launch/install.sh "${EXTRA},gcs,s3,ray"'
     place.fake("catversion", "exit 2", ".venv/bin")
-    place.fake("ray", "", ".venv/bin")
+    # It is in the background: whoever asks for its health waits until it has begun.
+    place.fake("ray", '[[ $1 != health-check ]] || grep -q "^ray .start" "$CALLS"', ".venv/bin")
     nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "FLAGS": "--config.seed=3 --config.train.steps=5"}
     finish(place.shell(task["run"], **skypilot_settings(task, SKYPILOT_NODE_RANK="0", **nodes)), status=2)
     manifest = place.path / "concepts" / "concepts.jsonl"
