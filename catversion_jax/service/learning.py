@@ -109,6 +109,7 @@ class Learning:
         room = Room(bucket(limits.photos), bucket(len(config.concept.templates) + limits.photos))
         saved = read_interrupted([self.checkpoints], StepConfig.of(config, pipeline.networks, config.batch.slots))
         self.engine = Engine(config, pipeline, room, self.opened_checkpoints(), saved)
+        self.is_open = True  # whether the engine's checkpoints are
         self.preparation = Preparation(self.prepare, config.batch.slots)
         self.fetching = Fetching(self.fetch_photos, FETCHED_AT_ONCE)
         self.held: Prepared[Accepted, Ready] | None = None  # taken, and not in a slot yet: the disk was full
@@ -292,15 +293,17 @@ class Learning:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """After a failure inside, which Orbax's manager does not outlive, the next save has a new one."""
+        if not self.is_open:
+            self.engine.checkpoints, self.is_open = self.opened_checkpoints(), True
         try:
             yield
         except Exception:
             self.close_checkpoints()
-            self.engine.checkpoints = self.opened_checkpoints()
             raise
 
     def close_checkpoints(self) -> None:
         """Closes checkpoints whose last save failed, which was said already, or is not wanted any more."""
+        self.is_open = False
         with suppress(Exception):
             self.engine.checkpoints.close()
 
@@ -319,7 +322,6 @@ class Learning:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for entry in entries:
             self.store.remove_concept(entry)
-        self.engine.checkpoints = self.opened_checkpoints()
         if self.engine.busy:
             with self.saving():
                 self.engine.save()
@@ -328,9 +330,10 @@ class Learning:
         """Writes what has ended, saves the slots, and waits for both."""
         self.preparation.close()
         self.settle()
-        if self.engine.busy:
-            self.engine.save()
-        self.engine.checkpoints.close()
+        with self.saving():
+            if self.engine.busy:
+                self.engine.save()
+            self.engine.checkpoints.close()
 
     def estimated_seconds(self, entry: Accepted, ahead: int) -> float | None:
         """Returns about how long a concept will take with `ahead` others before it; None before the first step."""

@@ -1,6 +1,5 @@
 """Problems: what a request is answered that cannot be done, as RFC 9457 describes, in one line of ours."""
 
-import errno
 import sqlite3
 from http import HTTPStatus
 
@@ -44,16 +43,11 @@ def answer(problem: Problem) -> JSONResponse:
     return JSONResponse(content, int(problem.status), headers, MEDIA_TYPE)
 
 
-PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS)
-"""Errors of a machine that has too much open at the moment."""
-
-
 def is_full(error: BaseException) -> bool:
     """Whether an error says that the disk is full or broken, or the machine too busy: it may pass."""
     if isinstance(error, sqlite3.OperationalError):
         return any(word in str(error) for word in ("disk", "full", "locked", "unable to open"))
-    passing = isinstance(error, OSError) and error.errno in PASSING
-    return passing or isinstance(error, StorageError) or is_storage_error(error)
+    return isinstance(error, StorageError) or is_storage_error(error)
 
 
 def problem_of(error: BaseException) -> Problem:

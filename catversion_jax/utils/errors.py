@@ -8,10 +8,15 @@ from collections.abc import Iterable, Iterator
 
 STORAGE_ERRNOS = {
     getattr(errno, name)
-    for name in ("EDQUOT", "EFBIG", "EIO", "ENODEV", "ENOSPC", "ENXIO", "EREMOTEIO", "EROFS", "ESTALE", "ETIMEDOUT")
+    for name in (
+        *("EDQUOT", "EFBIG", "EIO", "ENODEV", "ENOSPC", "ENXIO", "EREMOTEIO", "EROFS", "ESTALE", "ETIMEDOUT"),
+        *("EMFILE", "ENFILE", "ENOBUFS"),
+    )
     if hasattr(errno, name)  # not every system has all of them
 }
-"""Errors of a full, failing or unreachable disk: the same command may succeed later."""
+"""Errors of a full, failing or unreachable disk, and of too many open files: the same command may succeed later."""
+STORAGE_WORDS = (*map(os.strerror, STORAGE_ERRNOS), "random_device")
+"""How libraries quote these errors; the last is C++'s own random numbers, which open a file."""
 
 MOST_CHARACTERS = 1200
 """The longest message: some lines of a terminal. What is longer is cut in its middle."""
@@ -85,9 +90,7 @@ def is_storage_error(error: BaseException | None) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in STORAGE_ERRNOS
     said = str(error)
-    return any(os.strerror(code) in said for code in STORAGE_ERRNOS) or is_storage_error(
-        error.__cause__ or error.__context__
-    )
+    return any(words in said for words in STORAGE_WORDS) or is_storage_error(error.__cause__ or error.__context__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -55,8 +55,21 @@ def test_short():
     assert short(ValueError()) == "ValueError"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EMFILE, "Too many open files"),
+        ValueError("NOT_FOUND: Error opening file: Too many open files [os_error_code='24']"),
+        # What libstdc++ raises where /dev/urandom cannot be opened.
+        ValueError("random_device::random_device(const std::string&): device not available"),
+    ],
+)
+def test_storage_errors(error):
+    assert kind_of(error) is StorageError
+
+
 def test_a_full_disk_is_no_mistake():
-    assert kind_of(OSError(errno.ENOSPC, "No space left on device")) is StorageError
     assert kind_of(PermissionError(errno.EACCES, "Permission denied")) is UserError
     with pytest.raises(OSError, match="No space left"), refused("x", "y"):
         raise OSError(errno.ENOSPC, "No space left on device")
