@@ -3,9 +3,8 @@
 from absl import flags
 
 from catversion_jax.cli.flags import checked_config, define_config, given_config
+from catversion_jax.cli.ray_flags import define_ray, given_ray
 from catversion_jax.fleet.batch import train_on_ray
-from catversion_jax.fleet.cluster import needs_of
-from catversion_jax.fleet.driver import RayOptions
 from catversion_jax.training.distributed import Process, from_environment, meet
 from catversion_jax.training.many_concepts import BatchOutcome, train_many
 from catversion_jax.training.share import Share
@@ -39,19 +38,7 @@ def define_flags() -> None:
         "HOST:PORT of process 0, at which the processes wait until all have started; if not set, none waits.",
     )
     flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for all processes to start.", lower_bound=1)
-
-    flags.DEFINE_string(
-        "ray",
-        None,
-        "Train on a Ray cluster: its HOST:PORT, auto for the one that this machine belongs to, or local to start one "
-        "here; every GPU, or TPU host, gets a worker.",
-    )
-    flags.DEFINE_string(
-        "ray_resources", None, 'With --ray: what one worker takes, such as {"TPU": 4}; if not set, found by itself.'
-    )
-    flags.DEFINE_integer(
-        "ray_patience", 300, "With --ray: seconds without a word after which a worker is given up.", lower_bound=1
-    )
+    define_ray()
 
 
 def main(arguments: flags.FlagValues) -> int:
@@ -60,18 +47,13 @@ def main(arguments: flags.FlagValues) -> int:
         raise UserError("--manifest: missing; expected a file with a JSON object a line: id, dir, class_word")
     process = given_process(arguments)
     config = checked_config(arguments, unset=("data.dir", "concept.class_word"))
-    if arguments.ray is not None:
+    if (options := given_ray(arguments)) is not None:
         if process.count > 1 or arguments.coordinator_address is not None:
             raise UserError("--ray: hands out the concepts by itself; leave num_processes and the like out")
-        return report(train_on_ray(Share.of(config, expand(arguments.manifest)), given_ray(arguments)))
+        return report(train_on_ray(Share.of(config, expand(arguments.manifest)), options))
     if arguments.coordinator_address is not None:
         meet(arguments.coordinator_address, process, arguments.start_timeout)
     return report(train_many(Share.of(config, expand(arguments.manifest), process)))
-
-
-def given_ray(arguments: flags.FlagValues) -> RayOptions:
-    """Returns which cluster to train on, by the flags."""
-    return RayOptions(arguments.ray, needs_of(arguments.ray_resources), arguments.ray_patience)
 
 
 def given_process(arguments: flags.FlagValues) -> Process:

@@ -6,6 +6,7 @@ from functools import partial
 from absl import flags
 
 from catversion_jax.cli.flags import checked_config, define_config
+from catversion_jax.cli.ray_flags import define_ray, given_ray
 from catversion_jax.config import OF_A_RUN
 from catversion_jax.config.shipped import config_source
 from catversion_jax.service.limits import Limits
@@ -33,6 +34,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("url_hosts", [], "Servers that photos may be fetched from, as HOST or HOST:PORT.")
     flags.DEFINE_list("sizes", [], "Sizes of pictures beside the model's own, such as 512x768; each is compiled once.")
+    define_ray()
     for name, entry, default in flatten(Limits()):
         flags.DEFINE_integer(f"most_{name}", default, f"{entry.metadata['help'].removesuffix('.')}, at most.")
 
@@ -52,7 +54,7 @@ def start(arguments: flags.FlagValues, on_start) -> None:
     limits = given_limits(arguments)
     sizes = tuple(map(size_of_text, arguments.sizes))
     try:
-        from catversion_jax.service.server import Address, serve
+        from catversion_jax.service.server import Address, Work, serve
         from catversion_jax.service.service import Rules
         from catversion_jax.service.tokens import read_tokens
     except ImportError as error:
@@ -61,7 +63,7 @@ def start(arguments: flags.FlagValues, on_start) -> None:
     rules = Rules(limits, tuple(arguments.url_hosts), sizes, names)
     address = Address(arguments.host, arguments.port)
     told = partial(tell_address, address, on_start)
-    serve(config, arguments.store, rules, address, told, arguments.drawing_share)
+    serve(config, arguments.store, rules, address, told, Work(arguments.drawing_share, given_ray(arguments)))
 
 
 def tell_address(address, on_start, port: int) -> None:

@@ -3,24 +3,22 @@
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from tqdm import tqdm
 
-from catversion_jax.config import Config
 from catversion_jax.fleet import cluster
 from catversion_jax.fleet.driver import Fleet, RayOptions
+from catversion_jax.fleet.run_home import RunDesk, RunHome
 from catversion_jax.fleet.work_queue import WorkQueue
-from catversion_jax.fleet.worker import Setup
+from catversion_jax.fleet.worker import Setup, with_whole_paths
 from catversion_jax.training.engine import ConceptJob
 from catversion_jax.training.interrupted import noted_ids
 from catversion_jax.training.loop import signals, started
 from catversion_jax.training.many_concepts import BatchOutcome
 from catversion_jax.training.run_dir import OF_RAY, RunDir
 from catversion_jax.training.share import Share, take_stock
-from catversion_jax.training.status import AT_ONCE, FAILED, ConceptStatus, write_status
+from catversion_jax.training.status import AT_ONCE, FAILED, ConceptStatus
 from catversion_jax.utils.errors import ReportedError, UserError
 from catversion_jax.utils.id_set import IdSet
 from catversion_jax.utils.paths import expand, remove_folder, whole
@@ -40,12 +38,13 @@ def train_on_ray(share: Share, options: RayOptions) -> BatchOutcome:
             return BatchOutcome(run.path, stock.concepts, 0, 0, None)
         saved = saved_concepts(run, stock.done)
         refused: list[ConceptStatus] = []
+        setup = Setup(with_whole_paths(config), room, RunHome(run.config.read_text()))
         queue = WorkQueue(jobs_of(share, stock.done, refused), config.batch.slots, saved)
         with (
-            connected(options.address) as ray,
+            cluster.connected(options.address) as ray,
             tqdm(total=stock.concepts, initial=len(stock.done), unit=" concepts", desc="compiling") as bar,
         ):
-            fleet = Fleet(ray, Setup(with_whole_paths(config), room, run.config.read_text()), queue, options, check)
+            fleet = Fleet(ray, setup, queue, options, RunDesk(run.path, check))
             failed, received = learn_all(fleet, bar, refused)
         if received is None:
             check()
@@ -53,14 +52,6 @@ def train_on_ray(share: Share, options: RayOptions) -> BatchOutcome:
                 if folder.name.endswith(OF_RAY):
                     remove_folder(folder)
     return BatchOutcome(run.path, stock.concepts, stock.left, failed, received)
-
-
-def with_whole_paths(config: Config) -> Config:
-    """Returns the config with paths that mean the same in every process."""
-    changes = {"run_dir": whole(config.run_dir)}
-    if expand(config.model.path).exists():
-        changes["model.path"] = whole(config.model.path)
-    return config.replaced(changes)
 
 
 def jobs_of(share: Share, done: IdSet, refused: list[ConceptStatus]) -> Iterator[ConceptJob]:
@@ -86,16 +77,6 @@ def saved_concepts(run: RunDir, done: IdSet) -> dict[str, tuple[str, ...]]:
     return saved
 
 
-@contextmanager
-def connected(address: str) -> Iterator[Any]:
-    """Gives Ray, connected to a cluster for as long as the context lasts."""
-    ray = cluster.connect(address)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
 def learn_all(fleet: Fleet, bar: tqdm, refused: list[ConceptStatus]) -> tuple[int, signal.Signals | None]:
     """Learns what the queue has; returns how many failed, and the signal that ended it early, if one did."""
     failed = 0
@@ -103,7 +84,7 @@ def learn_all(fleet: Fleet, bar: tqdm, refused: list[ConceptStatus]) -> tuple[in
     def note(ended: list[ConceptStatus]) -> None:
         nonlocal failed
         while refused:
-            write_status(fleet.folder / refused[-1].id, refused[-1])
+            fleet.desk.fail(refused[-1])
             ended.append(refused.pop())
         failed += sum(status.status == FAILED for status in ended)
         bar.update(len(ended))

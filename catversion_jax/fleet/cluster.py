@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -60,6 +61,16 @@ def connect(address: str) -> Any:
             f"--ray={LOCAL} for one on this machine"
         ) from error
     return ray
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Gives Ray, connected to a cluster for as long as the context lasts."""
+    ray = connect(address)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def knock(address: str) -> None:

@@ -6,18 +6,17 @@ Ray finds machines, starts processes there and says when they end. What is decid
 
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from catversion_jax.fleet import cluster
 from catversion_jax.fleet.cluster import Seat
+from catversion_jax.fleet.home import Desk, Handed, Report
 from catversion_jax.fleet.work_queue import TOGETHER, Hands, WorkQueue
-from catversion_jax.fleet.worker import ConceptWorker, Handed, Report, Setup
+from catversion_jax.fleet.worker import ConceptWorker, Setup
 from catversion_jax.training.engine import ConceptJob
-from catversion_jax.training.run_dir import OF_RAY, RunDir
-from catversion_jax.training.status import FAILED, ConceptStatus, read_statuses, write_status
-from catversion_jax.training.status import FILE_NAME as STATUS
+from catversion_jax.training.run_dir import OF_RAY
+from catversion_jax.training.status import FAILED, ConceptStatus
 from catversion_jax.utils.errors import ReportedError, UserError, one_line, short
 from catversion_jax.utils.log import warn
 
@@ -69,15 +68,10 @@ class RayOptions:
 class Fleet:
     """The workers of a run on a Ray cluster."""
 
-    def __init__(
-        self, ray: Any, setup: Setup, queue: WorkQueue[ConceptJob], options: RayOptions, check: Callable[[], None]
-    ):
-        """`check` raises StorageError if another driver has taken the folder over."""
-        self.ray, self.setup, self.queue, self.options, self.check = ray, setup, queue, options, check
-        self.folder = RunDir.of(setup.config).path
+    def __init__(self, ray: Any, setup: Setup, queue: WorkQueue[ConceptJob], options: RayOptions, desk: Desk):
+        self.ray, self.setup, self.queue, self.options, self.desk = ray, setup, queue, options, desk
         self.workers: dict[str, RemoteWorker] = {}
         self.vain: dict[Seat, float] = {}  # workers that ended in a place without having ended a concept
-        self.loss = 0.0
         self._began = time.monotonic()
         self._looked = self._began - LOOK
         self._class = ray.remote(ConceptWorker)
@@ -145,7 +139,7 @@ class Fleet:
 
     def look(self) -> None:
         """Looks who is there: a place without a worker gets one, and what a lost worker had is handed to others."""
-        self.check()
+        self.desk.check()
         try:
             nodes = cluster.alive_nodes(self.ray)
         except self.ray.exceptions.RayError as error:  # its head is slow; asked again
@@ -184,9 +178,10 @@ class Fleet:
     def next_turn(self, worker: RemoteWorker) -> None:
         """Hands a worker its next concepts, and lets it learn; one that has none waits."""
         waited = time.monotonic() - self._began
-        handed = [Handed(task.job, waited, task.saved_by) for task in self.queue.hand(worker.name)]
-        if self.queue.hands[worker.name].tasks:
-            self.ask(worker, TURN, handed, self.queue.to_return(worker.name))
+        handed = [Handed(task.job, waited, self.desk.given(task)) for task in self.queue.hand(worker.name)]
+        cancelled = self.queue.take_cancelled(worker.name)
+        if self.queue.hands[worker.name].tasks or cancelled:
+            self.ask(worker, TURN, handed, self.queue.to_return(worker.name), cancelled)
 
     def ask(self, worker: RemoteWorker, what: str, *arguments: Any) -> None:
         worker.doing, worker.since = what, time.monotonic()
@@ -215,16 +210,18 @@ class Fleet:
                 self.vain[worker.seat] = STARTS
             self.lose(worker, str(report.error), crashed=False)
         elif worker.doing == LEAVE:
+            self.desk.take(report)
             self.queue.leave(worker.name)
             self.forget(worker)
         elif worker.doing == START:
             worker.doing = TURN
             self.queue.join(worker.name, worker.seat.node_id)
         else:
-            self.loss = report.loss
-            self.queue.heard(worker.name, [status.id for status in report.ended], report.begun, report.returned)
-            self._ended += report.ended
-            if report.ended:
+            ended = [ended.status for ended in report.turn.ended]
+            self.desk.take(report)
+            self.queue.heard(worker.name, [status.id for status in ended], report.begun, report.returned)
+            self._ended += ended
+            if ended:
                 self.vain.pop(worker.seat, None)
 
     def lose(self, worker: RemoteWorker, why: str, crashed: bool) -> None:
@@ -243,8 +240,7 @@ class Fleet:
             for job in self.queue.crashed(worker.name):
                 error = CRASHED.format(len(TOGETHER), worker.told or why)
                 status = ConceptStatus(job.id, FAILED, error, digest=job.digest)
-                self.check()
-                write_status(self.folder / job.id, status)
+                self.desk.fail(status)
                 self._ended.append(status)
         elif had is not None:
             self.queue.leave(worker.name)
@@ -252,9 +248,7 @@ class Fleet:
 
     def take_results(self, name: str, had: Hands[ConceptJob]) -> None:
         """Takes in what a worker that is lost had written, and not reported any more."""
-        files = {task.job.id: self.folder / task.job.id / STATUS for task in had.tasks.values()}
-        statuses = list(read_statuses(path for path in files.values() if path.is_file()))
-        found = [status for status in statuses if status.digest == had.tasks[status.id].job.digest]
+        found = self.desk.written([task.job for task in had.tasks.values()])
         self.queue.heard(name, [status.id for status in found], had.begun, [])
         self._ended += found
 

@@ -42,6 +42,7 @@ class Hands(Generic[JobT]):
     tasks: dict[str, Task[JobT]] = field(default_factory=dict)  # by id
     rests: bool = False  # it takes no more: it is dead, perhaps, or about to leave
     begun: set[str] = field(default_factory=set)  # those in its slots, by what it said last
+    cancelled: list[str] = field(default_factory=list)  # those that it has still, and is to drop
 
     @property
     def crashes(self) -> int:
@@ -65,6 +66,24 @@ class WorkQueue(Generic[JobT]):
     @property
     def _is_waiting(self) -> bool:
         return any(self._waiting.values())
+
+    def add(self, job: JobT) -> None:
+        """Adds a concept after all others."""
+        self._waiting[0].append(Task(job))
+
+    def cancel(self, concept_id: str) -> None:
+        """Takes a concept out, wherever it is."""
+        for crashes, waiting in self._waiting.items():
+            self._waiting[crashes] = deque(task for task in waiting if task.job.id != concept_id)
+        for hands in self.hands.values():
+            if hands.tasks.pop(concept_id, None) is not None:
+                hands.cancelled.append(concept_id)
+
+    def take_cancelled(self, worker: str) -> list[str]:
+        """Returns, once, what a worker is to drop."""
+        hands = self.hands[worker]
+        cancelled, hands.cancelled = hands.cancelled, []
+        return cancelled
 
     def join(self, worker: str, node: str) -> None:
         """Adds a worker on a node."""
@@ -137,9 +156,10 @@ class WorkQueue(Generic[JobT]):
     def heard(self, worker: str, ended: Collection[str], begun: Collection[str], returned: Collection[str]) -> None:
         """Notes what a worker says: the ids of those that ended, that are in its slots, and that it hands back."""
         hands = self.hands[worker]
+        # What was cancelled meanwhile is not among its tasks any more.
         for concept_id in ended:
-            del hands.tasks[concept_id]
-        for concept_id in returned:
+            hands.tasks.pop(concept_id, None)
+        for concept_id in [concept_id for concept_id in returned if concept_id in hands.tasks]:
             task = hands.tasks.pop(concept_id)
             task.returned_by = worker
             self._waiting[task.crashes].append(task)

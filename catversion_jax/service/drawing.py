@@ -23,10 +23,10 @@ from catversion_jax.methods.model_names import public_name
 from catversion_jax.sampling.branches import batch_key
 from catversion_jax.sampling.picture_record import png_info, texts_of
 from catversion_jax.sampling.sampler import SampleRequest
-from catversion_jax.service.learning import Snapshot
 from catversion_jax.service.problems import is_full
 from catversion_jax.service.requests import DONE, FAILED, QUEUED, PictureRequest
 from catversion_jax.service.store import Accepted, Store
+from catversion_jax.training.turn import Snapshot
 from catversion_jax.utils.errors import reason
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.log import warn

@@ -1,13 +1,10 @@
-"""The half of the worker that learns: concepts from the store into the engine's slots, and what they learned back."""
+"""The half of the worker that learns: concepts from the store to whoever trains them, and what they learned back."""
 
 import hashlib
 import json
-import shutil
-import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -27,15 +24,14 @@ from catversion_jax.service.outbound import fetch_photo
 from catversion_jax.service.problems import is_full
 from catversion_jax.service.requests import DONE, FAILED, PREPARING, QUEUED, REMOVING, TRAINING, ConceptRequest
 from catversion_jax.service.store import Accepted, Store
+from catversion_jax.service.trainer import Trainer
 from catversion_jax.service.uploads import digest_of_files, take_photo
-from catversion_jax.training.checkpoints import open_checkpoints
 from catversion_jax.training.concept_data import Room
-from catversion_jax.training.engine import ConceptJob, Ended, Engine
-from catversion_jax.training.interrupted import read_interrupted
-from catversion_jax.training.loop import is_due
+from catversion_jax.training.engine import ConceptJob, Ended, prepare_checked, untrained
 from catversion_jax.training.preparation import Preparation, Prepared
 from catversion_jax.training.state import ConceptData
 from catversion_jax.training.step import StepConfig
+from catversion_jax.training.turn import Snapshot, Turn
 from catversion_jax.utils.errors import one_line, reason
 from catversion_jax.utils.paths import calling
 from catversion_jax.utils.settings import check_settings
@@ -90,53 +86,44 @@ class Progress:
             self.losses = self.losses[1::2]
 
 
-class Snapshot(NamedTuple):
-    """What a concept has learned by a step, to be shown as previews."""
-
-    id: str
-    step: int
-    concept: Concept
-    config: Config
-
-
 class Learning:
     """The concepts that are prepared and trained. All methods are the worker's own."""
 
-    def __init__(self, store: Store, config: Config, pipeline: BasePipeline, limits: Limits, hosts: Collection[str]):
-        """Sets the engine up; concepts that were interrupted go on from what the store's checkpoints hold."""
+    def __init__(
+        self,
+        store: Store,
+        config: Config,
+        pipeline: BasePipeline,
+        limits: Limits,
+        hosts: Collection[str],
+        set_up: Callable[[Room], Trainer],
+    ):
+        """`set_up` makes the trainer, which has that room for each concept's photos and prompts."""
         self.store, self.config, self.pipeline = store, config, pipeline
         self.limits, self.hosts = limits, hosts
-        room = Room(bucket(limits.photos), bucket(len(config.concept.templates) + limits.photos))
-        saved = read_interrupted([self.checkpoints], StepConfig.of(config, pipeline.networks, config.batch.slots))
-        self.engine = Engine(config, pipeline, room, self.opened_checkpoints(), saved)
-        self.is_open = True  # whether the engine's checkpoints are
+        self.room = Room(bucket(limits.photos), bucket(len(config.concept.templates) + limits.photos))
+        self.step_config = StepConfig.of(config, pipeline.networks, config.batch.slots)
+        self.trainer = set_up(self.room)
         self.preparation = Preparation(self.prepare, config.batch.slots)
         self.fetching = Fetching(self.fetch_photos, FETCHED_AT_ONCE)
         self.held: Prepared[Accepted, Ready] | None = None  # taken, and not in a slot yet: the disk was full
         self.unwritten: deque[Ended] = deque()
-        self.progress: dict[str, Progress] = {}  # by id, of the concepts in the slots
+        self.progress: dict[str, Progress] = {}  # by id, of the concepts in training
         self.images = 0  # learned from so far
         self.seconds_per_step = 0.0  # of all slots together, of late
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.store.folder / "checkpoints"
-
-    def opened_checkpoints(self):
-        return open_checkpoints(self.checkpoints, self.config.checkpoint.keep, lambda: None)
-
-    @property
-    def busy(self) -> bool:
-        return self.engine.busy
+    def untrained(self) -> Concept:
+        """Returns a concept that has learned nothing, by which what draws can be compiled."""
+        return untrained(self.config.replaced({"concept.class_word": "thing"}), self.step_config, self.pipeline)
 
     def config_of(self, entry: Accepted) -> Config:
         """Returns the config of a concept that was asked for."""
         return config_of_request(self.config, entry.concept, self.store.concept_folder(entry.id))
 
-    # Into the slots.
+    # Into training.
 
     def admit(self) -> None:
-        """Prepares the next concepts that wait, and puts those that are ready into empty slots."""
+        """Prepares the next concepts that wait, and has those trained that are ready."""
         for entry in self.store.with_status("concepts", [QUEUED], self.preparation.room + self.fetching.room):
             remote = entry.concept.urls and not self.has_photos(entry)
             start, room = (
@@ -151,7 +138,7 @@ class Learning:
             elif self.is_wanted(entry):
                 self.preparation.add(entry)
             self.fetching.ended.popleft()
-        while self.engine.free:
+        while self.trainer.free:
             self.held = self.held or self.preparation.take(wait=False)
             if self.held is None:
                 return
@@ -175,7 +162,7 @@ class Learning:
         self.fail(entry.id, reason(error))
 
     def admit_one(self, entry: Accepted, data: Future[Ready]) -> None:
-        """Puts a concept into a slot, or notes why it failed."""
+        """Has a concept trained, or notes why it failed."""
         if not self.is_wanted(entry):
             return
         try:
@@ -189,7 +176,7 @@ class Learning:
             self.store.add_outcome(entry.id, {"photos": len(ready.seen), "warnings": ready.warnings})
             wanted = self.store.set_status("concepts", entry.id, TRAINING, only=[PREPARING])
         if wanted:
-            self.engine.enter(ready.job, ready.data)
+            self.trainer.enter(ready.job, ready.data)
             self.progress[entry.id] = Progress(ready.job.config.train.steps)
 
     def write_seen(self, concept_id: str, images: list[bytes]) -> None:
@@ -207,7 +194,7 @@ class Learning:
             photos = training_photos(config.data, self.pipeline.networks.resolution)
             if asked.create_masks and all(photo.mask is None for photo in photos):
                 photos = with_masks(config, self.pipeline, photos)
-            data = self.engine.prepare(config, photos)
+            data = prepare_checked(config, self.step_config, self.pipeline, photos, self.room)
         checked = enumerate(check_photos(photos), 1)
         warnings = [one_line(f"photo {i}: {line}") for i, of_photo in checked for line in of_photo]
         # All that the numbers depend on: with another config of the service, an interrupted concept begins anew.
@@ -228,29 +215,25 @@ class Learning:
             digest_of_files(received / "photos")  # which flushes them
             (received / "photos").rename(self.store.concept_folder(entry.id) / "photos")
 
-    # In the slots.
+    # In training.
 
     def train(self) -> list[Snapshot]:
-        """Runs one dispatch; returns what is to be shown of concepts that have come to a preview's step."""
-        engine, begun = self.engine, time.monotonic()
-        before = {index: int(engine.slots.host.step[index]) for index in engine.entered}
-        jobs = {index: entered.job for index, entered in engine.entered.items()}
-        # At once: what ended is no longer in a slot.
-        self.unwritten += engine.advance()
-        took = time.monotonic() - begun
-        steps = {index: int(engine.slots.host.step[index]) - step for index, step in before.items()}
-        self.images += sum(steps.values()) * self.config.train.batch_size
-        per_step = took / engine.length
-        self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * per_step if self.seconds_per_step else per_step
-        for index, job in jobs.items():
-            self.progress[job.id].add(before[index] + steps[index], float(engine.slots.losses[index]))
-        return list(self.snapshots(before))
+        """Trains for a moment; returns what is to be shown of concepts that have come to a preview's step."""
+        turn = self.trainer.train()
+        self.take(turn)
+        return list(turn.snapshots)
 
-    def snapshots(self, before: dict[int, int]) -> Iterator[Snapshot]:
-        for index, entered in self.engine.entered.items():
-            job, step, every = entered.job, int(self.engine.slots.host.step[index]), self.config.sample.every
-            if any(is_due(passed, every) for passed in range(before[index] + 1, step + 1)):
-                yield Snapshot(job.id, step, self.engine.concept_now(index), job.config)
+    def take(self, turn: Turn) -> None:
+        """Takes in what came of training."""
+        # At once: nobody else has what ended.
+        self.unwritten += turn.ended
+        self.images += turn.steps * self.config.train.batch_size
+        if per_step := turn.seconds_per_step:
+            before = self.seconds_per_step or per_step
+            self.seconds_per_step = 0.9 * before + 0.1 * per_step
+        for concept_id, point in turn.points.items():
+            if concept_id in self.progress:  # unless it was removed meanwhile
+                self.progress[concept_id].add(*point)
 
     def settle(self) -> list[Snapshot]:
         """Writes what became of the concepts that ended; returns those that are done, to be shown."""
@@ -267,8 +250,8 @@ class Learning:
 
     def write(self, concept_id: str, concept: Concept, seconds: float | None) -> bool:
         """Writes what a concept learned and that it is done; returns False if it was to be removed."""
-        found, progress = self.store.concept(concept_id), self.progress[concept_id]
-        if found is None or found.status == REMOVING:
+        found, progress = self.store.concept(concept_id), self.progress.get(concept_id)
+        if progress is None or found is None or found.status == REMOVING:
             return False
         concept_file.save(self.store.concept_file(concept_id), concept)
         outcome = {
@@ -283,57 +266,28 @@ class Learning:
         progress = self.progress.get(concept_id)
         self.store.end("concepts", concept_id, FAILED, {"error": error, "step": progress.step if progress else 0})
 
-    # Out of the slots.
-
-    def save_if_due(self) -> None:
-        """Saves the slots from time to time; what has ended must have been written before."""
-        with self.saving():
-            self.engine.save_if_due()
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """After a failure inside, which Orbax's manager does not outlive, the next save has a new one."""
-        if not self.is_open:
-            self.engine.checkpoints, self.is_open = self.opened_checkpoints(), True
-        try:
-            yield
-        except Exception:
-            self.close_checkpoints()
-            raise
-
-    def close_checkpoints(self) -> None:
-        """Closes checkpoints whose last save failed, which was said already, or is not wanted any more."""
-        self.is_open = False
-        with suppress(Exception):
-            self.engine.checkpoints.close()
+    # Out of training.
 
     def remove(self, entries: list[Accepted]) -> None:
-        """Removes concepts: from the slots, from the checkpoints, which hold what they learned, and from the store."""
+        """Removes concepts: from training, from the checkpoints, which hold what they learned, and from the store."""
         ids = {entry.id for entry in entries}
         for concept_id in ids:
-            self.engine.remove(concept_id)
             self.progress.pop(concept_id, None)
         self.unwritten = deque(ended for ended in self.unwritten if ended.status.id not in ids)
         self.preparation.drop(lambda entry: entry.id in ids)
         self.fetching.drop(ids)
         if self.held is not None and self.held.job.id in ids:
             self.held = None
-        self.close_checkpoints()
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.trainer.remove(ids)
         for entry in entries:
             self.store.remove_concept(entry)
-        if self.engine.busy:
-            with self.saving():
-                self.engine.save()
 
     def close(self) -> None:
-        """Writes what has ended, saves the slots, and waits for both."""
+        """Writes what has ended, saves the states of the others, and waits for both."""
         self.preparation.close()
+        self.take(self.trainer.stop())
         self.settle()
-        with self.saving():
-            if self.engine.busy:
-                self.engine.save()
-            self.engine.checkpoints.close()
+        self.trainer.close()
 
     def estimated_seconds(self, entry: Accepted, ahead: int) -> float | None:
         """Returns about how long a concept will take with `ahead` others before it; None before the first step."""
@@ -344,7 +298,7 @@ class Learning:
             return (progress.steps - progress.step) * self.seconds_per_step
         left = [of.steps - of.step for of in list(self.progress.values())]
         own, usual = entry.concept.steps or self.config.train.steps, self.config.train.steps
-        slots = self.config.batch.slots
+        slots = max(1, self.trainer.slots)
         empty = max(0, slots - len(left) - ahead)
         waits = 0.0 if empty else (sum(left) + max(0, ahead - max(0, slots - len(left))) * usual) / slots
         return (waits + own) * self.seconds_per_step

@@ -77,11 +77,11 @@ class Metrics:
 
 
 def slots(worker: Worker) -> float:
-    return worker.learning.config.batch.slots if worker.learning else 0
+    return worker.learning.trainer.slots if worker.learning else 0
 
 
 def busy(worker: Worker) -> float:
-    return len(worker.learning.engine.entered) if worker.learning else 0
+    return worker.learning.trainer.entered if worker.learning else 0
 
 
 def rate(worker: Worker) -> float:

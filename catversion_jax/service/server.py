@@ -3,7 +3,7 @@
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,13 +13,19 @@ from starlette.concurrency import run_in_threadpool
 
 from catversion_jax.api.pipeline import Pipeline
 from catversion_jax.config import Config
+from catversion_jax.fleet.cluster import connected
+from catversion_jax.fleet.driver import RayOptions
+from catversion_jax.fleet.thread import FleetThread
 from catversion_jax.service.app import make_app
 from catversion_jax.service.drawing import Drawings
+from catversion_jax.service.fleet_trainer import FleetTrainer
 from catversion_jax.service.learning import Learning
 from catversion_jax.service.service import ConceptService, Rules
 from catversion_jax.service.store import Store
+from catversion_jax.service.trainer import LocalTrainer, Trainer
 from catversion_jax.service.webhooks import Webhooks
 from catversion_jax.service.worker import Worker
+from catversion_jax.training.concept_data import Room
 from catversion_jax.training.run import load_model
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.paths import AnyPath, expand
@@ -38,6 +44,14 @@ class Address:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Who does the work."""
+
+    drawing_share: float = 0.5  # of this process's device, while concepts train on it too
+    ray: RayOptions | None = None  # whose workers train; None: this process
 
 
 class Server(uvicorn.Server):
@@ -67,25 +81,30 @@ def serve(
     rules: Rules,
     address: Address,
     on_start: Callable[[int], object],
-    drawing_share: float,
+    work: Work,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C, after which the slots are saved. `on_start` is given the port it listens on.
+    """Serves until SIGTERM or Ctrl-C, after which the states are saved. `on_start` is given the port it listens on.
 
-    Raises UserError if the store, the model or the address cannot be used, and whatever ended the worker.
+    Raises UserError if the store, the model, the cluster or the address cannot be used, and whatever ended the worker.
     """
     store = Store(expand(folder))
-    try:
+    with closing(store), connected(work.ray.address) if work.ray else nullcontext() as ray:
         store.recover()
         pipe = Pipeline(config.model, load_model(config, config.batch.slots))
         drawings = Drawings(store, config, pipe)
-        set_up = partial(Learning, store, config, pipe.base, rules.limits, rules.url_hosts)
-        worker = Worker(store, drawings, set_up, drawing_share)
+
+        def trainer(room: Room) -> Trainer:
+            if work.ray is None:
+                return LocalTrainer(config, pipe.base, room, store.checkpoints)
+            thread = FleetThread(ray, work.ray, worker.wake)
+            return FleetTrainer(thread, config, pipe.base, room, store.checkpoints)
+
+        set_up = partial(Learning, store, config, pipe.base, rules.limits, rules.url_hosts, trainer)
+        worker = Worker(store, drawings, set_up, work.drawing_share)
         service = ConceptService(config, pipe, store, worker, rules)
         run_server(service, address, on_start)
         if worker.failure is not None:
             raise worker.failure
-    finally:
-        store.close()
 
 
 def raise_file_limit() -> None:

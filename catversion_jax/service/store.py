@@ -6,7 +6,7 @@ What is in the database was accepted, and outlives a crash; files without a row 
     incoming/         requests that are being received
     concepts/<id>/    photos/ (masks/, captions), seen/, concept.safetensors, previews/
     pictures/<id>.png
-    checkpoints/      the states of the concepts in the slots
+    checkpoints/      the states of the concepts in training
 """
 
 import json
@@ -196,6 +196,10 @@ class Store:
         return text
 
     # Files.
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
     def concept_folder(self, concept_id: str) -> Path:
         return self.folder / "concepts" / concept_id

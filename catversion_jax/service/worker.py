@@ -14,11 +14,12 @@ from pathlib import Path
 import jax
 
 from catversion_jax.service.drawing import Drawing, Drawings
-from catversion_jax.service.learning import Learning, Snapshot
+from catversion_jax.service.learning import Learning
 from catversion_jax.service.problems import is_full
 from catversion_jax.service.requests import DONE, REMOVING
 from catversion_jax.service.shares import Shares
 from catversion_jax.service.store import Store
+from catversion_jax.training.turn import Snapshot
 from catversion_jax.utils.errors import UserError, one_line
 from catversion_jax.utils.log import warn
 
@@ -61,7 +62,7 @@ class Worker(threading.Thread):
         self._wake.set()
 
     def stop(self) -> None:
-        """Lets the worker save its slots and end, after its turn."""
+        """Lets the worker save the states and end, after its turn."""
         self._stopping.set()
         self._wake.set()
 
@@ -84,11 +85,8 @@ class Worker(threading.Thread):
 
     def warm_up(self, learning: Learning) -> None:
         """Compiles the step and the sampler, so that nobody waits for that."""
-        engine = learning.engine
-        engine.slots.compile()
-        config = learning.config.replaced({"concept.class_word": "thing"})
-        concept = engine.untrained(config)
-        sampler = config.sample.sampler
+        learning.trainer.compile()
+        concept, sampler = learning.untrained(), learning.config.sample.sampler
         if jax.default_backend() == "cpu":  # where each step is a dispatch of the same program
             sampler = replace(sampler, steps=min(sampler.steps, 2))
         # In one batch, as a picture with a concept and one without may share it.
@@ -115,7 +113,7 @@ class Worker(threading.Thread):
             for snapshot in learning.settle():
                 self.drawings.show(snapshot)
             learning.admit()
-            waits = {TRAIN: learning.busy, DRAW: self.drawings.waiting()}
+            waits = {TRAIN: learning.trainer.is_busy, DRAW: self.drawings.waiting()}
             kind = self._shares.next([kind for kind, does in waits.items() if does])
             if kind is None:
                 self._wake.wait(IDLE)
@@ -139,10 +137,10 @@ class Worker(threading.Thread):
         if kind == DRAW:
             self.drawings.draw()
             return
-        # What has ended is written before the slots are saved without it.
+        # What has ended is written before the states are saved without it.
         for snapshot in [*learning.train(), *learning.settle()]:
             self.drawings.show(snapshot)
-        learning.save_if_due()
+        learning.trainer.save_if_due()
 
     def remove_asked(self, learning: Learning) -> None:
         """Removes the concepts that are to be removed, wherever they are."""

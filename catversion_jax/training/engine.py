@@ -2,7 +2,7 @@
 
 The slots are fixed in number and the step's shapes never change. Concepts share nothing but the base model: each is
 trained exactly as in a run of its own. Whoever drives the engine says which concepts enter, and writes what they
-learned: `catversion batch` (many_concepts.py) and `catversion serve` (service/worker.py).
+learned: `catversion batch` (many_concepts.py), `catversion serve` (service/trainer.py), and `--ray` (fleet/worker.py).
 """
 
 import contextlib
@@ -40,6 +40,20 @@ class ConceptJob:
     id: str
     digest: str  # of all that it is learned from; a state that was saved under another one is not gone on from
     config: Config
+
+
+def prepare_checked(
+    config: Config, step: StepConfig, pipeline: BasePipeline, photos: Sequence[Photo], room: Room
+) -> ConceptData:
+    """Encodes a concept's photos and prompts, with that room. Raises UserError for a mistake in them."""
+    check_masks(photos, config.train.background_weight)
+    check_prompts(config, step.method, pipeline, photos)
+    return prepare(config, step.method, pipeline, photos, room)
+
+
+def untrained(config: Config, step: StepConfig, pipeline: BasePipeline) -> Concept:
+    """Returns a concept that has learned nothing, by which what draws can be compiled."""
+    return to_concept(config, step.method, pipeline.fingerprint, step.init_state([config.seed]))
 
 
 class Ended(NamedTuple):
@@ -118,9 +132,7 @@ class Engine:
 
     def prepare(self, config: Config, photos: Sequence[Photo]) -> ConceptData:
         """Encodes a concept's photos and prompts, in any thread. Raises UserError for a mistake in them."""
-        check_masks(photos, config.train.background_weight)
-        check_prompts(config, self.step_config.method, self.pipeline, photos)
-        return prepare(config, self.step_config.method, self.pipeline, photos, self.room)
+        return prepare_checked(config, self.step_config, self.pipeline, photos, self.room)
 
     def prepare_source(self, config: Config) -> ConceptData:
         """Reads and encodes what `config.data` names, and the prompts, in any thread; raises as `prepare`."""
@@ -150,10 +162,6 @@ class Engine:
 
     def concept_of(self, job: ConceptJob, state: TrainState) -> Concept:
         return to_concept(job.config, self.step_config.method, self.pipeline.fingerprint, state)
-
-    def untrained(self, config: Config) -> Concept:
-        """Returns a concept that has learned nothing, by which what draws can be compiled."""
-        return self.concept_of(ConceptJob("", "", config), self.step_config.init_state([config.seed]))
 
     def state_of(self, job: ConceptJob) -> TrainState:
         """Returns the state that a concept goes on from: the one that was saved, if that was of the same values."""

@@ -32,7 +32,7 @@ class InterruptedConcept(NamedTuple):
     digest: str | None  # of its line
 
 
-def note_of(concepts: Sequence[tuple[str, str] | None]) -> dict[str, Any]:
+def note_of(concepts: Sequence[tuple[str, str | None] | None]) -> dict[str, Any]:
     """Returns the note to save with the states of slots: the id and the digest of the concept in each."""
     note = SlotNote([found and found[0] for found in concepts], [found and found[1] for found in concepts])
     return msgspec.to_builtins(note)

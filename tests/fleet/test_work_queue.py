@@ -124,3 +124,21 @@ def test_what_was_handed_back_and_then_crashed_goes_to_the_other_node():
     assert queue.hand("b2") == []
     assert ids(queue.hand("a")) == ["1"]
     assert queue.to_return("a") == 0
+
+
+def test_concepts_come_and_go_while_it_is_at_work():
+    queue = queue_of(0, 2, "ab")
+    assert queue.is_over
+    for name in "xyz":
+        queue.add(Job(name))
+    assert ids(queue.hand("a")) == ["x", "y"]
+    queue.cancel("y")
+    queue.cancel("z")
+    assert queue.take_cancelled("a") == ["y"]
+    assert queue.take_cancelled("a") == []
+    assert queue.hand("b") == []
+    # It had ended before the worker was told.
+    queue.heard("a", ["y"], ["x"], ["y"])
+    assert not queue.is_over
+    queue.heard("a", ["x"], [], [])
+    assert queue.is_over

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from catversion_jax.fleet import run_home
 from catversion_jax.fleet import worker as module
-from catversion_jax.fleet.worker import ConceptWorker, Handed, Setup
+from catversion_jax.fleet.home import Handed
+from catversion_jax.fleet.run_home import RunHome
+from catversion_jax.fleet.worker import ConceptWorker, Setup
 from catversion_jax.methods import concept_file
 from catversion_jax.training.engine import ConceptJob
 from catversion_jax.training.interrupted import noted_ids
@@ -38,9 +41,8 @@ def started(share, monkeypatch):
     before = LOGGER.handlers[:], LOGGER.propagate
 
     def start(name: str) -> ConceptWorker:
-        worker = ConceptWorker(
-            f"{name}-of-ray", name, {}, Setup(share.config, share.room, RunDir.of(share.config).config.read_text())
-        )
+        home = RunHome(RunDir.of(share.config).config.read_text())
+        worker = ConceptWorker(f"{name}-of-ray", name, {}, Setup(share.config, share.room, home))
         assert worker.start().error is None
         return worker
 
@@ -69,7 +71,7 @@ def finish(worker: ConceptWorker) -> dict[str, ConceptStatus]:
     while len(found) < len(LINES):
         report = worker.turn([], 0)
         assert report.error is None
-        found |= {status.id: status for status in report.ended}
+        found |= {ended.status.id: ended.status for ended in report.turn.ended}
         assert time.monotonic() < until
     return found
 
@@ -129,7 +131,7 @@ def test_storage_that_fails_is_no_concepts_fault(share, started, monkeypatch):
     def fails(*_):
         raise StorageError("checkpoints: cannot be read now")
 
-    monkeypatch.setattr(module, "read_interrupted", fails)
+    monkeypatch.setattr(run_home, "read_interrupted", fails)
     report = worker.turn(handed(share, "gone")[:1], 0)
     assert isinstance(report.error, StorageError)
     assert str(report.error) == "x: checkpoints: cannot be read now"

@@ -1,0 +1,108 @@
+"""`catversion serve --ray`: the service draws, and the nodes of a cluster learn; nothing accepted is lost."""
+
+import signal
+
+import pytest
+
+from tests.commands import error_of
+from tests.fleet.clusters import cluster_of, workers_of
+from tests.service.servers import Running, config_flags, ended, learn, running, wait_for
+from tests.service.test_durability import NAMES, bytes_of
+
+STEPS = "150"
+WORDS = (*NAMES, "robot", "rocket")
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model, tmp_path_factory) -> dict[str, bytes]:
+    """What a server learns that trains by itself."""
+    with running(tmp_path_factory.mktemp("alone") / "store", tiny_model, sample__every=50) as server:
+        ids = {name: learn(server.client, name, steps=STEPS)["id"] for name in WORDS}
+        return {name: bytes_of(server, ended(server.client, concept_id)["id"]) for name, concept_id in ids.items()}
+
+
+def on_ray(store, model, address: str) -> Running:
+    return Running(store, model, f"--ray={address}", sample__every=50, checkpoint__every=10)
+
+
+def check(server: Running, ids: dict[str, str], expected: dict[str, bytes]) -> None:
+    for name, concept_id in ids.items():
+        found = ended(server.client, concept_id)
+        assert found["status"] == "done", found
+        assert {preview["step"] for preview in found["previews"]} >= {int(STEPS)}
+        assert bytes_of(server, concept_id) == expected[name], name
+
+
+def step_of(server: Running, concept_id: str) -> int:
+    return server.client.get(f"/v1/concepts/{concept_id}").json()["step"]
+
+
+def test_a_node_is_lost_and_another_joins(tiny_model, tmp_path, expected):
+    with cluster_of("ab") as nodes:
+        server = on_ray(tmp_path / "store", tiny_model, nodes.address).ready()
+        ids = {name: learn(server.client, name, steps=STEPS)["id"] for name in WORDS}
+        wait_for(lambda: any(step_of(server, concept_id) > 20 for concept_id in ids.values()), server)
+        nodes.kill("a")
+        nodes.add("c")
+        check(server, ids, expected)
+        assert server.stop() == 0
+    assert "a: a worker was lost with its node; what it had goes to others" in "".join(server.said)
+    assert "Traceback" not in "".join(server.said)
+
+
+def test_the_server_is_killed_and_stopped(tiny_model, tmp_path, expected):
+    with cluster_of("ab") as nodes:
+        server = on_ray(tmp_path / "store", tiny_model, nodes.address).ready()
+        ids = {name: learn(server.client, name, steps=STEPS)["id"] for name in WORDS}
+        wait_for(lambda: list((tmp_path / "store" / "checkpoints").glob("[0-9]*")), server)
+        server.kill()
+        server = on_ray(tmp_path / "store", tiny_model, nodes.address).ready()
+        wait_for(lambda: any(step_of(server, concept_id) > 20 for concept_id in ids.values()), server)
+        steps = {concept_id: step_of(server, concept_id) for concept_id in ids.values()}
+        assert server.stop() == 0
+        server = on_ray(tmp_path / "store", tiny_model, nodes.address)
+        # They go on from where they were, and not from the start.
+        last = max(steps, key=steps.__getitem__)
+        wait_for(lambda: step_of(server, last) > 0, server)
+        assert step_of(server, last) >= steps[last]
+        check(server, ids, expected)
+        assert server.stop() == 0
+
+
+def test_what_is_removed_leaves_its_worker(tiny_model, tmp_path, expected):
+    store = tmp_path / "store"
+    with cluster_of("a") as nodes:
+        server = on_ray(store, tiny_model, nodes.address).ready()
+        ids = {name: learn(server.client, name, steps=STEPS)["id"] for name in NAMES}
+        gone = ids[NAMES[0]]
+        wait_for(lambda: step_of(server, gone) > 20, server)
+        assert server.client.delete(f"/v1/concepts/{gone}").status_code == 204
+        check(server, {name: ids[name] for name in NAMES[1:]}, expected)
+        assert server.client.get(f"/v1/concepts/{gone}").json()["status"] == "cancelled"
+        for path in (store / "checkpoints").rglob("*"):
+            assert not path.is_file() or gone.encode() not in path.read_bytes()
+        assert server.stop() == 0
+
+
+def test_a_worker_crashes(tiny_model, tmp_path, expected):
+    """Its concepts go on with another one, and the service never knows."""
+    with cluster_of("ab") as nodes:
+        server = on_ray(tmp_path / "store", tiny_model, nodes.address).ready()
+        ids = {name: learn(server.client, name, steps=STEPS)["id"] for name in NAMES}
+        wait_for(lambda: any(step_of(server, concept_id) > 20 for concept_id in ids.values()), server)
+        (worker,) = workers_of(nodes.by_name["a"])
+        worker.send_signal(signal.SIGKILL)
+        check(server, ids, expected)
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--ray=127.0.0.1:1"], "--ray=127.0.0.1:1: no Ray cluster answers"),
+        (["--ray=local", "--ray_resources=4"], "--ray_resources=4: expected what one worker takes"),
+    ],
+)
+def test_mistakes(tiny_model, tmp_path, flags, expected):
+    error = error_of("serve", *config_flags(tiny_model), f"--store={tmp_path / 'store'}", "--port=0", *flags)
+    assert error.startswith(f"catversion: error: {expected}")
