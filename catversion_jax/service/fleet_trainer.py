@@ -38,7 +38,7 @@ class FleetTrainer:
         """Starts the workers. Raises UserError for a method whose states are too large to come back."""
         self.thread, self.config, self.folder = thread, config, folder
         step = StepConfig.of(config, pipeline.networks, config.batch.slots)
-        check_size(config, step)
+        check_state_size(config, step)
         self._states = read_interrupted([folder], step)  # the newest ones, by id
         self._checkpoints: Checkpoints | None = self.opened_checkpoints()  # None after a failure
         self._saves = itertools.count((self._checkpoints.latest or 0) + 1)
@@ -137,7 +137,7 @@ class FleetTrainer:
             self._checkpoints.close()
 
 
-def check_size(config: Config, step: StepConfig) -> None:
+def check_state_size(config: Config, step: StepConfig) -> None:
     """Raises UserError if the state of a concept is too large to be sent around."""
     shapes = jax.eval_shape(lambda: step.init_state([0]))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) >> 20
