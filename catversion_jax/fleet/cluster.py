@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from catversion_jax.utils.errors import UserError, short
@@ -16,6 +17,10 @@ LOCAL, AUTO = "local", "auto"
 ACCELERATORS = ("TPU", "GPU")
 OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus"}
 """How Ray calls what a worker needs of these; anything else is a resource of its own name."""
+
+
+TOKEN = Path("~/.ray/auth_token")
+"""What Ray lets in by, once there is one: --ray=local makes it."""
 
 
 class Seat(NamedTuple):
@@ -37,6 +42,9 @@ class Node:
 
 def import_ray() -> Any:
     """Returns Ray. Raises UserError if it is not installed."""
+    # ray start makes a cluster ask for the token that is there, and an address alone would not have Ray send it.
+    if TOKEN.expanduser().is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:
@@ -52,13 +60,17 @@ def connect(address: str) -> Any:
     # Ray prints the log of a node that dies, of which the driver tells in a line; it has no setting for that.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     try:
-        if address not in (LOCAL, AUTO):
-            knock(address)
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        found = address
+        if address == AUTO:
+            # What a cluster wrote down that has ended, perhaps.
+            found = ray._private.services.canonicalize_bootstrap_address(address)
+        if address != LOCAL:
+            knock(found)
+        ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--ray={address}: no Ray cluster answers ({short(error)}); start one with ray start --head, or give "
-            f"--ray={LOCAL} for one on this machine"
+            f"--ray={LOCAL} for one on this machine; {TOKEN} has to be that of its head, if that has one"
         ) from error
     return ray
 

@@ -137,12 +137,12 @@ class FleetTrainer:
             self._checkpoints.close()
 
 
-def check_state_size(config: Config, step: StepConfig) -> None:
+def check_state_size(config: Config, step: StepConfig, most: int = MOST_MEBIBYTES) -> None:
     """Raises UserError if the state of a concept is too large to be sent around."""
     shapes = jax.eval_shape(lambda: step.init_state([0]))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) >> 20
-    if size > MOST_MEBIBYTES:
+    if size > most:
         raise UserError(
             f"--ray: config.method={config.method!r} has a state of {size} MiB a concept, which the server would keep; "
-            f"expected at most {MOST_MEBIBYTES}; leave --ray out, or use catversion batch"
+            f"expected at most {most}; leave --ray out, or use catversion batch"
         )

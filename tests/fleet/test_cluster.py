@@ -1,13 +1,22 @@
 """What a worker takes of a node, and what is said where there is no cluster."""
 
 import builtins
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 
 import pytest
 
 from catversion_jax.fleet.cluster import Node, Seat, environment, needs_of, seats
 from catversion_jax.fleet.host import alone_on_tpu
 from catversion_jax.utils.errors import UserError
-from tests.commands import error_of
+from tests.commands import ENVIRONMENT, ROOT, error_of
+from tests.fleet.clusters import RAY
+from tests.training.test_distributed import free_port
 
 HEAD = Node("0", "head", {"CPU": 8.0, "memory": 1e9})
 TPU = Node("1", "tpu", {"CPU": 100.0, "TPU": 4.0})
@@ -67,6 +76,57 @@ def test_without_ray_one_line_says_what_to_install(tmp_path, monkeypatch):
     error = error_of("batch", "--config=mini", f"--manifest={tmp_path}/list.jsonl",
                      f"--config.run_dir={tmp_path}/out", "--ray=local")  # fmt: skip
     assert error == "catversion: error: --ray: Ray is not installed; pip install 'catversion-jax[ray]'"
+
+
+CONNECT = """
+import sys
+from catversion_jax.fleet.cluster import connected
+with connected(sys.argv[1]) as ray:
+    print(len(ray.nodes()))
+"""
+
+
+def test_a_cluster_that_asks_for_a_token(tmp_path):
+    """As `ray start` makes it where there is one: with the same token its address is enough, with another it is not."""
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_AUTH_MODE"}
+    environment |= {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("a" * 32)
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    place = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # with a short path: its sockets are there
+    head = subprocess.Popen(
+        [*RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=0", "--include-dashboard=false",
+         f"--temp-dir={place}"],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+    def connect() -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", CONNECT, address], env=environment, cwd=ROOT, capture_output=True, text=True
+        )
+
+    try:
+        until = time.monotonic() + 60
+        while (found := connect()).returncode and time.monotonic() < until:
+            assert head.poll() is None
+        assert found.stdout == "1\n", found.stderr
+        (tmp_path / ".ray" / "auth_token").write_text("b" * 32)
+        refused = connect()
+        assert refused.returncode
+        assert "auth_token has to be that of its head" in refused.stderr.splitlines()[-1]
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def test_the_address_of_a_cluster_that_has_ended(tmp_path, monkeypatch):
+    """A head that was killed leaves its address behind, and Ray would wait for it for minutes."""
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    (tmp_path / "list.jsonl").write_text('{"id": "a", "dir": "x", "class_word": "teapot"}')
+    error = error_of("batch", "--config=mini", f"--manifest={tmp_path}/list.jsonl",
+                     f"--config.run_dir={tmp_path}/out", "--ray=auto")  # fmt: skip
+    assert error.startswith("catversion: error: --ray=auto: no Ray cluster answers ([Errno 111]")
 
 
 @pytest.mark.parametrize(

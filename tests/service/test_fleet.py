@@ -4,6 +4,10 @@ import signal
 
 import pytest
 
+from catversion_jax.config import Config
+from catversion_jax.service.fleet_trainer import check_state_size
+from catversion_jax.training.step import StepConfig
+from catversion_jax.utils.errors import UserError
 from tests.commands import error_of
 from tests.fleet.clusters import cluster_of, workers_of
 from tests.service.servers import Running, config_flags, ended, learn, running, wait_for
@@ -107,3 +111,12 @@ def test_a_worker_crashes(tiny_model, tmp_path, expected):
 def test_mistakes(tiny_model, tmp_path, flags, expected):
     error = error_of("serve", *config_flags(tiny_model), f"--store={tmp_path / 'store'}", "--port=0", *flags)
     assert error.startswith(f"catversion: error: {expected}")
+
+
+def test_states_that_are_too_large(tiny_pipeline):
+    """DreamBooth's state has the UNet and its moments."""
+    config = Config().replaced({"method": "dreambooth"})
+    step = StepConfig.of(config, tiny_pipeline.networks)
+    check_state_size(config, StepConfig.of(Config(), tiny_pipeline.networks))
+    with pytest.raises(UserError, match=r"'dreambooth' has a state of \d+ MiB a concept.*at most 0"):
+        check_state_size(config, step, most=0)
