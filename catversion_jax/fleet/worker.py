@@ -29,7 +29,7 @@ from catversion_jax.training.turn import Turn
 from catversion_jax.utils import cache
 from catversion_jax.utils.errors import ReportedError, UserError
 from catversion_jax.utils.log import LOGGER
-from catversion_jax.utils.paths import expand, whole
+from catversion_jax.utils.paths import expand, is_remote, whole
 
 TURN = 2.0
 """Seconds that a worker learns before it reports; a dispatch is always finished."""
@@ -47,9 +47,11 @@ class Setup:
 
 def with_whole_paths(config: Config) -> Config:
     """Returns the config with paths that mean the same in every process."""
-    changes = {"run_dir": whole(config.run_dir)} if config.run_dir else {}
-    if expand(config.model.path).exists():
-        changes["model.path"] = whole(config.model.path)
+    run_dir, model = config.run_dir, config.model.path
+    changes = {"run_dir": whole(run_dir)} if run_dir else {}
+    # An empty path is the model of the package, and one that is not there may be the name of a model of the Hub.
+    if model and not is_remote(expand(model)) and expand(model).exists():
+        changes["model.path"] = whole(model)
     return config.replaced(changes)
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from catversion_jax.config import Config
 from catversion_jax.fleet import run_home
 from catversion_jax.fleet import worker as module
 from catversion_jax.fleet.home import Handed
 from catversion_jax.fleet.run_home import RunHome
-from catversion_jax.fleet.worker import ConceptWorker, Setup
+from catversion_jax.fleet.worker import ConceptWorker, Setup, with_whole_paths
 from catversion_jax.methods import concept_file
 from catversion_jax.training.engine import ConceptJob
 from catversion_jax.training.interrupted import noted_ids
@@ -74,6 +75,17 @@ def finish(worker: ConceptWorker) -> dict[str, ConceptStatus]:
         found |= {ended.status.id: ended.status for ended in report.turn.ended}
         assert time.monotonic() < until
     return found
+
+
+def test_paths_mean_the_same_in_every_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "out").mkdir()
+    paths = {"": "", "model": f"{tmp_path}/model", "runwayml/stable": "runwayml/stable"}
+    for path, expected in paths.items():
+        config = with_whole_paths(Config().replaced({"model.path": path, "run_dir": "out"}))
+        assert (config.model.path, config.run_dir) == (expected, f"{tmp_path}/out")
+    assert with_whole_paths(Config()).run_dir == ""
 
 
 def test_one_that_leaves_loses_nothing(share, started, tmp_path, tiny_model):
