@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from catversion_jax.utils.errors import UserError, short
+from catversion_jax.utils.errors import UserError, one_line, short
 
 NAMESPACE = "catversion"
 LOCAL, AUTO = "local", "auto"
@@ -63,8 +63,8 @@ def connect(address: str) -> Any:
         found = address
         if address == AUTO:
             # What a cluster wrote down that has ended, perhaps.
-            found = ray._private.services.canonicalize_bootstrap_address(address)
-        if address != LOCAL:
+            found = ray._private.services.canonicalize_bootstrap_address(address) or LOCAL
+        if found != LOCAL:
             knock(found)
         ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
@@ -170,3 +170,8 @@ def environment(needs: Mapping[str, float]) -> dict[str, str]:
     if any(kind in needs for kind in ACCELERATORS) or "CPU" not in needs:
         return {}
     return {"NPROC": str(max(1, int(needs["CPU"]))), "JAX_PLATFORMS": "cpu"}
+
+
+def last_line(error: BaseException) -> str:
+    """Returns what an error says that Ray shows with the traceback of another process."""
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[-1], 200)

@@ -17,7 +17,7 @@ from catversion_jax.fleet.worker import ConceptWorker, Setup
 from catversion_jax.training.engine import ConceptJob
 from catversion_jax.training.run_dir import OF_RAY
 from catversion_jax.training.status import FAILED, ConceptStatus
-from catversion_jax.utils.errors import ReportedError, UserError, one_line, short
+from catversion_jax.utils.errors import ReportedError, UserError, short
 from catversion_jax.utils.log import warn
 
 LOOK = 1.0
@@ -25,6 +25,8 @@ LOOK = 1.0
 NODE_LOSS, NODE_SILENCE = 10.0, 120.0
 """Seconds after which a worker's end is its own fault if its node is still alive: of one whose end Ray was told of, and
 of one that is out of reach. Ray takes up to a minute to notice that a node is."""
+IDLE = 30.0
+"""Seconds after which a worker that has nothing to do is asked whether it is there."""
 STARTING = 3600.0
 """Seconds that a worker has for its model and its compilation."""
 LEAVING = 120.0
@@ -143,7 +145,7 @@ class Fleet:
         try:
             nodes = cluster.alive_nodes(self.ray)
         except self.ray.exceptions.RayError as error:  # its head is slow; asked again
-            warn(f"the cluster does not say which nodes it has ({last_line(error)})")
+            warn(f"the cluster does not say which nodes it has ({cluster.last_line(error)})")
             return
         self._alive = alive = {node.id for node in nodes}
         places = cluster.seats(nodes, self.options.needs)
@@ -180,7 +182,9 @@ class Fleet:
         waited = time.monotonic() - self._began
         handed = [Handed(task.job, waited, self.desk.given(task)) for task in self.queue.hand(worker.name)]
         cancelled = self.queue.take_cancelled(worker.name)
-        if self.queue.hands[worker.name].tasks or cancelled:
+        # One that has nothing to do is asked now and then whether it is still there.
+        is_idle = time.monotonic() - worker.since > IDLE
+        if self.queue.hands[worker.name].tasks or cancelled or is_idle:
             self.ask(worker, TURN, handed, self.queue.to_return(worker.name), cancelled)
 
     def ask(self, worker: RemoteWorker, what: str, *arguments: Any) -> None:
@@ -199,7 +203,7 @@ class Fleet:
             return
         # Whatever it raised: the worker may be in any state.
         except self.ray.exceptions.RayError as error:
-            self.lose(worker, f"failed ({last_line(error)})", crashed=True)
+            self.lose(worker, f"failed ({cluster.last_line(error)})", crashed=True)
             return
         worker.call = None
         for message in report.warnings:
@@ -261,8 +265,3 @@ class Fleet:
         # A process that hangs, or whose node is out of reach, may not end by itself.
         self.ray.kill(worker.actor)
         del self.workers[worker.name]
-
-
-def last_line(error: BaseException) -> str:
-    """Returns what an error says that Ray shows with the traceback of another process."""
-    return one_line((str(error).strip().splitlines() or [type(error).__name__])[-1], 200)

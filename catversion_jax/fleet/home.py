@@ -22,6 +22,17 @@ class Handed(NamedTuple):
     given: Any  # by the driver's desk, for the home of the worker
 
 
+class Encoded(NamedTuple):
+    """A concept that was prepared."""
+
+    data: ConceptData
+    saved: InterruptedConcept | None  # what it goes on from
+
+
+Prepared = Encoded | ReportedError
+"""A ReportedError: of storage that fails, which is not the concept's fault."""
+
+
 class Report(NamedTuple):
     """What a worker says after a turn."""
 
@@ -42,8 +53,8 @@ class Home(Protocol):
     def warm_up(self, engine: Engine) -> None:
         """Gets ready for what that engine learns: what `end` runs is compiled, which would make a turn long."""
 
-    def prepare(self, engine: Engine, handed: Handed) -> tuple[ConceptData, InterruptedConcept | ReportedError | None]:
-        """Returns a concept's data, and what was saved of it, or why that cannot be read now. In any thread."""
+    def prepare(self, engine: Engine, handed: Handed) -> Prepared:
+        """Prepares a concept, in any thread. Raises UserError for a mistake in it."""
 
     def take_turn(self, engine: Engine) -> Turn:
         """Runs one dispatch."""

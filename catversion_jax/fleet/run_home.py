@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from catversion_jax.config import Config
-from catversion_jax.fleet.home import Handed, Report
+from catversion_jax.fleet.home import Encoded, Handed, Prepared, Report
 from catversion_jax.fleet.work_queue import Task
 from catversion_jax.training.checkpoints import Checkpoints, Saved, open_checkpoints
 from catversion_jax.training.engine import ConceptJob, Ended, Engine, untrained
@@ -13,7 +13,6 @@ from catversion_jax.training.interrupted import InterruptedConcept, read_interru
 from catversion_jax.training.previews import sample_preview
 from catversion_jax.training.results import Results
 from catversion_jax.training.run_dir import RunDir
-from catversion_jax.training.state import ConceptData
 from catversion_jax.training.status import FILE_NAME as STATUS
 from catversion_jax.training.status import ConceptStatus, read_statuses, write_status
 from catversion_jax.training.turn import Turn
@@ -43,16 +42,16 @@ class RunHome:
             with contextlib.suppress(UserError):  # of prompts that this class word does not fit
                 sample_preview(config, engine.pipeline, concept, config.batch.previews)
 
-    def prepare(self, engine: Engine, handed: Handed) -> tuple[ConceptData, InterruptedConcept | ReportedError | None]:
+    def prepare(self, engine: Engine, handed: Handed) -> Prepared:
         """Reads and encodes a concept's photos; `handed.given` names the folders that may have its state."""
         job = handed.job
         data = engine.prepare_source(job.config)
         try:
             saved = [found for name in handed.given if (found := self.saved_in(name, engine).get(job.id)) is not None]
         except ReportedError as error:
-            return data, error
+            return error
         own = [found for found in saved if found.digest in (None, job.digest)]
-        return data, max(own, key=lambda found: int(found.state.step[0]), default=None)
+        return Encoded(data, max(own, key=lambda found: int(found.state.step[0]), default=None))
 
     def saved_in(self, folder: str, engine: Engine) -> dict[str, InterruptedConcept]:
         """Returns what a worker or a process that is gone had saved."""

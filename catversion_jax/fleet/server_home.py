@@ -5,19 +5,18 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from catversion_jax.config import Config
-from catversion_jax.fleet.cluster import import_ray
-from catversion_jax.fleet.home import Handed, Report
+from catversion_jax.fleet.cluster import import_ray, last_line
+from catversion_jax.fleet.home import Encoded, Handed, Prepared, Report
 from catversion_jax.fleet.work_queue import Task
-from catversion_jax.training.checkpoints import Checkpoints, Saved
+from catversion_jax.training.checkpoints import Checkpoints, HeldCheckpoint, Saved
 from catversion_jax.training.engine import ConceptJob, Ended, Engine
 from catversion_jax.training.interrupted import InterruptedConcept, of_slots
-from catversion_jax.training.state import ConceptData, TrainState
+from catversion_jax.training.state import ConceptData
 from catversion_jax.training.status import ConceptStatus
 from catversion_jax.training.turn import Turn, take_turn
-from catversion_jax.utils.errors import ReportedError
+from catversion_jax.utils.errors import StorageError
 
 
 class Given(NamedTuple):
@@ -27,38 +26,23 @@ class Given(NamedTuple):
     saved: InterruptedConcept | None
 
 
-class SentStates:
-    """Checkpoints that are sent to the driver."""
-
-    latest = None
-
-    def __init__(self) -> None:
-        self.saved: Saved | None = None
-
-    def save(self, step: int, state: TrainState, note: Mapping[str, Any]) -> None:
-        # The engine overwrites a slot in place when a concept enters it.
-        self.saved = Saved(step, jax.tree.map(np.copy, state), dict(note))
-
-    def restore(self, like: TrainState) -> TrainState | None:
-        return None
-
-    def close(self) -> None:
-        pass
-
-
 class ServerHome:
     """A worker's side, as fleet/home.py has it."""
 
     def open(self, worker: str, config: Config) -> Checkpoints:
-        self.checkpoints = SentStates()
-        return self.checkpoints
+        self.checkpoint = HeldCheckpoint()
+        return self.checkpoint
 
     def warm_up(self, engine: Engine) -> None:
         """Compiles nothing: the server draws."""
 
-    def prepare(self, engine: Engine, handed: Handed) -> tuple[ConceptData, InterruptedConcept | ReportedError | None]:
+    def prepare(self, engine: Engine, handed: Handed) -> Prepared:
         given: Given = handed.given
-        return import_ray().get(given.data), given.saved
+        ray = import_ray()
+        try:
+            return Encoded(ray.get(given.data), given.saved)
+        except ray.exceptions.RayError as error:
+            return StorageError(f"{handed.job.id}: its photos did not arrive ({last_line(error)})")
 
     def take_turn(self, engine: Engine) -> Turn:
         return take_turn(engine, engine.config.sample.every)
@@ -67,8 +51,7 @@ class ServerHome:
         return ended
 
     def saved(self) -> Saved | None:
-        sent, self.checkpoints.saved = self.checkpoints.saved, None
-        return sent
+        return self.checkpoint.take()
 
 
 class ServerDesk:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+from catversion_jax.fleet.cluster import last_line
 from catversion_jax.fleet.driver import Fleet, RayOptions
 from catversion_jax.fleet.home import Report
 from catversion_jax.fleet.server_home import ServerDesk
@@ -14,15 +15,17 @@ from catversion_jax.fleet.worker import Setup
 from catversion_jax.training.engine import ConceptJob
 from catversion_jax.training.interrupted import InterruptedConcept
 from catversion_jax.training.state import ConceptData
+from catversion_jax.utils.errors import StorageError
 
 
 class FleetThread(threading.Thread):
     """Drives workers until it is stopped. What they report waits in `reports`; whoever takes one removes it."""
 
-    def __init__(self, ray: Any, options: RayOptions, wake: Callable[[], object]):
-        """`wake` is called when there are reports."""
+    def __init__(self, ray: Any, options: RayOptions):
         super().__init__(name="fleet", daemon=True)
-        self._ray, self._options, self._wake = ray, options, wake
+        self._ray, self._options = ray, options
+        self.on_news: Callable[[], object] = lambda: None
+        """Called when there are reports, and when the thread ends."""
         self.learning = 0  # workers
         self.failure: Exception | None = None  # which ended the thread
         self._orders: deque[Callable[[], object]] = deque()
@@ -57,11 +60,23 @@ class FleetThread(threading.Thread):
         self._desk.forget(ids)
 
     def stop(self) -> None:
-        """Lets the workers send their states, and ends them and the thread."""
+        """Lets the workers send their states, and ends them and the thread, if it was ever begun."""
         self._stopping.set()
-        self.join()
+        if self.is_alive():
+            self.join()
 
     def run(self) -> None:
+        try:
+            self._drive()
+        except self._ray.exceptions.RayError as error:
+            self.failure = StorageError(f"--ray: the cluster failed ({last_line(error)}); the same command goes on")
+        # Whatever it is: without its workers the server has to end, and to say why.
+        except Exception as error:
+            self.failure = error
+        self.learning = 0
+        self.on_news()
+
+    def _drive(self) -> None:
         try:
             while not self._stopping.is_set():
                 while self._orders:
@@ -69,9 +84,6 @@ class FleetThread(threading.Thread):
                 self._fleet.work()
                 self.learning = self._fleet.learning
                 if self.reports:
-                    self._wake()
+                    self.on_news()
+        finally:
             self._fleet.leave()
-        # Whatever it is: without its workers the server has to end, and to say why.
-        except Exception as error:
-            self.failure = error
-            self._wake()

@@ -146,12 +146,12 @@ class WorkQueue(Generic[JobT]):
         )
 
     def to_return(self, worker: str) -> int:
-        """Returns how many of the concepts that a worker has not begun others could begin at once."""
+        """Returns how many concepts do not fit into a worker's slots, and others could begin at once."""
         hands = self.hands[worker]
         # What others crashed with stays where it is: not everybody may try it.
         if self._next is not None or self._is_waiting or hands.crashes:
             return 0
-        return min(self._free_slots(worker), max(0, len(hands.tasks) - max(len(hands.begun), 1)))
+        return min(self._free_slots(worker), max(0, len(hands.tasks) - self._slots))
 
     def heard(self, worker: str, ended: Collection[str], begun: Collection[str], returned: Collection[str]) -> None:
         """Notes what a worker says: the ids of those that ended, that are in its slots, and that it hands back."""

@@ -15,15 +15,13 @@ import msgspec
 
 from catversion_jax import __version__
 from catversion_jax.config import Config
-from catversion_jax.fleet.home import Handed, Home, Report
+from catversion_jax.fleet.home import Handed, Home, Prepared, Report
 from catversion_jax.fleet.host import alone_on_tpu
 from catversion_jax.training.concept_data import Room
 from catversion_jax.training.engine import ConceptJob, Ended, Engine, told_of_failure
-from catversion_jax.training.interrupted import InterruptedConcept
 from catversion_jax.training.loop import enough_memory, fewer_slots
 from catversion_jax.training.preparation import Preparation
 from catversion_jax.training.run import load_model
-from catversion_jax.training.state import ConceptData
 from catversion_jax.training.status import FAILED, ConceptStatus
 from catversion_jax.training.turn import Turn
 from catversion_jax.utils import cache
@@ -129,7 +127,7 @@ class ConceptWorker:
         home.warm_up(self.engine)
         return Report()
 
-    def prepare(self, preparing: Preparing) -> tuple[ConceptData, InterruptedConcept | ReportedError | None]:
+    def prepare(self, preparing: Preparing) -> Prepared:
         return self.home.prepare(self.engine, preparing.handed)
 
     def _turn(self, handed: list[Handed], give_back: int, cancelled: Collection[str]) -> Report:
@@ -173,13 +171,13 @@ class ConceptWorker:
                 failed.append(self.end(Ended(ConceptStatus(job.id, FAILED, error, digest=job.digest), None)))
 
             with told_of_failure(tell):
-                data, saved = prepared.data.result()
+                ready = prepared.data.result()
             if not prepared.data.exception():
-                if isinstance(saved, ReportedError):  # the storage's fault, not the concept's
-                    raise saved
-                if saved is not None:
-                    self.engine.saved[job.id] = saved
-                self.engine.enter(job, data)
+                if isinstance(ready, ReportedError):
+                    raise ready
+                if ready.saved is not None:
+                    self.engine.saved[job.id] = ready.saved
+                self.engine.enter(job, ready.data)
         return failed
 
     def end(self, ended: Ended) -> Ended:

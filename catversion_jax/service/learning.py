@@ -81,6 +81,9 @@ class Progress:
 
     def add(self, step: int, loss: float) -> None:
         self.step, self.loss = step, loss
+        # Where a worker was lost, some steps are taken again.
+        while self.losses and self.losses[-1][0] >= step:
+            self.losses.pop()
         self.losses.append((step, round(loss, 6)))
         if len(self.losses) > MOST_LOSSES:
             self.losses = self.losses[1::2]
@@ -96,14 +99,14 @@ class Learning:
         pipeline: BasePipeline,
         limits: Limits,
         hosts: Collection[str],
-        set_up: Callable[[Room], Trainer],
+        set_up: Callable[[StepConfig, Room], Trainer],
     ):
         """`set_up` makes the trainer, which has that room for each concept's photos and prompts."""
         self.store, self.config, self.pipeline = store, config, pipeline
         self.limits, self.hosts = limits, hosts
         self.room = Room(bucket(limits.photos), bucket(len(config.concept.templates) + limits.photos))
         self.step_config = StepConfig.of(config, pipeline.networks, config.batch.slots)
-        self.trainer = set_up(self.room)
+        self.trainer = set_up(self.step_config, self.room)
         self.preparation = Preparation(self.prepare, config.batch.slots)
         self.fetching = Fetching(self.fetch_photos, FETCHED_AT_ONCE)
         self.held: Prepared[Accepted, Ready] | None = None  # taken, and not in a slot yet: the disk was full
@@ -221,7 +224,7 @@ class Learning:
         """Trains for a moment; returns what is to be shown of concepts that have come to a preview's step."""
         turn = self.trainer.train()
         self.take(turn)
-        return list(turn.snapshots)
+        return [snapshot for snapshot in turn.snapshots if snapshot.id in self.progress]
 
     def take(self, turn: Turn) -> None:
         """Takes in what came of training."""

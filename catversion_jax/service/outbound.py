@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from urllib.parse import SplitResult, urlsplit
 
 from catversion_jax.data.images import MAX_FILE_BYTES
-from catversion_jax.utils.errors import UserError, short
+from catversion_jax.utils.errors import BUSY_ERRNOS, UserError, short
 
 TIMEOUT = 10.0  # seconds without an answer
 FETCHED_WITHIN, POSTED_WITHIN = 60.0, 15.0
@@ -66,7 +66,7 @@ def address_of(host: str, port: int, listed: bool) -> tuple[str, int]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"{host}: not found ({short(error)}); try again later") from error
+        raise UserError(f"{host}: not found ({short(error)}); try again later") from None
     for *_, address in found:
         ip = ipaddress.ip_address(address[0])
         inside = not ip.is_global or ip.is_multicast or any(ip in network for network in CARRIERS)
@@ -131,7 +131,10 @@ def fetch_photo(url: str, hosts: Collection[str], write: Callable[[bytes], objec
                     data = answer.read(MAX_FILE_BYTES + 1)
                 here = answer.headers.get("Location", "")
             except (OSError, http.client.HTTPException) as error:
-                raise UserError(f"{url}: not downloaded ({short(error)}); send the request again") from error
+                if isinstance(error, OSError) and error.errno in BUSY_ERRNOS:  # this machine's
+                    raise
+                # Without its cause, which may look like one of our own disk: a timeout, for example.
+                raise UserError(f"{url}: not downloaded ({short(error)}); send the request again") from None
         if data is not None:
             if len(data) > MAX_FILE_BYTES:
                 raise UserError(f"{url}: more than {MAX_FILE_BYTES // 2**20} MiB; make the photo smaller")

@@ -47,7 +47,7 @@ def is_full(error: BaseException) -> bool:
     """Whether an error says that the disk is full or broken, or the machine too busy: it may pass."""
     if isinstance(error, sqlite3.OperationalError):
         return any(word in str(error) for word in ("disk", "full", "locked", "unable to open"))
-    return isinstance(error, StorageError) or is_storage_error(error)
+    return is_storage_error(error)
 
 
 def problem_of(error: BaseException) -> Problem:
@@ -63,7 +63,7 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(422, str(error))
     # FastAPI wraps what is raised while it reads a request.
     if is_full(error.__cause__ if isinstance(error, HTTPException) and error.__cause__ is not None else error):
-        return Problem(507, "the server's disk is full; nothing of this request was kept; send it again later")
+        return Problem(507, "the server's disk is full or busy; nothing of this request was kept; send it again later")
     if isinstance(error, HTTPException):
         return Problem(error.status_code, str(error.detail))
     LOGGER.error("%s: %s", type(error).__name__, short(error), exc_info=error)

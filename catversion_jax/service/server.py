@@ -2,8 +2,8 @@
 
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing, nullcontext, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,15 +18,18 @@ from catversion_jax.fleet.driver import RayOptions
 from catversion_jax.fleet.thread import FleetThread
 from catversion_jax.service.app import make_app
 from catversion_jax.service.drawing import Drawings
-from catversion_jax.service.fleet_trainer import FleetTrainer
+from catversion_jax.service.fleet_trainer import FleetTrainer, check_state_size
 from catversion_jax.service.learning import Learning
+from catversion_jax.service.requests import QUEUED
 from catversion_jax.service.service import ConceptService, Rules
+from catversion_jax.service.states import States
 from catversion_jax.service.store import Store
 from catversion_jax.service.trainer import LocalTrainer, Trainer
 from catversion_jax.service.webhooks import Webhooks
 from catversion_jax.service.worker import Worker
 from catversion_jax.training.concept_data import Room
 from catversion_jax.training.run import load_model
+from catversion_jax.training.step import StepConfig
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.paths import AnyPath, expand
 
@@ -87,24 +90,41 @@ def serve(
 
     Raises UserError if the store, the model, the cluster or the address cannot be used, and whatever ended the worker.
     """
-    store = Store(expand(folder))
-    with closing(store), connected(work.ray.address) if work.ray else nullcontext() as ray:
+    with ExitStack() as stack:
+        store = stack.enter_context(closing(Store(expand(folder))))
+        thread = stack.enter_context(fleet_thread(work.ray)) if work.ray else None
         store.recover()
         pipe = Pipeline(config.model, load_model(config, config.batch.slots))
         drawings = Drawings(store, config, pipe)
 
-        def trainer(room: Room) -> Trainer:
-            if work.ray is None:
-                return LocalTrainer(config, pipe.base, room, store.checkpoints)
-            thread = FleetThread(ray, work.ray, worker.wake)
-            return FleetTrainer(thread, config, pipe.base, room, store.checkpoints)
+        states = States(store.checkpoints, config.checkpoint.keep)
 
-        set_up = partial(Learning, store, config, pipe.base, rules.limits, rules.url_hosts, trainer)
+        def make_trainer(step: StepConfig, room: Room) -> Trainer:
+            saved = states.read(step, {entry.id for entry in store.with_status("concepts", [QUEUED])})
+            if thread is None:
+                return LocalTrainer(config, pipe.base, room, states, saved)
+            check_state_size(config, step)
+            return FleetTrainer(thread, config, room, states, saved)
+
+        set_up = partial(Learning, store, config, pipe.base, rules.limits, rules.url_hosts, make_trainer)
         worker = Worker(store, drawings, set_up, work.drawing_share)
+        if thread is not None:
+            thread.on_news = worker.wake
         service = ConceptService(config, pipe, store, worker, rules)
         run_server(service, address, on_start)
         if worker.failure is not None:
             raise worker.failure
+
+
+@contextmanager
+def fleet_thread(options: RayOptions) -> Iterator[FleetThread]:
+    """Gives the thread that will drive a cluster's workers; it has ended before the cluster is left."""
+    with connected(options.address) as ray:
+        thread = FleetThread(ray, options)
+        try:
+            yield thread
+        finally:
+            thread.stop()
 
 
 def raise_file_limit() -> None:

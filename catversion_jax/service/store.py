@@ -37,7 +37,7 @@ from catversion_jax.service.requests import (
 from catversion_jax.utils.errors import UserError, refused
 from catversion_jax.utils.files import write_atomically
 from catversion_jax.utils.locks import lock_file
-from catversion_jax.utils.paths import calling
+from catversion_jax.utils.paths import calling, remove_folder
 
 VERSION = 1
 KEY_SECONDS = 86400.0
@@ -411,7 +411,7 @@ class Store:
 
     def remove_concept(self, row: Accepted) -> None:
         """Removes a concept, its photos and the pictures that show it; of one that had not ended, the id stays."""
-        shutil.rmtree(self.concept_folder(row.id), ignore_errors=True)  # first: it makes room on a full disk
+        remove_folder(self.concept_folder(row.id))  # first: it makes room on a full disk
         shown = self.database.execute("SELECT picture FROM shown WHERE concept = ?", (row.id,)).fetchall()
         with self.transaction() as database:
             for (picture_id,) in shown:

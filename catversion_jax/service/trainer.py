@@ -1,24 +1,21 @@
 """Who trains the concepts of a service: the slots of this process, or others."""
 
-import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Collection
 from typing import Protocol
 
 from catversion_jax.base.pipeline import BasePipeline
 from catversion_jax.config import Config
-from catversion_jax.training.checkpoints import open_checkpoints
+from catversion_jax.service.states import States
+from catversion_jax.training.checkpoints import HeldCheckpoint
 from catversion_jax.training.concept_data import Room
 from catversion_jax.training.engine import ConceptJob, Engine
-from catversion_jax.training.interrupted import read_interrupted
+from catversion_jax.training.interrupted import InterruptedConcept, of_slots
 from catversion_jax.training.state import ConceptData
-from catversion_jax.training.step import StepConfig
 from catversion_jax.training.turn import Turn, take_turn
 
 
 class Trainer(Protocol):
-    """Trains concepts, and keeps their states in a folder of checkpoints. One thread calls it."""
+    """Trains concepts, and saves their states. One thread calls it."""
 
     @property
     def slots(self) -> int:
@@ -43,13 +40,13 @@ class Trainer(Protocol):
         """Takes a concept, which goes on from its state if that was saved; one has to be `free`."""
 
     def train(self) -> Turn:
-        """Trains for a moment; returns what came of it."""
+        """Trains for a moment; returns what came of it. Raises TrainingEndedError if nobody does any more."""
 
     def save_if_due(self) -> None:
         """Saves the states from time to time; what has ended must have been written before."""
 
     def remove(self, ids: Collection[str]) -> None:
-        """Removes concepts, and the checkpoints, which may hold what they learned; the others' are saved anew."""
+        """Removes concepts, and what was saved of them."""
 
     def stop(self) -> Turn:
         """Stops training; returns what has come of it meanwhile."""
@@ -58,15 +55,20 @@ class Trainer(Protocol):
         """Saves the states, and waits for that. It has to be stopped before."""
 
 
+class TrainingEndedError(Exception):
+    """Nobody trains any more; the cause says why."""
+
+
 class LocalTrainer:
     """The engine of this process, as a Trainer."""
 
-    def __init__(self, config: Config, pipeline: BasePipeline, room: Room, folder: Path):
-        """Sets the engine up; concepts that were interrupted go on from what the folder holds."""
-        self.config, self.folder = config, folder
-        saved = read_interrupted([folder], StepConfig.of(config, pipeline.networks, config.batch.slots))
-        self.engine = Engine(config, pipeline, room, self.opened_checkpoints(), saved)
-        self._is_open = True  # whether the engine's checkpoints are
+    def __init__(
+        self, config: Config, pipeline: BasePipeline, room: Room, states: States, saved: dict[str, InterruptedConcept]
+    ):
+        """Sets the engine up; concepts in `saved` go on from their states."""
+        self.config, self.states = config, states
+        self._held = HeldCheckpoint()
+        self.engine = Engine(config, pipeline, room, self._held, saved)
         self._is_due = False
 
     @property
@@ -95,45 +97,26 @@ class LocalTrainer:
         return take_turn(self.engine, self.config.sample.every)
 
     def save_if_due(self) -> None:
-        with self.saving():
-            if self._is_due and self.engine.busy:
-                self.engine.save()
-            else:
-                self.engine.save_if_due()
-        self._is_due = False
+        # Until it was saved, whatever comes between.
+        self._is_due = self._is_due or self.engine.is_due
+        if self._is_due:
+            self.states.save(self.now())
+            self._is_due = False
 
-    def opened_checkpoints(self):
-        return open_checkpoints(self.folder, self.config.checkpoint.keep, lambda: None)
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """After a failure inside, which Orbax's manager does not outlive, the next save has a new one."""
-        if not self._is_open:
-            self.engine.checkpoints, self._is_open = self.opened_checkpoints(), True
-        try:
-            yield
-        except Exception:
-            self.close_checkpoints()
-            raise
-
-    def close_checkpoints(self) -> None:
-        """Closes checkpoints whose last save failed, which was said already, or is not wanted any more."""
-        self._is_open = False
-        with suppress(Exception):
-            self.engine.checkpoints.close()
+    def now(self) -> dict[str, InterruptedConcept]:
+        """Returns the states of the concepts in the slots, and of those that have not gone on from theirs yet."""
+        self.engine.save()
+        held = self._held.take()
+        return self.engine.saved | (dict(of_slots(held)) if held else {})
 
     def remove(self, ids: Collection[str]) -> None:
         for concept_id in ids:
             self.engine.remove(concept_id)
-        self.close_checkpoints()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._is_due = True
+        self.states.replace(self.now())
 
     def stop(self) -> Turn:
         return Turn()
 
     def close(self) -> None:
-        with self.saving():
-            if self.engine.busy:
-                self.engine.save()
-            self.engine.checkpoints.close()
+        self.states.save(self.now())
+        self.states.close()

@@ -19,6 +19,7 @@ from catversion_jax.service.problems import is_full
 from catversion_jax.service.requests import DONE, REMOVING
 from catversion_jax.service.shares import Shares
 from catversion_jax.service.store import Store
+from catversion_jax.service.trainer import TrainingEndedError
 from catversion_jax.training.turn import Snapshot
 from catversion_jax.utils.errors import UserError, one_line
 from catversion_jax.utils.log import warn
@@ -52,7 +53,7 @@ class Worker(threading.Thread):
         self.learning: Learning | None = None
         self.ready = threading.Event()
         self.problem: str | None = None  # of the storage, while there is one
-        self.failure: Exception | None = None  # which ended the worker
+        self.failure: BaseException | None = None  # which ended the worker
         self.spent = dict.fromkeys((TRAIN, DRAW, REST), 0.0)  # seconds, without those that it was idle
         self._shares = Shares({TRAIN: 1 - drawing_share, DRAW: drawing_share})
         self._wake, self._stopping = threading.Event(), threading.Event()
@@ -78,6 +79,8 @@ class Worker(threading.Thread):
                 self.turn(learning)
             learning.close()
         # Whatever it is: without its worker the server has to end, and to say why.
+        except TrainingEndedError as error:
+            self.failure = error.__cause__
         except Exception as error:
             self.failure = error
         finally:
@@ -127,7 +130,7 @@ class Worker(threading.Thread):
                 self.spent[kind] += took
             self.problem = None
         except Exception as error:
-            if not is_full(error):
+            if isinstance(error, TrainingEndedError) or not is_full(error):
                 raise
             self.problem = one_line(str(error))
             warn(f"{self.problem}; tried again in {AFTER_FAILURE:g} seconds")

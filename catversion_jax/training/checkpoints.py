@@ -193,6 +193,30 @@ class BucketCheckpoints:
             self._scratch.cleanup()
 
 
+class HeldCheckpoint:
+    """A checkpoint that is held in memory until somebody takes it, as Checkpoints are those of a folder."""
+
+    latest = None
+
+    def __init__(self) -> None:
+        self._held: Saved | None = None
+
+    def save(self, step: int, state: TrainState, note: Mapping[str, Any]) -> None:
+        # A copy: slots are overwritten in place when a concept enters one.
+        self._held = Saved(step, jax.tree.map(np.copy, state), dict(note))
+
+    def take(self) -> Saved | None:
+        """Returns what was saved last, once."""
+        held, self._held = self._held, None
+        return held
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        return None
+
+    def close(self) -> None:
+        """Has nothing to wait for."""
+
+
 def restore_newest(folder: AnyPath, like: TrainState) -> TrainState | None:
     """Returns the newest readable state; newer ones, which are damaged, are renamed."""
     saved = read_newest(folder, lambda _: like)

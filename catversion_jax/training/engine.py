@@ -197,9 +197,13 @@ class Engine:
         status = ConceptStatus(job.id, DONE, None, entered.photos, concept.steps, loss, seconds, job.digest)
         return Ended(status, concept, job.config)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `checkpoint.every` steps were taken since the states were saved."""
+        return self.clock - self.kept >= self.config.checkpoint.every
+
     def save_if_due(self) -> None:
-        """Saves the states if `checkpoint.every` steps were taken since they were saved."""
-        if self.clock - self.kept >= self.config.checkpoint.every:
+        if self.is_due:
             self.save()
 
     def save(self) -> None:

@@ -6,15 +6,14 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-STORAGE_ERRNOS = {
+BUSY_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS}
+"""Errors of a machine that has too many files or connections open."""
+STORAGE_ERRNOS = BUSY_ERRNOS | {
     getattr(errno, name)
-    for name in (
-        *("EDQUOT", "EFBIG", "EIO", "ENODEV", "ENOSPC", "ENXIO", "EREMOTEIO", "EROFS", "ESTALE", "ETIMEDOUT"),
-        *("EMFILE", "ENFILE", "ENOBUFS"),
-    )
+    for name in ("EDQUOT", "EFBIG", "EIO", "ENODEV", "ENOSPC", "ENXIO", "EREMOTEIO", "EROFS", "ESTALE", "ETIMEDOUT")
     if hasattr(errno, name)  # not every system has all of them
 }
-"""Errors of a full, failing or unreachable disk, and of too many open files: the same command may succeed later."""
+"""Errors of a full, failing or unreachable disk, and of a busy machine: the same command may succeed later."""
 STORAGE_WORDS = (*map(os.strerror, STORAGE_ERRNOS), "random_device")
 """How libraries quote these errors; the last is C++'s own random numbers, which open a file."""
 
@@ -85,8 +84,10 @@ def is_storage_error(error: BaseException | None) -> bool:
 
     Libraries that report what the system said in a type of their own are recognised by the system's words.
     """
-    if error is None:
-        return False
+    if error is None or isinstance(error, StorageError):
+        return error is not None
+    if isinstance(error, ReportedError):  # whose text quotes what people gave
+        return is_storage_error(error.__cause__)
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in STORAGE_ERRNOS
     said = str(error)

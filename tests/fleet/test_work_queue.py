@@ -142,3 +142,15 @@ def test_concepts_come_and_go_while_it_is_at_work():
     assert not queue.is_over
     queue.heard("a", ["x"], [], [])
     assert queue.is_over
+
+
+def test_what_fits_into_a_workers_slots_stays_with_it():
+    """Concepts do not travel between workers that all have empty slots."""
+    queue = queue_of(0, 8, "ab")
+    for i in range(8):
+        queue.add(Job(str(i)))
+    assert len(queue.hand("a")) == 8
+    assert queue.to_return("a") == 0
+    queue.heard("a", [], ["0"], [])
+    assert queue.to_return("a") == 0
+    assert queue.hand("b") == []

@@ -65,7 +65,8 @@ def test_the_server_is_killed_and_stopped(tiny_model, tmp_path, expected):
         wait_for(lambda: max(steps_of(server).values()) > 20, server)
         steps = steps_of(server)
         assert server.stop() == 0
-        server = on_ray(tmp_path / "store", tiny_model, nodes.address)
+    # The next one trains by itself.
+    with running(tmp_path / "store", tiny_model, sample__every=50, checkpoint__every=10) as server:
         # They go on from where they were, and not from the start.
         last = max(steps, key=steps.__getitem__)
         wait_for(lambda: steps_of(server)[last] > 0, server)

@@ -8,6 +8,7 @@ from catversion_jax.utils.errors import (
     StorageError,
     UserError,
     is_out_of_memory,
+    is_storage_error,
     kind_of,
     listed,
     one_line,
@@ -67,6 +68,16 @@ def test_short():
 )
 def test_storage_errors(error):
     assert kind_of(error) is StorageError
+
+
+def test_what_a_mistake_quotes_is_no_storage_error():
+    """A file, a word or a URL may be named like an error of the disk."""
+    for name in ("random_device.jpg", "Too many open files", "Input/output error"):
+        error = UserError(f"{name}: its server answers 404")
+        assert not is_storage_error(error)
+        error.__cause__ = OSError(errno.EIO, "Input/output error")
+        assert is_storage_error(error)
+    assert is_storage_error(StorageError("checkpoints: could not be saved"))
 
 
 def test_a_full_disk_is_no_mistake():
