@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from catversion_jax.utils.errors import UserError, one_line, short
@@ -17,10 +16,6 @@ LOCAL, AUTO = "local", "auto"
 ACCELERATORS = ("TPU", "GPU")
 OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus"}
 """How Ray calls what a worker needs of these; anything else is a resource of its own name."""
-
-
-TOKEN = Path("~/.ray/auth_token")
-"""What Ray lets in by, once there is one: --ray=local makes it."""
 
 
 class Seat(NamedTuple):
@@ -42,9 +37,6 @@ class Node:
 
 def import_ray() -> Any:
     """Returns Ray. Raises UserError if it is not installed."""
-    # ray start makes a cluster ask for the token that is there, and an address alone would not have Ray send it.
-    if TOKEN.expanduser().is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:
@@ -70,7 +62,7 @@ def connect(address: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--ray={address}: no Ray cluster answers ({short(error)}); start one with ray start --head, or give "
-            f"--ray={LOCAL} for one on this machine; {TOKEN} has to be that of its head, if that has one"
+            f"--ray={LOCAL} for one on this machine; if it asks for a token, set RAY_AUTH_MODE=token"
         ) from error
     return ray
 
