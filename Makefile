@@ -7,6 +7,7 @@ BIN := .venv/bin
 PARITY := .venv-parity/bin
 NEW := .venv-newest/bin
 TPU := .venv-tpu/bin
+GPU := .venv-gpu/bin
 
 # On the PATH, or where pyenv keeps its versions.
 NEWEST ?= $(shell for minor in 15 14 13 12; do \
@@ -18,7 +19,7 @@ TEAPOT := catversion_jax/concepts/teapot
 DEMO := --config.run_dir=runs/demo --config.concept.class_word=teapot \
 	--config.data.dir=$(TEAPOT)/train --config.data.masks_dir=$(TEAPOT)/train_masks
 
-.PHONY: demo study test parity newest fuzz kills full-size tpu lint clean
+.PHONY: demo study test parity newest fuzz kills full-size gpu tpu lint clean
 
 demo: .venv/installed
 	$(BIN)/catversion train --config=mini $(DEMO) --resume
@@ -28,7 +29,7 @@ study: .venv/installed
 	$(BIN)/catversion study ablation --quick
 
 test: .venv/tested
-	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/full_size --ignore=tests/tpu -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/full_size --ignore=tests/tpu --ignore=tests/gpu -n 2 --dist loadfile --durations=15
 
 parity: .venv-parity/installed .venv-parity/comfyui
 	$(PARITY)/python -m pytest tests/parity
@@ -47,6 +48,9 @@ kills: .venv/tested
 
 full-size: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/full_size -s
+
+gpu: .venv-gpu/installed
+	JAX_PLATFORMS=cpu $(GPU)/python -m pytest tests/gpu
 
 tpu: .venv-tpu/installed
 	JAX_PLATFORMS=cpu $(TPU)/python -m pytest tests/tpu
@@ -90,5 +94,11 @@ lint: .venv/tested
 	$(TPU)/python -m pip install --quiet -e '.[tpu]' 'pytest>=8'
 	touch $@
 
+# The newest JAX, whose CUDA compiler needs no device.
+.venv-gpu/installed: setup.py
+	$(NEWEST) -m venv .venv-gpu
+	$(GPU)/python -m pip install --quiet -e '.[cuda]' 'pytest>=8'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-parity .venv-newest .venv-tpu build *.egg-info
+	rm -rf .venv .venv-parity .venv-newest .venv-tpu .venv-gpu build *.egg-info

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -52,14 +53,18 @@ def random_model(dtype: str) -> BasePipeline:
 
     It has neither the VAE's parameters nor a tokenizer, which the step does not need.
     """
-    dtype = DTYPES[dtype]
-    text_encoder, unet, vae = (COMPONENTS[name].make(of_part, dtype) for name, of_part in RANDOM.items())
-    schedule = NoiseSchedule.from_json(ldm.FAMILIES[0].scheduler)
+    networks, dtype = random_networks(dtype), DTYPES[dtype]
     params = {
-        "text": (random_params(abstract("text", text_encoder), dtype),),
-        "unet": random_params(abstract("unet", unet), dtype),
+        "text": (random_params(abstract("text", networks.text[0]), dtype),),
+        "unet": random_params(abstract("unet", networks.unet), dtype),
     }
-    return BasePipeline(Networks((text_encoder,), unet, vae, schedule), params, tokenizers=(), fingerprint="")
+    return BasePipeline(networks, params, tokenizers=(), fingerprint="")
+
+
+def random_networks(dtype: str, configs: Mapping[str, dict[str, Any]] = RANDOM) -> Networks:
+    """Returns Stable Diffusion 1.x's networks, or others by their config.json."""
+    text_encoder, unet, vae = (COMPONENTS[name].make(of_part, DTYPES[dtype]) for name, of_part in configs.items())
+    return Networks((text_encoder,), unet, vae, NoiseSchedule.from_json(ldm.FAMILIES[0].scheduler))
 
 
 def random_params(shapes: Params, dtype: Any) -> Params:

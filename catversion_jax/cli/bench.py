@@ -13,11 +13,14 @@ from absl import flags
 from tqdm import tqdm
 
 from catversion_jax.bench import torch_step
+from catversion_jax.bench.absent import CHIPS
+from catversion_jax.bench.forecast import Forecast, forecast, forecast_table
 from catversion_jax.bench.measure import REPETITIONS, Size, measure_size
+from catversion_jax.bench.random_model import SD15
 from catversion_jax.bench.row import Row, bench_table
 from catversion_jax.bench.service_load import Load, load_table, measure_batch, measure_service
 from catversion_jax.cli.flags import checked_config, define_config
-from catversion_jax.config import OF_A_RUN
+from catversion_jax.config import OF_A_RUN, Config, from_config_dict, stable_diffusion
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.files import check_writable, write_atomically
 from catversion_jax.utils.paths import AnyPath, expand
@@ -38,6 +41,12 @@ def define_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_enum("vs", None, ["torch"], "Also time the step in PyTorch with diffusers, in turns.")
+    flags.DEFINE_enum(
+        "for",
+        None,
+        list(CHIPS),
+        "Times nothing: compiles the step for a chip that need not be here, and says what it should cost there.",
+    )
     flags.DEFINE_string(
         "service",
         None,
@@ -62,6 +71,8 @@ def main(arguments: flags.FlagValues) -> int:
     if arguments.service:
         return bench_service(arguments)
     config = arguments.config and checked_config(arguments, OF_A_RUN)
+    if arguments["for"].value:
+        return bench_for(arguments["for"].value, config, sizes, arguments.out)
     facts: dict[str, Any] = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
     rows: list[Row] = []
     for concepts, batch in (bar := tqdm(sizes, unit=" sizes")):
@@ -75,6 +86,23 @@ def main(arguments: flags.FlagValues) -> int:
             write_rows(expand(arguments.out), facts, rows)
     print(*(f"{name}: {value}" for name, value in facts.items() if name != "config"), sep="\n")
     print("", bench_table(rows), sep="\n")
+    return 0
+
+
+def bench_for(chip: str, config: Config | None, sizes: list[tuple[int, int]], out: str | None) -> int:
+    """Compiles each size for a chip, and prints what it should cost there."""
+    if config is None:
+        config = from_config_dict(stable_diffusion(SD15), OF_A_RUN)
+    rows: list[Forecast] = []
+    for concepts, batch in (bar := tqdm(sizes, unit=" sizes")):
+        bar.set_description(f"{concepts}x{batch}")
+        rows.append(forecast(Size(config, concepts, batch, None, False), chip))
+    facts = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "chip": CHIPS[chip].name}
+    if out:
+        text = json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1)
+        write_atomically(expand(out), lambda path: path.write_text(text))
+    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
+    print("", forecast_table(rows), sep="\n")
     return 0
 
 

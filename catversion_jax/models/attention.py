@@ -56,6 +56,19 @@ def splash(
     return on_each_device(attend, heads)(query, key, value)
 
 
+def cudnn(
+    query: Float[Array, "B Q H D"], key: Float[Array, "B K H D"], value: Float[Array, "B K H D"]
+) -> Float[Array, "B Q H D"]:
+    """Flash attention by cuDNN."""
+    run = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    keys = key.shape[1]
+    if keys % 2 == 0:
+        return run(query, key, value)
+    # JAX refuses odd lengths, such as the 77 tokens of a prompt.
+    key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (key, value))
+    return run(query, key, value, key_value_seq_lengths=jnp.full(len(key), keys, jnp.int32))
+
+
 class Kernel(NamedTuple):
     """An implementation of attention, and the shapes (of query and key) and the dtype that it suits."""
 
@@ -64,16 +77,18 @@ class Kernel(NamedTuple):
 
 
 def fits_cudnn(query: tuple[int, ...], key: tuple[int, ...], dtype: jnp.dtype) -> bool:
-    """cuDNN's flash attention takes half precision and heads of 8, 16, ... 128 channels; it pays for long sequences."""
-    suits = dtype.itemsize == 2 and query[3] <= 128 and query[3] % 8 == 0 and min(query[1], key[1]) >= 256
-    return suits and all(has_cudnn_flash(getattr(device, "compute_capability", "")) for device in jax.devices())
+    """cuDNN's flash attention takes half precision; it pays for many queries, whose scores are not kept then."""
+    suits = dtype.itemsize == 2 and query[3] % 8 == 0 and query[1] >= 256
+    return suits and query[3] <= min(cudnn_channels(getattr(d, "compute_capability", "")) for d in jax.devices())
 
 
-def has_cudnn_flash(capability: str) -> bool:
-    """Whether a GPU is NVIDIA's, of compute capability 8.0 (Ampere) or more; AMD's also have the backend "gpu"."""
-    # NVIDIA's say "8.6", AMD's "gfx90a".
+def cudnn_channels(capability: str) -> int:
+    """The most channels of a head for cuDNN's flash attention on a GPU; 0: there is none, as on AMD's."""
+    # NVIDIA's say "8.6", AMD's "gfx90a". The gradient of wide heads is Hopper's alone.
     major = capability.split(".")[0]
-    return major.isdecimal() and int(major) >= 8
+    if not major.isdecimal() or int(major) < 8:
+        return 0
+    return 256 if int(major) == 9 else 128
 
 
 def fits_splash(query: tuple[int, ...], key: tuple[int, ...], dtype: jnp.dtype) -> bool:
@@ -91,7 +106,7 @@ def always(*_) -> bool:
 XLA = Kernel(jax.nn.dot_product_attention, always)
 KERNELS = {
     "cpu": (Kernel(heads_first, always),),
-    "gpu": (Kernel(partial(jax.nn.dot_product_attention, implementation="cudnn"), fits_cudnn), XLA),
+    "gpu": (Kernel(cudnn, fits_cudnn), XLA),
     "tpu": (Kernel(splash, fits_splash), XLA),
 }
 """backend -> kernels in order of preference; the last one suits everything."""

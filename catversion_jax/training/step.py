@@ -43,8 +43,11 @@ class StepConfig:
     text_penalty: float = TrainConfig.text_penalty
 
     @classmethod
-    def of(cls, config: Config, networks: Networks, concepts: int = 1) -> "StepConfig":
-        """Returns the step for `concepts` concepts. Raises UserError if they cannot share one."""
+    def of(cls, config: Config, networks: Networks, concepts: int = 1, mesh: Mesh | None = None) -> "StepConfig":
+        """Returns the step for `concepts` concepts. Raises UserError if they cannot share one.
+
+        `mesh` is that of the devices which it is compiled for; None: this process's.
+        """
         method = config.make_method(networks)
         if method.changes_unet and concepts > 1:
             raise UserError(
@@ -59,7 +62,7 @@ class StepConfig:
             batch_size=config.train.batch_size,
             timesteps=config.train.timesteps,
             text_penalty=config.train.text_penalty,
-            mesh=config.make_mesh(concepts),
+            mesh=config.make_mesh(concepts) if mesh is None else mesh,
             stop=config.stop,
         )
 

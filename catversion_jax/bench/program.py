@@ -1,0 +1,106 @@
+"""What a compiled program runs and moves, read from its text: the kernels of a step, and the bytes of each."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+SIZES = {
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
+    "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128": 16,
+}  # fmt: skip
+"""Bytes of XLA's types."""
+FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "opt-barrier", "iota"}
+"""Instructions that run nothing."""
+
+COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
+TARGET = re.compile(r'custom_call_target="([^"]+)"')
+CALLED = re.compile(r"calls=%?([\w.\-]+)")
+BODY = re.compile(r"body=%?([\w.\-]+)")
+NAME = re.compile(r"%([\w.\-]+)")
+
+
+class Launch(NamedTuple):
+    """A kernel that a program launches."""
+
+    kind: str  # dot, reduce, transpose, ...: the first of KINDS in it; or what it calls
+    bytes: int  # of its operands and results
+    text: str  # its instruction
+
+
+KINDS = ("dot", "convolution", "reduce", "concatenate", "transpose", "copy", "slice", "dynamic-slice")
+"""What a fusion is called after, if it has it; else it is elementwise."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """The kernels of a step."""
+
+    kernels: tuple[Launch, ...]
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that the kernels of a step read and write: more than reach the memory, because of caches."""
+        return sum(kernel.bytes for kernel in self.kernels)
+
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """Returns how many kernels there are of each kind, and their bytes, the largest first."""
+        found: dict[str, tuple[int, int]] = {}
+        for kernel in self.kernels:
+            count, size = found.get(kernel.kind, (0, 0))
+            found[kernel.kind] = (count + 1, size + kernel.bytes)
+        return dict(sorted(found.items(), key=lambda entry: -entry[1][1]))
+
+
+class Instruction(NamedTuple):
+    name: str
+    type: str
+    operation: str
+    rest: str  # from its operands on
+
+
+def read_program(text: str) -> Program:
+    """Reads XLA's text of a compiled program; of one with loops, the body of the largest."""
+    computations = dict(read_computations(text))
+    types = {instruction.name: instruction.type for found in computations.values() for instruction in found}
+    bodies = [name for name in BODY.findall(text) if name in computations]
+    # The entry comes last; a loop over the steps is larger than what is around it.
+    main = max([*bodies, list(computations)[-1]], key=lambda name: len(computations[name]))
+    kernels = []
+    for instruction in computations[main]:
+        if instruction.operation not in FREE:
+            operands = NAME.findall(instruction.rest.split("), ")[0])
+            size = array_bytes(instruction.type) + sum(array_bytes(types.get(name, "")) for name in operands)
+            line = f"{instruction.type} {instruction.operation}({instruction.rest}"
+            kernels.append(Launch(kind_of_kernel(instruction, computations), size, line))
+    return Program(tuple(kernels))
+
+
+def read_computations(text: str) -> Iterator[tuple[str, list[Instruction]]]:
+    name, found = "", list[Instruction]()
+    for line in text.splitlines():
+        if not line.startswith(" ") and (begins := COMPUTATION.match(line)):
+            name, found = begins[1], []
+        elif line.startswith("}") and name:
+            yield name, found
+            name = ""
+        elif name and (match := INSTRUCTION.match(line)):
+            found.append(Instruction(*match.groups()))
+
+
+def array_bytes(type_text: str) -> int:
+    """Returns the bytes of the arrays that a type names."""
+    arrays = ((kind, map(int, filter(None, shape.split(",")))) for kind, shape in ARRAY.findall(type_text))
+    return sum(SIZES[kind] * math.prod(sides) for kind, sides in arrays)
+
+
+def kind_of_kernel(instruction: Instruction, computations: dict[str, list[Instruction]]) -> str:
+    if instruction.operation == "custom-call" and (target := TARGET.search(instruction.rest)):
+        return target[1]
+    if instruction.operation == "fusion" and (called := CALLED.search(instruction.rest)):
+        inside = {inner.operation for inner in computations.get(called[1], ())}
+        return next((kind for kind in KINDS if kind in inside), "elementwise")
+    return instruction.operation
