@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.models.attention import dot_product_attention, probabilities
-from catversion_jax.models.norms import LayerNorm
+from catversion_jax.models.norms import make_layer_norm
 from catversion_jax.models.parametrized import Conv, Dense
 from catversion_jax.utils.types import Array, Float
 
@@ -120,7 +120,7 @@ class BasicTransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B Q c"], context: Float[Array, "B K e"]) -> Float[Array, "B Q c"]:
-        norm = partial(LayerNorm, 1e-5, self.dtype)
+        norm = partial(make_layer_norm, 1e-5, self.dtype)
         y = norm(name="norm1")(x)
         x = x + Attention(self.heads, self.dtype, name="attn1")(y, y)
         x = x + Attention(self.heads, self.dtype, name="attn2")(norm(name="norm2")(x), context)
