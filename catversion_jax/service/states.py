@@ -38,25 +38,19 @@ class States:
             return
         whole = jax.tree.map(lambda *each: np.concatenate(each), *(one.state for one in states.values()))
         note = note_of([(concept_id, one.digest) for concept_id, one in states.items()])
-        is_new = self._open is None
-        try:
-            self._save(whole, note)
-        except ReportedError:
-            # Orbax's manager does not outlive a failure, which may be that of an earlier save in the background.
-            self._give_up()
-            if is_new:
-                raise
+        # Orbax's manager does not outlive a failure, which may be that of an earlier save in the background: where it was
+        # open before, this one is tried again with a new one.
+        for is_last in (True,) if self._open is None else (False, True):
             try:
-                self._save(whole, note)
+                if self._open is None:
+                    self._open = open_checkpoints(self.folder, self._keep, lambda: None)
+                self._number += 1
+                self._open.save(self._number, whole, note)
+                return
             except ReportedError:
                 self._give_up()
-                raise
-
-    def _save(self, whole, note) -> None:
-        if self._open is None:
-            self._open = open_checkpoints(self.folder, self._keep, lambda: None)
-        self._number += 1
-        self._open.save(self._number, whole, note)
+                if is_last:
+                    raise
 
     def replace(self, states: Mapping[str, InterruptedConcept]) -> None:
         """Saves the states in place of all that was saved before, which goes even if there is no room for them."""
