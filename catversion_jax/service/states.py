@@ -38,8 +38,8 @@ class States:
             return
         whole = jax.tree.map(lambda *each: np.concatenate(each), *(one.state for one in states.values()))
         note = note_of([(concept_id, one.digest) for concept_id, one in states.items()])
-        # Orbax's manager does not outlive a failure, which may be that of an earlier save in the background: where it was
-        # open before, this one is tried again with a new one.
+        # Orbax's manager does not outlive a failure. That may be of an earlier save in the background, if it was open
+        # before: then this one is tried again with a new one.
         for is_last in (True,) if self._open is None else (False, True):
             try:
                 if self._open is None:
