@@ -53,7 +53,7 @@ class Address:
 class Work:
     """Who does the work."""
 
-    drawing_share: float = 0.5  # of this process's device, while concepts train on it too
+    drawing_share: float  # of this process's device, while concepts train on it too
     ray: RayOptions | None = None  # whose workers train; None: this process
 
 
