@@ -5,6 +5,9 @@ from absl import flags
 from catversion_jax.fleet.cluster import needs_of
 from catversion_jax.fleet.driver import RayOptions
 
+# The flags defined here belong to the command that asks for them.
+flags.disclaim_key_flags()
+
 
 def define_ray() -> None:
     flags.DEFINE_string(

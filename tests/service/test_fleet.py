@@ -8,7 +8,7 @@ from catversion_jax.config import Config
 from catversion_jax.service.fleet_trainer import check_state_size
 from catversion_jax.training.step import StepConfig
 from catversion_jax.utils.errors import UserError
-from tests.commands import error_of
+from tests.commands import catversion, error_of
 from tests.fleet.clusters import cluster_of, workers_of
 from tests.service.servers import Running, config_flags, ended, learn, running, wait_for
 from tests.service.test_durability import NAMES, bytes_of
@@ -121,3 +121,7 @@ def test_states_that_are_too_large(tiny_pipeline):
     check_state_size(config, StepConfig.of(Config(), tiny_pipeline.networks))
     with pytest.raises(UserError, match=r"'dreambooth' has a state of \d+ MiB a concept.*at most 0"):
         check_state_size(config, step, most=0)
+
+
+def test_the_flags_are_in_the_help():
+    assert "--ray_resources" in catversion("serve", "--help").stdout
