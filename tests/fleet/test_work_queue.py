@@ -154,3 +154,14 @@ def test_what_fits_into_a_workers_slots_stays_with_it():
     queue.heard("a", [], ["0"], [])
     assert queue.to_return("a") == 0
     assert queue.hand("b") == []
+
+
+def test_a_worker_that_joins_takes_work_at_once():
+    """What waits, and what others have beyond their slots."""
+    queue = queue_of(9, 2, "ab")
+    assert [len(queue.hand(worker)) for worker in "ab"] == [4, 4]
+    queue.join("c", "c")
+    assert ids(queue.hand("c")) == ["8"]
+    assert queue.to_return("a") == 1
+    queue.heard("a", [], ["0", "1"], ["3"])
+    assert ids(queue.hand("c")) == ["3"]
