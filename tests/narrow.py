@@ -2,7 +2,7 @@
 
 import jax
 
-from catversion_jax.bench.absent import compile_step, mesh_on
+from catversion_jax.bench.absent import compile_step
 from catversion_jax.bench.random_model import RANDOM, random_networks
 from catversion_jax.config import from_config_dict, stable_diffusion
 
@@ -26,5 +26,5 @@ def program(backend: str, devices: list[jax.Device], concepts: int, length: int,
     config = from_config_dict(stable_diffusion("none"), unset=("run_dir", "data.dir", "concept.class_word"))
     config = config.replaced({"train.batch_size": 2} | {f"mesh.{key}": value for key, value in mesh.items()})
     networks = random_networks("bfloat16", {name: RANDOM[name] | NARROW[name] for name in NARROW})
-    on = mesh_on(devices, config, concepts)
+    on = config.make_mesh(concepts, devices)
     return compile_step(config, networks, backend, on, concepts, length).as_text()

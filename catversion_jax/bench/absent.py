@@ -1,19 +1,22 @@
 """Chips that are not there: the step is compiled for them on this machine, by their own compilers."""
 
+import abc
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from catversion_jax.base.pipeline import DTYPES, Networks, abstract
+from catversion_jax.bench.machine import peak_of
 from catversion_jax.bench.step import random_data
 from catversion_jax.config import Config
-from catversion_jax.models.sharding import make_mesh, sharding
+from catversion_jax.models.sharding import sharding
 from catversion_jax.training.state import Frozen
 from catversion_jax.training.step import StepConfig, compile_chunk
 from catversion_jax.utils.errors import UserError, short
@@ -30,38 +33,44 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Chip:
+class Chip(abc.ABC):
     """A chip, with what its compiler needs to know of it."""
 
-    backend: str  # as JAX calls it
+    backend: ClassVar[str]  # as JAX calls it
+    install: ClassVar[str]  # how its compiler is
+
     name: str
-    flops: float  # of dense bfloat16 matrix products, a second
     bandwidth: float  # of its memory, bytes a second
     memory: float  # bytes
 
-    def devices(self) -> Sequence[jax.Device]:
+    @property
+    def flops(self) -> float:
+        """FLOP/s of dense bfloat16 matrix products."""
+        return peak_of(self.name) or math.nan
+
+    def devices(self) -> list[jax.Device]:
         """Returns the chips of one host. Raises UserError if their compiler is not installed."""
         try:
-            return self.topology().devices
+            return list(self.topology().devices)
         except Exception as error:  # of whatever kind a plug-in that is missing or too old raises
             raise UserError(
                 f"--for: {self.name}: its compiler cannot be used ({short(error)}); {self.install} with the newest JAX "
                 "that this Python has"
             ) from error
 
+    @abc.abstractmethod
     def topology(self) -> Any:
-        raise NotImplementedError
-
-    install = ""
+        """Returns JAX's description of the chips."""
 
 
 @dataclass(frozen=True)
 class TPU(Chip):
     """A TPU; sources: cloud.google.com/tpu/docs, per chip."""
 
-    slice: str = ""
-
+    backend = "tpu"
     install = "pip install 'catversion-jax[tpu]'"
+
+    slice: str
 
     def topology(self) -> Any:
         return topologies.get_topology_desc(platform="tpu", topology_name=self.slice)
@@ -71,15 +80,16 @@ class TPU(Chip):
 class GPU(Chip):
     """An NVIDIA GPU; sources: its data sheet, and the CUDA programming guide's table of compute capabilities."""
 
-    capability: tuple[int, int] = (0, 0)
-    multiprocessors: int = 0
-    lanes: int = 128  # of float32 in one of them
-    threads: int = 2048  # that fit into one
-    shared: int = 0  # bytes of its shared memory; a block may have 1024 less
-    cache: int = 0  # bytes of the L2 cache
-    clock: float = 0.0  # GHz
-
+    backend = "gpu"
     install = "pip install 'catversion-jax[cuda]'"
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared: int  # bytes of the shared memory of one of them; a block may have 1024 less
+    cache: int  # bytes of the L2 cache
+    clock: float  # GHz
+    lanes: int = 128  # of float32 in a multiprocessor
+    threads: int = 2048  # that fit into one
 
     def topology(self) -> Any:
         return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=self.target())
@@ -118,18 +128,18 @@ HOPPER: dict[str, Any] = {
     "capability": (9, 0), "multiprocessors": 132, "shared": 228 << 10, "cache": 50 << 20, "clock": 1.98,
 }  # fmt: skip
 CHIPS: dict[str, Chip] = {
-    "h100": GPU("gpu", "NVIDIA H100 80GB HBM3", 989e12, 3.35e12, 80e9, **HOPPER),
-    "h200": GPU("gpu", "NVIDIA H200", 989e12, 4.8e12, 141e9, **HOPPER),
+    "h100": GPU("NVIDIA H100 80GB HBM3", 3.35e12, 80e9, **HOPPER),
+    "h200": GPU("NVIDIA H200", 4.8e12, 141e9, **HOPPER),
     "a100": GPU(
-        "gpu", "NVIDIA A100-SXM4-80GB", 312e12, 2.04e12, 80e9, capability=(8, 0), multiprocessors=108, lanes=64,
+        "NVIDIA A100-SXM4-80GB", 2.04e12, 80e9, capability=(8, 0), multiprocessors=108, lanes=64,
         shared=164 << 10, cache=40 << 20, clock=1.41,
     ),
     "l4": GPU(
-        "gpu", "NVIDIA L4", 121e12, 0.3e12, 24e9, capability=(8, 9), multiprocessors=58, threads=1536,
+        "NVIDIA L4", 0.3e12, 24e9, capability=(8, 9), multiprocessors=58, threads=1536,
         shared=100 << 10, cache=48 << 20, clock=2.04,
     ),
-    "v5e": TPU("tpu", "TPU v5e", 197e12, 0.819e12, 16e9, slice="v5e:2x2"),
-    "v6e": TPU("tpu", "TPU v6e", 918e12, 1.64e12, 32e9, slice="v6e:2x2"),
+    "v5e": TPU("TPU v5e", 0.819e12, 16e9, slice="v5e:2x2"),
+    "v6e": TPU("TPU v6e", 1.64e12, 32e9, slice="v6e:2x2"),
 }  # fmt: skip
 """The chips that --for knows."""
 
@@ -172,11 +182,6 @@ def compile_step(
         state = jax.eval_shape(lambda: step_config.init_state([0] * concepts))
         data = random_data(config, step_config, text, concepts)
         return compile_chunk(step_config, length).lower(on_concepts(state), frozen, on_concepts(data)).compile()
-
-
-def mesh_on(devices: Sequence[jax.Device], config: Config, concepts: int) -> Mesh:
-    """Returns the mesh of a step on these devices. Raises UserError if they cannot be divided so."""
-    return make_mesh(concepts, config.train.batch_size, config.mesh.fsdp, config.mesh.tensor, list(devices))
 
 
 def set_environment() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from catversion_jax.base.pipeline import Networks
-from catversion_jax.bench.absent import CHIPS, compile_step, mesh_on, set_environment
+from catversion_jax.bench.absent import CHIPS, compile_step, set_environment
 from catversion_jax.bench.measure import Size, find_source, fresh
 from catversion_jax.bench.program import Program, read_program
 from catversion_jax.bench.random_model import random_networks
@@ -72,7 +72,7 @@ def compile_size(size: Size, chip: str) -> Compiled:
     config, of = size.measured_config(), CHIPS[chip]
     length = config.train.steps_per_dispatch or ACCELERATOR_STEPS_PER_DISPATCH
     networks = random_networks(config.model.dtype) if find_source(config) is None else load_model(config).networks
-    mesh = mesh_on(of.devices()[:1], config, size.concepts)
+    mesh = config.make_mesh(size.concepts, of.devices()[:1])
     begun = time.monotonic()
     compiled = compile_step(config, networks, of.backend, mesh, size.concepts, length)
     took = time.monotonic() - begun

@@ -15,13 +15,14 @@ PEAKS = {
     r"NVIDIA H100 .*HBM3": 989e12,
     r"NVIDIA H200": 989e12,
     r"NVIDIA A100.*": 312e12,
+    r"NVIDIA L4": 121e12,
     r"TPU v4": 275e12,
     r"TPU v5 ?(lite|e)": 197e12,
     r"TPU v5p?": 459e12,
     r"TPU v6 ?(lite|e)": 918e12,
 }
-"""Device kind -> FLOP/s of dense bfloat16 matrix products. Sources: NVIDIA's data sheets of the H100 and H200 (SXM) and
-A100, without sparsity; cloud.google.com/tpu/docs/system-architecture-tpu-vm, per chip."""
+"""Device kind -> FLOP/s of dense bfloat16 matrix products. Sources: NVIDIA's data sheets of the H100 and H200 (SXM),
+A100 and L4, without sparsity; cloud.google.com/tpu/docs/system-architecture-tpu-vm, per chip."""
 
 PRODUCT = 2048  # side of the float32 matrices whose product measures a CPU's peak
 PRODUCTS = 10  # that are timed
@@ -51,10 +52,15 @@ def matrix_peak(dtype: str) -> tuple[float | None, str]:
     if on_cpu():
         return measured_peak(), f"measured: the best of a few {PRODUCT} x {PRODUCT} float32 matrix products"
     kind = jax.local_devices()[0].device_kind
-    rates = [rate for pattern, rate in PEAKS.items() if re.fullmatch(pattern, kind)]
-    if dtype != "bfloat16" or not rates:
+    rate = peak_of(kind)
+    if dtype != "bfloat16" or rate is None:
         return None, f"not known for {dtype} on {kind}"
-    return rates[0], f"data sheet: {rates[0] / 1e12:.0f} TFLOP/s {dtype} per device"
+    return rate, f"data sheet: {rate / 1e12:.0f} TFLOP/s {dtype} per device"
+
+
+def peak_of(kind: str) -> float | None:
+    """Returns the FLOP/s of a device kind by PEAKS; None if it has none."""
+    return next((rate for pattern, rate in PEAKS.items() if re.fullmatch(pattern, kind)), None)
 
 
 def measured_peak() -> float:

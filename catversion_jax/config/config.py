@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from jax import Device
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
@@ -52,9 +53,9 @@ class Config:
         hyperparameters = Hyperparameters(self.adapter, self.prior, self.concept.identifier)
         return METHODS[self.method].from_hyperparameters(hyperparameters, networks)
 
-    def make_mesh(self, concepts: int = 1) -> Mesh:
-        """Returns the device mesh of a training step of `concepts` concepts."""
-        return make_mesh(concepts, self.train.batch_size, self.mesh.fsdp, self.mesh.tensor)
+    def make_mesh(self, concepts: int = 1, devices: list[Device] | None = None) -> Mesh:
+        """Returns the device mesh of a training step of `concepts` concepts, over this process's devices or others."""
+        return make_mesh(concepts, self.train.batch_size, self.mesh.fsdp, self.mesh.tensor, devices)
 
     def sample_prompts(self, count: int | None = None) -> list[str]:
         """Returns the prompts of the sample grid, or the first `count` of them."""

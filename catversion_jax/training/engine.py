@@ -130,14 +130,11 @@ class Engine:
             return 0
         return self.config.batch.slots - len(self.entered)
 
-    def prepare(self, config: Config, photos: Sequence[Photo]) -> ConceptData:
-        """Encodes a concept's photos and prompts, in any thread. Raises UserError for a mistake in them."""
-        return prepare_checked(config, self.step_config, self.pipeline, photos, self.room)
-
     def prepare_source(self, config: Config) -> ConceptData:
-        """Reads and encodes what `config.data` names, and the prompts, in any thread; raises as `prepare`."""
+        """Reads and encodes what `config.data` names, and the prompts, in any thread. Raises UserError for mistakes."""
         check_settings(config)
-        return self.prepare(config, training_photos(config.data, self.pipeline.networks.resolution))
+        photos = training_photos(config.data, self.pipeline.networks.resolution)
+        return prepare_checked(config, self.step_config, self.pipeline, photos, self.room)
 
     def enter(self, job: ConceptJob, data: ConceptData) -> None:
         """Puts a concept into an empty slot: there has to be one."""

@@ -15,7 +15,7 @@ FLASH = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
 
 def text_of(chip: str, concepts: int = 1, length: int = 3) -> str:
-    return program(CHIPS[chip].backend, list(CHIPS[chip].devices())[:1], concepts, length)
+    return program(CHIPS[chip].backend, CHIPS[chip].devices()[:1], concepts, length)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ set_environment()  # before the first compilation
 
 @pytest.fixture(scope="module")
 def chips() -> list[jax.Device]:
-    return list(CHIPS["v5e"].devices())
+    return CHIPS["v5e"].devices()
 
 
 def test_concepts_share_nothing(chips):
