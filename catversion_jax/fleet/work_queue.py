@@ -6,6 +6,7 @@ tried a few together, then each alone, and the one with which a worker crashes a
 """
 
 import itertools
+import math
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -100,10 +101,19 @@ class WorkQueue(Generic[JobT]):
                 crashes = suspected
         # Towards the end nobody prepares what another could begin.
         whole = self._slots * (1 if self._next is None else 2)
-        room = min(TOGETHER[crashes] or whole, whole) - len(hands.tasks)
+        most = min(TOGETHER[crashes] or whole, whole)
+        if self._next is None and not crashes:
+            most = min(most, self._share())
+        room = most - len(hands.tasks)
         handed = list(itertools.islice(self._take(crashes, worker), max(0, room)))
         hands.tasks |= {task.job.id: task for task in handed}
         return handed
+
+    def _share(self) -> int:
+        """Returns how many concepts each worker with empty slots has if what waits is shared evenly by them."""
+        counts = [len(hands.tasks) for hands in self.hands.values() if not hands.rests]
+        free = [count for count in counts if count < self._slots]
+        return math.ceil((len(self._waiting[0]) + sum(free)) / max(1, len(free)))
 
     def _take(self, crashes: int, worker: str) -> Iterator[Task[JobT]]:
         waiting = self._waiting[crashes]

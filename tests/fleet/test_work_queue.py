@@ -149,11 +149,12 @@ def test_what_fits_into_a_workers_slots_stays_with_it():
     queue = queue_of(0, 8, "ab")
     for i in range(8):
         queue.add(Job(str(i)))
-    assert len(queue.hand("a")) == 8
-    assert queue.to_return("a") == 0
+    assert [len(queue.hand(worker)) for worker in "ab"] == [4, 4]
+    for worker in "ab":
+        assert queue.to_return(worker) == 0
+        assert queue.hand(worker) == []
     queue.heard("a", [], ["0"], [])
     assert queue.to_return("a") == 0
-    assert queue.hand("b") == []
 
 
 def test_a_worker_that_joins_takes_work_at_once():
@@ -165,3 +166,10 @@ def test_a_worker_that_joins_takes_work_at_once():
     assert queue.to_return("a") == 1
     queue.heard("a", [], ["0", "1"], ["3"])
     assert ids(queue.hand("c")) == ["3"]
+
+
+def test_what_a_lost_worker_had_is_shared_by_all_that_are_free():
+    queue = queue_of(4, 2, "abcd")
+    assert ids(queue.hand("a")) == ["0", "1", "2", "3"]
+    queue.leave("a")
+    assert [len(queue.hand(worker)) for worker in "bcd"] == [2, 1, 1]
