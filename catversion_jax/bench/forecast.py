@@ -39,7 +39,6 @@ class Compiled(NamedTuple):
 
     seconds: float
     program: Program
-    bytes: float
     memory: float
     networks: Networks
     config: Config
@@ -57,10 +56,10 @@ def forecast(size: Size, chip: str) -> Forecast:
         size.batch,
         compiled.seconds,
         len(compiled.program.kernels),
-        compiled.bytes,
+        compiled.program.bytes,
         flops,
         compiled.memory,
-        1e3 * compiled.bytes / of.bandwidth,
+        1e3 * compiled.program.bytes / of.bandwidth,
         1e3 * flops / of.flops,
         compiled.memory < of.memory,
         compiled.program.by_kind(),
@@ -76,12 +75,10 @@ def compile_size(size: Size, chip: str) -> Compiled:
     begun = time.monotonic()
     compiled = compile_step(config, networks, of.backend, mesh, size.concepts, length)
     took = time.monotonic() - begun
-    program, cost = read_program(compiled.as_text() or ""), compiled.cost_analysis()
-    # XLA's GPU compiler counts none for a chip that is not there.
-    moved = cost["bytes accessed"] if cost else program.bytes
+    program = read_program(compiled.as_text() or "")
     memory: Any = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(took, program, moved, held + memory.temp_size_in_bytes, networks, config)
+    return Compiled(took, program, held + memory.temp_size_in_bytes, networks, config)
 
 
 COLUMNS = {

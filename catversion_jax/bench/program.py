@@ -11,12 +11,17 @@ SIZES = {
     "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128": 16,
 }  # fmt: skip
 """Bytes of XLA's types."""
-FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "opt-barrier", "iota"}
-"""Instructions that run nothing."""
+FREE = {
+    "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "opt-barrier", "iota",
+    "copy-done", "slice-done", "ConcatBitcast",
+}  # fmt: skip
+"""Kinds that run nothing."""
+PREFETCHES = {"copy-start": 0, "slice-start": 1}
+"""A TPU's copies beside its kernels, between main and fast memory -> which array of their type is copied to."""
 
 COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
-ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
+ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\](\{{[^}}]*\}})?")
 TARGET = re.compile(r'custom_call_target="([^"]+)"')
 CALLED = re.compile(r"calls=%?([\w.\-]+)")
 BODY = re.compile(r"body=%?([\w.\-]+)")
@@ -27,7 +32,7 @@ class Launch(NamedTuple):
     """A kernel that a program launches."""
 
     kind: str  # dot, reduce, transpose, ...: the first of KINDS in it; or what it calls
-    bytes: int  # of its operands and results
+    bytes: int  # of its operands and results in the device's main memory
     text: str  # its instruction
 
 
@@ -71,12 +76,20 @@ def read_program(text: str) -> Program:
     main = max([*bodies, list(computations)[-1]], key=lambda name: len(computations[name]))
     kernels = []
     for instruction in computations[main]:
-        if instruction.operation not in FREE:
-            operands = NAME.findall(instruction.rest.split("), ")[0])
-            size = array_bytes(instruction.type) + sum(array_bytes(types.get(name, "")) for name in operands)
+        kind = kind_of_kernel(instruction, computations)
+        if kind not in FREE:
             line = f"{instruction.type} {instruction.operation}({instruction.rest}"
-            kernels.append(Launch(kind_of_kernel(instruction, computations), size, line))
+            kernels.append(Launch(kind, bytes_of_kernel(instruction, types), line))
     return Program(tuple(kernels))
+
+
+def bytes_of_kernel(instruction: Instruction, types: dict[str, str]) -> int:
+    """Returns the bytes that an instruction reads from the main memory, and writes to it."""
+    if instruction.operation in PREFETCHES:
+        to = ARRAY.findall(instruction.type)[PREFETCHES[instruction.operation]]
+        return array_bytes("".join("{}[{}]".format(*to[:2])))
+    operands = NAME.findall(instruction.rest.split("), ")[0])
+    return array_bytes(instruction.type) + sum(array_bytes(types.get(name, "")) for name in operands)
 
 
 def read_computations(text: str) -> Iterator[tuple[str, list[Instruction]]]:
@@ -84,7 +97,8 @@ def read_computations(text: str) -> Iterator[tuple[str, list[Instruction]]]:
     for line in text.splitlines():
         if not line.startswith(" ") and (begins := COMPUTATION.match(line)):
             name, found = begins[1], []
-        elif line.startswith("}") and name:
+        # Exactly that: a TPU kernel's metadata has lines of its own, which may begin with one.
+        elif line == "}" and name:
             yield name, found
             name = ""
         elif name and (match := INSTRUCTION.match(line)):
@@ -92,8 +106,9 @@ def read_computations(text: str) -> Iterator[tuple[str, list[Instruction]]]:
 
 
 def array_bytes(type_text: str) -> int:
-    """Returns the bytes of the arrays that a type names."""
-    arrays = ((kind, map(int, filter(None, shape.split(",")))) for kind, shape in ARRAY.findall(type_text))
+    """Returns the bytes of the arrays that a type names, but for those in a memory of their own, as a TPU's VMEM."""
+    found = (each for each in ARRAY.findall(type_text) if "S(" not in each[2])
+    arrays = ((kind, map(int, filter(None, shape.split(",")))) for kind, shape, _ in found)
     return sum(SIZES[kind] * math.prod(sides) for kind, sides in arrays)
 
 

@@ -32,7 +32,7 @@ def ours(
     """Compiles the step twice and warms it up; returns the row without its times, and a dispatch of `length` steps."""
     step_config = StepConfig.of(config, pipeline.networks, row.concepts)
     mesh = step_config.mesh
-    frozen = Frozen.of(pipeline, mesh, config.mesh.rules)
+    frozen = Frozen.of(pipeline, mesh, config.mesh.rules, step_config.method)
     data = random_data(config, step_config, frozen.text, row.concepts)
     state = step_config.init_state(range(row.concepts))
     data, state = jax.device_put((data, state), sharding(mesh, "concept"))

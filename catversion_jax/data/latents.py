@@ -3,17 +3,17 @@
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from catversion_jax.models.vae import AutoencoderKL
+from catversion_jax.utils.compiler import jit
 from catversion_jax.utils.types import Array, Float, Params, UInt8
 
 BATCH = 4  # photos per call of the VAE
 
 
-@partial(jax.jit, static_argnames=("vae",))
+@partial(jit, static_argnames=("vae",))
 def encode_images(params: Params, images: UInt8[Array, "B H W 3"], *, vae: AutoencoderKL):
     """Returns mean and standard deviation of the latents, scaled as the UNet takes them."""
     posterior: Any = vae.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1, method="encode")

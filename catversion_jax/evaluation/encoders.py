@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -17,6 +16,7 @@ from catversion_jax.evaluation.metrics import normalize
 from catversion_jax.models.clip import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 from catversion_jax.models.vit import FIXED as VIT_FIXED
 from catversion_jax.models.vit import ViTConfig, ViTModel
+from catversion_jax.utils.compiler import jit
 from catversion_jax.utils.errors import UserError, told
 from catversion_jax.utils.json_config import Width, from_json
 from catversion_jax.utils.padded_batches import in_batches, streamed
@@ -86,12 +86,12 @@ def dino_preprocessing(size: int) -> Preprocessing:
     return Preprocessing(size * 256 // 224, size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-@partial(jax.jit, static_argnames=("module",))
+@partial(jit, static_argnames=("module",))
 def embed_pixels(params: Params, pixels, *, module):
     return module.apply({"params": params}, pixels)
 
 
-@partial(jax.jit, static_argnames=("module",))
+@partial(jit, static_argnames=("module",))
 def embed_tokens(params: Params, token_ids, *, module):
     return module.apply({"params": params}, token_ids)["text_embeds"]
 

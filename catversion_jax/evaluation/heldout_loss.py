@@ -10,13 +10,14 @@ from catversion_jax.base.pipeline import BasePipeline, Networks
 from catversion_jax.models.unet import Context
 from catversion_jax.training.state import Frozen
 from catversion_jax.training.step import Minibatch, prediction_error
+from catversion_jax.utils.compiler import jit
 from catversion_jax.utils.padded_batches import in_batches
 from catversion_jax.utils.types import Array, Float
 
 TIMESTEPS = 8  # evenly spaced
 
 
-@partial(jax.jit, static_argnames=("networks",))
+@partial(jit, static_argnames=("networks",))
 def batch_error(
     frozen: Frozen,
     context: Context,

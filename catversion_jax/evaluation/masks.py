@@ -15,6 +15,7 @@ from catversion_jax.data.latents import posteriors
 from catversion_jax.models.unet import Context
 from catversion_jax.sampling import conditioning
 from catversion_jax.sampling.regions import attention_to_words
+from catversion_jax.utils.compiler import jit
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.padded_batches import padded_batches
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Params, UInt8
@@ -58,7 +59,7 @@ class Searched(NamedTuple):
     of_word: Float[AnyArray, "B K"]  # weights of the word's tokens in each prompt, which sum to 1
 
 
-@partial(jax.jit, static_argnames=("networks",))
+@partial(jit, static_argnames=("networks",))
 def word_attention(
     unet: Params,
     searched: Searched,

@@ -3,24 +3,19 @@
 Parameter trees are those of FlaxCLIPTextModel(WithProjection) and FlaxCLIPVisionModelWithProjection.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from msgspec import Meta
 
+from catversion_jax.models.activations import ACTIVATIONS
+from catversion_jax.models.norms import LayerNorm
 from catversion_jax.models.parametrized import ZEROS, Conv, Dense, Embed
 from catversion_jax.models.prefix_attention import LayerPrefix, Prefix, attend
 from catversion_jax.utils.json_config import Depth, Positive, Side, Width, not_in_file, require
 from catversion_jax.utils.types import Array, Bool, Float, Int
-
-ACTIVATIONS: dict[str, Callable] = {
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP: SD 1.x
-    "gelu": partial(nn.gelu, approximate=False),  # OpenCLIP: SD 2.x
-}
 
 
 @dataclass(frozen=True)
@@ -116,8 +111,8 @@ class CLIPMLP(nn.Module):
         return Dense(self.config.hidden_size, dtype=self.config.dtype, name="fc2")(x)
 
 
-def layer_norm(config: CLIPConfig, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=config.dtype, name=name)
+def layer_norm(config: CLIPConfig, name: str | None = None) -> LayerNorm:
+    return LayerNorm(config.layer_norm_eps, config.dtype, name=name)
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -179,7 +174,7 @@ class CLIPTextTransformer(nn.Module):
     def setup(self):
         self.embeddings = CLIPTextEmbeddings(self.config)
         self.encoder = CLIPEncoder(self.config)
-        self.final_layer_norm = nn.LayerNorm(epsilon=self.config.layer_norm_eps, dtype=self.config.dtype)
+        self.final_layer_norm = layer_norm(self.config)
 
 
 class CLIPTextModel(nn.Module):

@@ -7,19 +7,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from catversion_jax.models.activations import gelu
 from catversion_jax.models.attention import dot_product_attention, probabilities
-from catversion_jax.models.norms import make_layer_norm
+from catversion_jax.models.convolution import Conv3x3
+from catversion_jax.models.norms import LayerNorm
 from catversion_jax.models.parametrized import Conv, Dense
 from catversion_jax.utils.types import Array, Float
 
 # The published weights were trained with this epsilon and the exact GELU (CompVis' ldm/modules/attention.py, Normalize
 # and GEGLU; diffusers' PyTorch classes too). The last Flax classes of diffusers used 1e-5 and the tanh approximation.
 TRANSFORMER_GROUP_NORM_EPS = 1e-6
-gelu = partial(nn.gelu, approximate=False)
-
-
-def conv3x3(channels: int, dtype: Any, name: str, strides: int = 1, padding: Any = 1) -> nn.Module:
-    return Conv(channels, (3, 3), strides=(strides, strides), padding=padding, dtype=dtype, name=name)
 
 
 class ResnetBlock2D(nn.Module):
@@ -33,10 +30,10 @@ class ResnetBlock2D(nn.Module):
         self, x: Float[Array, "B h w c"], time: Float[Array, "B t"] | None = None
     ) -> Float[Array, "B h w {self.channels}"]:
         norm = partial(nn.GroupNorm, self.groups, epsilon=self.eps, dtype=self.dtype)
-        y = conv3x3(self.channels, self.dtype, "conv1")(nn.silu(norm(name="norm1")(x)))
+        y = Conv3x3(self.channels, self.dtype, name="conv1")(nn.silu(norm(name="norm1")(x)))
         if time is not None:
             y += Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))[:, None, None]
-        y = conv3x3(self.channels, self.dtype, "conv2")(nn.silu(norm(name="norm2")(y)))
+        y = Conv3x3(self.channels, self.dtype, name="conv2")(nn.silu(norm(name="norm2")(y)))
         if x.shape[-1] != self.channels:
             x = Conv(self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
         return x + y
@@ -49,7 +46,7 @@ class Downsample2D(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ {self.channels}"]:
-        return conv3x3(self.channels, self.dtype, "conv", strides=2, padding=self.padding)(x)
+        return Conv(self.channels, (3, 3), strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
 
 
 class Upsample2D(nn.Module):
@@ -67,7 +64,7 @@ class Upsample2D(nn.Module):
         else:
             rows, columns = (np.arange(to) * by // to for to, by in zip(size, (h, w), strict=True))
             x = x[:, rows][:, :, columns]
-        return conv3x3(self.channels, self.dtype, "conv")(x)
+        return Conv3x3(self.channels, self.dtype, name="conv")(x)
 
 
 class Attention(nn.Module):
@@ -120,7 +117,7 @@ class BasicTransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B Q c"], context: Float[Array, "B K e"]) -> Float[Array, "B Q c"]:
-        norm = partial(make_layer_norm, 1e-5, self.dtype)
+        norm = partial(LayerNorm, 1e-5, self.dtype)
         y = norm(name="norm1")(x)
         x = x + Attention(self.heads, self.dtype, name="attn1")(y, y)
         x = x + Attention(self.heads, self.dtype, name="attn2")(norm(name="norm2")(x), context)

@@ -51,13 +51,6 @@ def layer_normalize_backward(epsilon, kept, gradient):
 layer_normalize.defvjp(layer_normalize_forward, layer_normalize_backward)
 
 
-def make_layer_norm(epsilon: float, dtype: Any, name: str) -> nn.Module:
-    """Returns flax.linen.LayerNorm, on a GPU with the gradient of this module."""
-    # A CPU takes a tenth of the mini model's step longer with it. TPUs are not measured.
-    make = LayerNorm if jax.default_backend() == "gpu" else nn.LayerNorm
-    return make(epsilon=epsilon, dtype=dtype, name=name)
-
-
 class LayerNorm(nn.Module):
     """flax.linen.LayerNorm, with its names."""
 

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from msgspec import Meta
 
-from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Transformer2D, Upsample2D, conv3x3
+from catversion_jax.models.convolution import Conv3x3
+from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Transformer2D, Upsample2D
 from catversion_jax.models.parametrized import Dense
 from catversion_jax.utils.errors import UserError, listed
 from catversion_jax.utils.json_config import Depth, Positive, Side, Width, from_json, not_in_file, require
@@ -271,7 +272,7 @@ class UNet2DConditionModel(nn.Module):
             added = jnp.concatenate([pooled, jnp.broadcast_to(sizes, (len(pooled), sizes.size))], axis=-1)
             time += TimestepEmbedding(4 * channels[0], cfg.dtype, name="add_embedding")(added.astype(cfg.dtype))
 
-        x = conv3x3(channels[0], cfg.dtype, "conv_in")(latents.astype(cfg.dtype))
+        x = Conv3x3(channels[0], cfg.dtype, name="conv_in")(latents.astype(cfg.dtype))
         skips = [x]
         for i, block in enumerate(cfg.down_block_types):
             heads = cfg.heads[i] if DOWN_BLOCKS[block] else None
@@ -283,4 +284,4 @@ class UNet2DConditionModel(nn.Module):
             up = UpBlock(cfg, channels[last - i], heads, cfg.depths[last - i], i < last, name=f"up_blocks_{i}")
             x = up(x, skips, time, context)
         x = nn.silu(nn.GroupNorm(cfg.norm_num_groups, epsilon=cfg.norm_eps, dtype=cfg.dtype, name="conv_norm_out")(x))
-        return conv3x3(cfg.out_channels, cfg.dtype, "conv_out")(x)
+        return Conv3x3(cfg.out_channels, cfg.dtype, name="conv_out")(x)

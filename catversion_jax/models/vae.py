@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from msgspec import Meta
 
 from catversion_jax.models.attention import dot_product_attention
-from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, conv3x3
+from catversion_jax.models.convolution import Conv3x3
+from catversion_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from catversion_jax.models.parametrized import Conv, Dense
 from catversion_jax.utils.json_config import Depth, Positive, Width, from_json, not_in_file, require
 from catversion_jax.utils.types import Array, Float
@@ -123,12 +124,12 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w 3"]) -> Float[Array, MOMENTS]:
         cfg = self.config
-        x = conv3x3(cfg.block_out_channels[0], cfg.dtype, "conv_in")(x)
+        x = Conv3x3(cfg.block_out_channels[0], cfg.dtype, name="conv_in")(x)
         for i, channels in enumerate(cfg.block_out_channels):
             x = DownEncoderBlock(cfg, channels, i < len(cfg.block_out_channels) - 1, name=f"down_blocks_{i}")(x)
         x = VAEMidBlock(cfg, name="mid_block")(x)
         x = nn.silu(nn.GroupNorm(cfg.norm_num_groups, epsilon=NORM_EPS, dtype=cfg.dtype, name="conv_norm_out")(x))
-        return conv3x3(2 * cfg.latent_channels, cfg.dtype, "conv_out")(x)
+        return Conv3x3(2 * cfg.latent_channels, cfg.dtype, name="conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -137,12 +138,12 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, PIXELS]:
         cfg = self.config
-        x = conv3x3(cfg.block_out_channels[-1], cfg.dtype, "conv_in")(x)
+        x = Conv3x3(cfg.block_out_channels[-1], cfg.dtype, name="conv_in")(x)
         x = VAEMidBlock(cfg, name="mid_block")(x)
         for i, channels in enumerate(reversed(cfg.block_out_channels)):
             x = UpDecoderBlock(cfg, channels, i < len(cfg.block_out_channels) - 1, name=f"up_blocks_{i}")(x)
         x = nn.silu(nn.GroupNorm(cfg.norm_num_groups, epsilon=NORM_EPS, dtype=cfg.dtype, name="conv_norm_out")(x))
-        return conv3x3(cfg.out_channels, cfg.dtype, "conv_out")(x)
+        return Conv3x3(cfg.out_channels, cfg.dtype, name="conv_out")(x)
 
 
 class AutoencoderKL(nn.Module):

@@ -11,6 +11,7 @@ from catversion_jax.base.trajectory import Calls, Trajectory, next_state, noised
 from catversion_jax.models.unet import Context
 from catversion_jax.sampling import regions
 from catversion_jax.sampling.picture_input import Kept
+from catversion_jax.utils.compiler import jit
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Params, UInt8, UInt32
 
 
@@ -71,7 +72,7 @@ def predict(
     return unconditional[0] + guided.guidance * (conditional - unconditional[0])
 
 
-@partial(jax.jit, static_argnames=("networks",), donate_argnums=1)
+@partial(jit, static_argnames=("networks",), donate_argnums=1)
 def denoise_steps(
     unet: Params,
     state: Float[Array, "slots B h w c"],
@@ -117,7 +118,7 @@ def denoise(
     return state[0]
 
 
-@partial(jax.jit, static_argnames=("networks",))
+@partial(jit, static_argnames=("networks",))
 def decode_latents(
     vae: Params, latents: Float[Array, "B h w c"], *, networks: Networks
 ) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, ""]]:

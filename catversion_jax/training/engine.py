@@ -107,7 +107,7 @@ class Engine:
         blank = Photo("blank", np.zeros((resolution, resolution, 3), np.uint8), np.ones((resolution, resolution), bool))
         self.slots = Slots(
             self.step_config,
-            Frozen.of(pipeline, self.step_config.mesh, config.mesh.rules),
+            Frozen.of(pipeline, self.step_config.mesh, config.mesh.rules, self.step_config.method),
             self.step_config.init_state([0] * count),
             prepare(config, self.step_config.method, pipeline, [blank], room),
             self.length,

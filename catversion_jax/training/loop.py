@@ -48,7 +48,7 @@ def loop(
     on_concepts = sharding(step_config.mesh, "concept")
     state = jax.device_put(step_config.init_state([config.seed]), on_concepts)
     state = checkpoints.restore(state) or state
-    frozen = Frozen.of(pipeline, step_config.mesh, config.mesh.rules)
+    frozen = Frozen.of(pipeline, step_config.mesh, config.mesh.rules, step_config.method)
     data = jax.device_put(data, on_concepts)
 
     stop, step, moved = step_config.stop, int(state.step[0]), False

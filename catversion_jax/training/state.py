@@ -14,6 +14,7 @@ from catversion_jax.base.text_states import PromptStates
 from catversion_jax.config.optimizer import OptimizerConfig
 from catversion_jax.config.sections import StopConfig
 from catversion_jax.methods.base import Method
+from catversion_jax.models.convolution import turned_kernels
 from catversion_jax.models.sharding import Rules, param_shardings, sharding
 from catversion_jax.utils.types import AnyArray, Array, Float, Int, Params, UInt32
 
@@ -53,16 +54,20 @@ class Frozen(flax.struct.PyTreeNode):
     unet: Params
     text: tuple[Params, ...]
     alphas_cumprod: Float[AnyArray, "timesteps"]
+    turned: Params | None = None  # the UNet's kernels as their gradient takes them; None: they are turned in each step
 
     @classmethod
-    def of(cls, pipeline: BasePipeline, mesh: Mesh, rules: Rules) -> "Frozen":
+    def of(cls, pipeline: BasePipeline, mesh: Mesh, rules: Rules, method: Method) -> "Frozen":
         """Returns the pipeline's parameters on a step's mesh; they are moved only if they are not there already."""
 
         def put(params: Params) -> Params:
             return jax.device_put(params, param_shardings(params, mesh, rules))
 
         alphas = jax.device_put(pipeline.networks.schedule.alphas_cumprod, sharding(mesh, "frozen"))
-        return cls(put(pipeline.params["unet"]), tuple(map(put, pipeline.params["text"])), alphas)
+        unet = put(pipeline.params["unet"])
+        # XLA's CPU convolutions would spend a tenth of a step on it; a GPU's and a TPU's take the kernels as they are.
+        turned = turned_kernels(unet) if jax.default_backend() == "cpu" and not method.changes_unet else None
+        return cls(unet, tuple(map(put, pipeline.params["text"])), alphas, turned)
 
 
 def compile_init(method: Method, networks: Networks, optimizer: OptimizerConfig, keeps_best: bool):

@@ -21,9 +21,11 @@ from catversion_jax.config import Config
 from catversion_jax.config.optimizer import OptimizerConfig
 from catversion_jax.config.sections import StopConfig, TrainConfig
 from catversion_jax.methods.base import Method
+from catversion_jax.models.convolution import TURNED
 from catversion_jax.models.sharding import sharding
 from catversion_jax.models.unet import Context, UNet2DConditionModel
 from catversion_jax.training.state import ConceptData, Frozen, TrainState, compile_init
+from catversion_jax.utils.compiler import compiler_options
 from catversion_jax.utils.errors import UserError
 from catversion_jax.utils.log import warn
 from catversion_jax.utils.types import AnyArray, Array, Bool, Float, Int, Key, Params, Shaped
@@ -200,7 +202,8 @@ def prediction_error(frozen: Frozen, batch: Minibatch, context: Context, *, netw
     """Returns the mean squared error of the UNet's prediction for each image, weighted by latent position, float32."""
     alpha = frozen.alphas_cumprod[batch.timesteps]
     noisy = noise_schedule.add_noise(batch.latents, batch.noise, alpha)
-    prediction: Any = networks.unet.apply({"params": frozen.unet}, noisy, batch.timesteps, *context)
+    variables = {"params": frozen.unet} | ({} if frozen.turned is None else {TURNED: frozen.turned})
+    prediction: Any = networks.unet.apply(variables, noisy, batch.timesteps, *context)
     target = noise_schedule.TARGETS[networks.schedule.prediction_type](batch.latents, batch.noise, alpha)
     errors = jnp.square(prediction.astype(jnp.float32) - target)
     return (errors if batch.weight is None else batch.weight * errors).mean(axis=(1, 2, 3))
@@ -327,6 +330,7 @@ def compile_evaluate(config: StepConfig):
         in_shardings=(concept, None, concept),
         out_shardings=(concept, None),
         donate_argnums=0,
+        compiler_options=compiler_options(),
     )
 
 
@@ -339,4 +343,5 @@ def compile_chunk(config: StepConfig, length: int):
         in_shardings=(concept, None, concept),  # None: the base model keeps its own sharding
         out_shardings=(concept, None),
         donate_argnums=0,
+        compiler_options=compiler_options(),
     )

@@ -42,6 +42,27 @@ def test_the_kernels_of_the_loop_are_counted():
     )
 
 
+TPU_TEXT = """HloModule jit_chunk
+
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %copy-start.1 = (bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, bf16[4,8]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%p)
+  %copy-done.1 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start.1)
+  %slice-start.1 = ((bf16[4,8]{1,0:T(8,128)(2,1)}), bf16[1,8]{1,0:T(2,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:1], [0:8]}
+  %slice-done.1 = bf16[1,8]{1,0:T(2,128)(2,1)S(1)} slice-done(%slice-start.1)
+  %kernel.1 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} custom-call(%copy-done.1, %p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="a"}
+  ROOT %r = bf16[4,8]{1,0:T(8,128)(2,1)} copy(%kernel.1)
+}
+"""  # noqa: E501
+
+
+def test_what_stays_in_a_tpus_fast_memory_is_not_counted():
+    kinds = {"copy-start": (1, 64), "slice-start": (1, 16), "tpu_custom_call": (1, 64), "copy": (1, 64)}
+    assert read_program(TPU_TEXT).by_kind() == kinds
+
+
 def test_an_h100_is_what_xla_has_of_one():
     target = CHIPS["h100"].target()
     for field in ("core_count: 132 ", "shared_memory_per_block_optin: 232448 ", "l2_cache_size: 52428800 ",

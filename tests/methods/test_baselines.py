@@ -54,7 +54,7 @@ def setting(tiny_pipeline):
         step_config = ts.StepConfig.of(config, tiny_pipeline.networks)
         photos = read_photos(config.data.dir, tiny_pipeline.networks.resolution, config.data.masks_dir)
         data = prepare(config, step_config.method, tiny_pipeline, photos)
-        return step_config, data, Frozen.of(tiny_pipeline, step_config.mesh, config.mesh.rules)
+        return step_config, data, Frozen.of(tiny_pipeline, step_config.mesh, config.mesh.rules, step_config.method)
 
     return make
 

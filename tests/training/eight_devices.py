@@ -39,7 +39,7 @@ def run(model: str, name: str, concepts: int) -> dict[str, np.ndarray]:
     state = config.init_state(list(range(concepts)))
     data = stack(*(concept(3 + i, seed=i, size=16) for i in range(concepts)))
     state, data = jax.device_put(state, place), jax.device_put(data, place)
-    frozen = Frozen.of(pipe, mesh, FROZEN)
+    frozen = Frozen.of(pipe, mesh, FROZEN, method)
     step = ts.compile_chunk(config, 1).lower(state, frozen, data).compile()
     losses = []
     for _ in range(STEPS):

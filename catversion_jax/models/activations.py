@@ -1,0 +1,23 @@
+"""The activations of the text encoders and of the transformers."""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from catversion_jax.utils.types import Array, Float
+
+
+def gelu(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """The exact GELU, computed in float32. Source: Hendrycks and Gimpel 2016; the form is PyTorch's."""
+    # jax.nn.gelu's erfc is two functions and a choice between them; 1 + erf needs float32, or its tail is lost.
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(math.sqrt(0.5) * wide))).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP: SD 1.x
+    "gelu": gelu,  # OpenCLIP: SD 2.x
+}
