@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from catversion_jax.base.lora import MOST_SCALE, merge_lora, read_lora
-from catversion_jax.base.pipeline import BasePipeline, ModelConfig, load_pipeline
+from catversion_jax.base.pipeline import BasePipeline, ModelConfig, drawing_dtype, load_pipeline
 from catversion_jax.methods.composition import check_composition
 from catversion_jax.methods.concept_file import Concept
 from catversion_jax.methods.concept_model import load_for_concepts, recorded_sampler, warnings
@@ -47,9 +47,10 @@ class Pipeline:
         """Loads the base model `name`: a folder, a single file or a name on Hugging Face; "" is the mini model.
 
         `how` are the other settings of `config.model`: `revision`, `variant`, `prediction_type`, and `dtype`, which is
-        "float32" or "bfloat16". Raises UserError for another setting or value, and if there is no such model.
+        "float32" (by default on a CPU) or "bfloat16" (by default elsewhere). Raises UserError for another setting or
+        value, and if there is no such model.
         """
-        model = with_values(ModelConfig(os.fspath(name)), MODEL, how)
+        model = with_values(ModelConfig(os.fspath(name)), MODEL, {"dtype": drawing_dtype()} | how)
         keep_compiled()
         return cls(model, load_pipeline(model))
 

@@ -39,6 +39,11 @@ BLOCK = 64
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+def drawing_dtype() -> str:
+    """Returns the dtype that pictures are drawn in if none is named: a CPU is slower in bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which base model to load, and how."""
@@ -262,9 +267,9 @@ def check_conditioning(unet: UNetConfig, texts: Sequence[CLIPTextConfig], where:
 def load_pipeline(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, rules: Rules = ()) -> BasePipeline:
     """Loads a Stable Diffusion 1.x, 2.x or XL model from wherever `source.open_source` finds it.
 
-    `model.dtype` is the dtype of the text encoders' and the UNet's weights and computation; the VAE's is float32. The
-    parameters are placed on the devices of `mesh`, split by `rules` (see sharding.FROZEN), or on the default device if
-    there is no mesh.
+    `model.dtype` is the dtype of the text encoders' and the UNet's weights and computation; the VAE's weights are
+    float32, and so is its encoder. The parameters are placed on the devices of `mesh`, split by `rules` (see
+    sharding.FROZEN), or on the default device if there is no mesh.
     """
     source = model_source(model)
     texts = [name for name in ("text", "text_2") if name in source.components]
@@ -272,8 +277,7 @@ def load_pipeline(model: ModelConfig = ModelConfig(), mesh: Mesh | None = None, 
     with told(source.name):
         schedule = NoiseSchedule.from_json(source.scheduler())
         check_options(schedule)
-    # The VAE is always float32: it runs only a few times, and half precision is known to overflow in it (diffusers
-    # marks SDXL's VAE with force_upcast).
+    # What the encoder gives is trained on, and it runs only a few times.
     dtypes = {name: jnp.float32 if name == "vae" else DTYPES[model.dtype] for name in (*texts, "unet", "vae")}
     modules = {name: make_network(source, name, dtypes[name]) for name in dtypes}
     for name, tokenizer in zip(texts, tokenizers, strict=True):

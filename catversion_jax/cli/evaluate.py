@@ -7,8 +7,9 @@ from typing import Any
 
 from absl import flags
 
-from catversion_jax.base.pipeline import MINI
+from catversion_jax.base.pipeline import MINI, ModelConfig
 from catversion_jax.cli.flags import (
+    define_dtype,
     define_embedding,
     define_prompts,
     define_sampling,
@@ -71,6 +72,7 @@ def define_flags() -> None:
         "ViTModel folder or its name on Hugging Face, such as facebook/dino-vits16; if not set, no DINO score.",
     )
     define_sampling(benchmarks.IMAGES_PER_PROMPT)
+    define_dtype(ModelConfig.dtype)
 
 
 def main(arguments: flags.FlagValues) -> int:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from catversion_jax.base.pipeline import DTYPES, ModelConfig
+from catversion_jax.base.pipeline import DTYPES
 from catversion_jax.base.sampler_config import MAX_STRENGTH, SamplerConfig
 from catversion_jax.base.schedulers import SCHEDULERS
 from catversion_jax.config import Config, from_config_dict
@@ -148,6 +148,10 @@ def given_loras(arguments: flags.FlagValues) -> list[tuple[str, float]]:
     return loras
 
 
+def define_dtype(default: str | None, meaning: str = "") -> None:
+    flags.DEFINE_enum("dtype", default, list(DTYPES), f"Dtype of the networks{meaning}.")
+
+
 def define_sampling(images_per_prompt: int = 4) -> None:
     """Defines the flags of the sampler, the base model and the seeds."""
     recorded = "if not set, as recorded in the concept"
@@ -160,7 +164,6 @@ def define_sampling(images_per_prompt: int = 4) -> None:
     flags.DEFINE_integer("steps", None, steps, lower_bound=1, upper_bound=1000)
     define_strength()
     define_model()
-    flags.DEFINE_enum("dtype", ModelConfig.dtype, list(DTYPES), "Dtype of the text encoder and the UNet.")
     flags.DEFINE_integer("num", images_per_prompt, "Number of images per prompt.", 1, MAX_IMAGES)
     flags.DEFINE_integer(
         "seed", 0, "Seed of each prompt's first image; the next ones count up.", lower_bound=0, upper_bound=2**32 - 1

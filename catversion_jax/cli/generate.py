@@ -8,9 +8,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from catversion_jax.api.pipeline import Pipeline
+from catversion_jax.base.pipeline import drawing_dtype
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.cli import generate_jobs
 from catversion_jax.cli.flags import (
+    define_dtype,
     define_embedding,
     define_lora,
     define_prompts,
@@ -94,6 +96,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("check", False, "Sample nothing; print how far the concept moves each prompt's text states.")
     define_lora()
     define_sampling()
+    define_dtype(None, "; if not set, float32 on a CPU, bfloat16 elsewhere")
 
 
 def main(arguments: flags.FlagValues) -> int:
@@ -116,7 +119,9 @@ def main(arguments: flags.FlagValues) -> int:
     prompts = given_prompts(arguments)
     if not arguments.check:
         make_out(out)
-    pipe = Pipeline.for_concepts(concepts, model_of(concepts, arguments.model or "", arguments.dtype))
+    pipe = Pipeline.for_concepts(
+        concepts, model_of(concepts, arguments.model or "", arguments.dtype or drawing_dtype())
+    )
     pipe = with_loras(pipe, arguments)
     if record:
         check_same(record, arguments, pipe)

@@ -9,7 +9,7 @@ from absl import flags
 from tqdm import tqdm
 
 from catversion_jax.api.pipeline import Pipeline
-from catversion_jax.base.pipeline import ModelConfig
+from catversion_jax.base.pipeline import ModelConfig, drawing_dtype
 from catversion_jax.cli.flags import given_sampler, load_concept
 from catversion_jax.cli.pictures import lora_sources, save_picture, with_loras
 from catversion_jax.methods.composition import check_composition
@@ -62,7 +62,8 @@ def main(arguments: flags.FlagValues, out: AnyPath) -> int:
     loaded, of_each = concepts_of(path, jobs)
     sampler = given_sampler(arguments, loaded)
     named = arguments.model or ""
-    model = model_of(loaded, named, arguments.dtype) if loaded else ModelConfig(named, dtype=arguments.dtype)
+    dtype = arguments.dtype or drawing_dtype()
+    model = model_of(loaded, named, dtype) if loaded else ModelConfig(named, dtype=dtype)
     pipe = with_loras(Pipeline.for_concepts(loaded, model), arguments)
     warn_of_prompts(pipe, jobs, of_each)
     size = (arguments.width or 0, arguments.height or 0)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from catversion_jax.base.pipeline import drawing_dtype
 from catversion_jax.base.sampler_config import SamplerConfig
 from catversion_jax.methods.concept_file import Concept
+from catversion_jax.models.unet import UNet2DConditionModel
 from catversion_jax.sampling import conditioning, denoising, sampler
 from catversion_jax.utils.errors import UserError
 from tests import tiny
@@ -102,3 +104,24 @@ def test_no_black_images(tiny_pipeline, part, network):
     request = sampler.SampleRequest(("a teapot",), (0,), SamplerConfig(1, 1.0, 1))
     with pytest.raises(UserError, match=f"the {network} gives NaN or infinity"):
         list(sampler.sample_images(pipeline, request))
+
+
+def test_a_decoder_in_bfloat16_gives_nearly_the_same_pixels(mini):
+    request = sampler.SampleRequest(("a photo of a teapot", "a photo of a dog"), (0, 1), SamplerConfig(3, batch_size=2))
+    ((latents, _),) = sampler.sample_latents(mini, request)
+    unet = UNet2DConditionModel(dataclasses.replace(mini.networks.unet.config, dtype=jnp.bfloat16))
+    narrow = dataclasses.replace(mini.networks, unet=unet)
+    pixels, in_bfloat16 = (
+        np.asarray(denoising.decode_latents(mini.params["vae"], latents, networks=networks)[0], int)
+        for networks in (mini.networks, narrow)
+    )
+    apart = abs(pixels - in_bfloat16)
+    assert 0 < apart.mean() < 0.5
+    assert apart.max() <= 4
+
+
+def test_pictures_are_drawn_in_bfloat16_but_on_a_cpu(monkeypatch):
+    assert drawing_dtype() == "float32"
+    for backend in ("gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert drawing_dtype() == "bfloat16"
