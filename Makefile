@@ -50,7 +50,7 @@ full-size: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/full_size -s
 
 gpu: .venv-gpu/installed
-	JAX_PLATFORMS=cpu $(GPU)/python -m pytest tests/gpu
+	JAX_PLATFORMS=cpu $(GPU)/python -m pytest tests/gpu -n 2
 
 tpu: .venv-tpu/installed
 	JAX_PLATFORMS=cpu $(TPU)/python -m pytest tests/tpu
@@ -97,7 +97,7 @@ lint: .venv/tested
 # The newest JAX, whose CUDA compiler needs no device.
 .venv-gpu/installed: setup.py
 	$(NEWEST) -m venv .venv-gpu
-	$(GPU)/python -m pip install --quiet -e '.[cuda]' 'pytest>=8'
+	$(GPU)/python -m pip install --quiet -e '.[cuda]' 'pytest>=8' 'pytest-xdist>=3'
 	touch $@
 
 clean:
