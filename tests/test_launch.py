@@ -71,6 +71,9 @@ ERRORS = [
     ("tpu_vm.sh keep", {"BUCKET": "s3://b"}, "BUCKET=s3://b: expected a bucket"),
     ("tpu_vm.sh run", {"CONCEPTS": "nowhere"}, "nowhere/concepts.jsonl: no such file"),
     ("worker.sh out", {}, "1 arguments; expected HERE FLAG"),
+    ("measure.sh", {}, "OUT: missing; expected a folder for the report"),
+    ("measure.sh out --size=1x1", {}, "--size=1x1: expected --config, --first, --sizes or --dry-run"),
+    ("measure.sh one two", {}, "two: expected one folder"),
 ]
 
 
@@ -377,6 +380,38 @@ def test_gke_manifest(place):
     assert told[1:4] == ["drain-node", "--address=head:6379", "--node-id=abc"]
 
 
+MEASURED = ["doctor", "bench --kernels", "bench --config=mini --sizes=1x1", "train", "bench --config=mini --sizes=2x1"]
+MEASURE = "measure.sh out --config=mini --first=1x1 --sizes=2x1"
+
+
+def test_a_measurement_dry(place):
+    out, _ = finish(place.start(f"{MEASURE} --dry-run"))
+    lines = out.splitlines()
+    assert len(lines) == len(MEASURED)
+    assert all(f"catversion {part}".split()[:2] == line.split()[:2] for part, line in zip(MEASURED, lines, strict=True))
+    assert not (place.path / "out").exists()
+    assert place.calls == []
+
+
+def test_a_part_that_fails_does_not_keep_the_others_from_being_measured(place):
+    place.fake("catversion", 'if [[ $2 = --kernels ]]; then echo "cudnn differs"; exit 1; fi; echo "| $1 |"')
+    out, _ = finish(place.start(MEASURE), status=1)
+    assert out == "out/report.md\n"
+    said = [" ".join(call[1:]) for call in place.calls]
+    assert [any(part in line for part in MEASURED) for line in said] == [True] * 5
+    assert "--trace=out/trace" in said[2]
+    report = place.read("out/report.md")
+    assert report.count("\n## ") == 5
+    assert report.count("FAILED with status 1") == 1
+    assert report.index("cudnn differs") < report.index("FAILED") < report.index("| train |")
+
+
+def test_a_measurement_needs_catversion(place):
+    (place.path / "bin" / "catversion").unlink()
+    _, err = finish(place.start(MEASURE), status=1)
+    assert err.startswith("measure.sh: catversion: not on the PATH")
+
+
 def test_what_is_copied_to_hosts_and_images_exists(place):
     out, _ = finish(place.start("tpu_vm.sh setup --dry-run"))
     archived = shlex.split(out.splitlines()[0])[6:]
@@ -399,5 +434,5 @@ def test_commands_of_the_pages(place, page):
 
 def test_every_script_is_in_the_index():
     index = (LAUNCH / "README.md").read_text()
-    for name in ["tpu_vm.sh", "gke.yaml", "skypilot.yaml", "Dockerfile"]:
+    for name in ["tpu_vm.sh", "measure.sh", "gke.yaml", "skypilot.yaml", "Dockerfile"]:
         assert f"]({name})" in index

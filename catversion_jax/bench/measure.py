@@ -44,6 +44,7 @@ class Size:
     batch: int
     steps: int | None  # None: REPETITIONS dispatches
     vs_torch: bool
+    trace: str | None = None  # folder for a profile of a dispatch
 
     def measured_config(self) -> Config:
         """Returns the config of this size; a run's folder, photos and class word do not matter here."""
@@ -141,6 +142,9 @@ def measure(size: Size) -> Measured:
             rows[what] = replace(row, error=of_memory(error))
     for what, seconds in take_turns(dispatches, repetitions).items():
         rows[what] = with_times(rows[what], seconds, config.train.steps)
+    if size.trace and OURS in dispatches:
+        with jax.profiler.trace(size.trace):
+            dispatches[OURS]()
     return Measured(facts, with_ratios(list(rows.values())), pipeline.networks, config)
 
 

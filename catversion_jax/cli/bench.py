@@ -12,9 +12,12 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
+from catversion_jax.base.pipeline import drawing_dtype
 from catversion_jax.bench import torch_step
 from catversion_jax.bench.absent import CHIPS
 from catversion_jax.bench.forecast import Forecast, forecast, forecast_table
+from catversion_jax.bench.kernels import compare_kernels, parity_table
+from catversion_jax.bench.machine import device_name
 from catversion_jax.bench.measure import REPETITIONS, Size, measure_size
 from catversion_jax.bench.random_model import SD15
 from catversion_jax.bench.row import Row, bench_table
@@ -47,6 +50,12 @@ def define_flags() -> None:
         list(CHIPS),
         "Times nothing: compiles the step for a chip that need not be here, and says what it should cost there.",
     )
+    flags.DEFINE_bool(
+        "kernels", False, "Times nothing: compares this machine's attention kernels with attention in float32."
+    )
+    flags.DEFINE_string(
+        "trace", None, "Folder for a profile of a dispatch of each size, for TensorBoard's XProf; if not set, none."
+    )
     flags.DEFINE_string(
         "service",
         None,
@@ -71,19 +80,22 @@ def main(arguments: flags.FlagValues) -> int:
     if arguments.service:
         return bench_service(arguments)
     config = arguments.config and checked_config(arguments, OF_A_RUN)
+    if arguments.kernels:
+        return bench_kernels(config, arguments.out)
     if arguments["for"].value:
         return bench_for(arguments["for"].value, config, sizes, arguments.out)
     facts: dict[str, Any] = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
     rows: list[Row] = []
     for concepts, batch in (bar := tqdm(sizes, unit=" sizes")):
         bar.set_description(f"{concepts}x{batch}")
-        size = Size(config, concepts, batch, arguments.steps, arguments.vs is not None)
+        trace = arguments.trace and str(expand(arguments.trace) / f"{concepts}x{batch}")
+        size = Size(config, concepts, batch, arguments.steps, arguments.vs is not None, trace)
         of_machine, of_size = measure_size(size)
         facts |= of_machine
         rows += of_size
         # After each size, so that an interrupted run leaves its rows.
         if arguments.out:
-            write_rows(expand(arguments.out), facts, rows)
+            write_facts(expand(arguments.out), facts | {"rows": [asdict(row) for row in rows]})
     print(*(f"{name}: {value}" for name, value in facts.items() if name != "config"), sep="\n")
     print("", bench_table(rows), sep="\n")
     return 0
@@ -99,11 +111,25 @@ def bench_for(chip: str, config: Config | None, sizes: list[tuple[int, int]], ou
         rows.append(forecast(Size(config, concepts, batch, None, False), chip))
     facts = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "chip": CHIPS[chip].name}
     if out:
-        text = json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1)
-        write_atomically(expand(out), lambda path: path.write_text(text))
+        write_facts(expand(out), facts | {"rows": [asdict(row) for row in rows]})
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
     print("", forecast_table(rows), sep="\n")
     return 0
+
+
+def bench_kernels(config: Config | None, out: str | None) -> int:
+    """Compares the kernels in the dtype of a config; returns 1 if one is further from float32 than its tolerance."""
+    dtype = config.model.dtype if config else drawing_dtype()
+    rows = compare_kernels(dtype)
+    facts = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "device": device_name(), "dtype": dtype}
+    if out:
+        write_facts(expand(out), facts | {"rows": [asdict(row) for row in rows]})
+    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
+    print("", parity_table(rows), sep="\n")
+    for row in rows:
+        if not row.agrees:
+            print(f"{row.kernel} at {row.shape}: further from float32 than {row.tolerance:g}", file=sys.stderr)
+    return 0 if all(row.agrees for row in rows) else 1
 
 
 def bench_service(arguments: flags.FlagValues) -> int:
@@ -122,14 +148,13 @@ def bench_service(arguments: flags.FlagValues) -> int:
         "service": measure_service(given, load, config),
     }
     if arguments.out:
-        write_atomically(expand(arguments.out), lambda path: path.write_text(json.dumps(facts, indent=1), "utf-8"))
+        write_facts(expand(arguments.out), facts)
     print(load_table(facts))
     return 0
 
 
-def write_rows(out: AnyPath, facts: dict[str, Any], rows: list[Row]) -> None:
-    text = json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1)
-    write_atomically(out, lambda path: path.write_text(text))
+def write_facts(out: AnyPath, facts: dict[str, Any]) -> None:
+    write_atomically(out, lambda path: path.write_text(json.dumps(facts, indent=1), "utf-8"))
 
 
 def check_torch() -> None:

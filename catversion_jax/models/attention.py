@@ -112,13 +112,17 @@ KERNELS = {
 """backend -> kernels in order of preference; the last one suits everything."""
 
 
+def choose(query: tuple[int, ...], key: tuple[int, ...], dtype: jnp.dtype) -> Kernel:
+    """Returns the kernel for these shapes on this backend."""
+    kernels = KERNELS.get(jax.default_backend(), (XLA,))
+    return next(kernel for kernel in kernels if kernel.suits(query, key, dtype))
+
+
 def dot_product_attention(
     query: Float[Array, "B Q H D"], key: Float[Array, "B K H D"], value: Float[Array, "B K H D"]
 ) -> Float[Array, "B Q H D"]:
     """Softmax attention, with logits and softmax in float32."""
-    kernels = KERNELS.get(jax.default_backend(), (XLA,))
-    kernel = next(kernel for kernel in kernels if kernel.suits(query.shape, key.shape, query.dtype))
-    return kernel.run(query, key, value)
+    return choose(query.shape, key.shape, query.dtype).run(query, key, value)
 
 
 def probabilities(query: Float[Array, "B Q H D"], key: Float[Array, "B K H D"]) -> Float[Array, "B Q K"]:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from catversion_jax.base.pipeline import COMPONENTS, abstract
-from catversion_jax.bench import machine, measure, random_model, step, timing
+from catversion_jax.bench import kernels, machine, measure, random_model, step, timing
 from catversion_jax.bench.row import COLUMNS, OURS, Row, bench_table, with_ratios
 from catversion_jax.cli import bench as command
 from catversion_jax.config import OF_A_RUN, Config, from_config_dict, stable_diffusion
+from catversion_jax.models import attention
 from catversion_jax.utils.errors import UserError
 from tests.commands import catversion, error_of
 
@@ -236,3 +237,31 @@ def test_a_service_under_load(tiny_model, tmp_path):
 
 def test_loads_that_are_none():
     assert "--service=x: expected CONCEPTSxPICTURES" in error_of("bench", "--config=configs/mini.py", "--service=x")
+
+
+def test_a_profile_of_a_dispatch_is_kept(tiny_model, tmp_path):
+    trace = tmp_path / "trace"
+    flags = [f"--config.model.path={tiny_model}", "--sizes=1x1", "--steps=1", f"--trace={trace}"]
+    catversion("bench", "--config=configs/mini.py", *flags)
+    assert list((trace / "1x1").rglob("*.xplane.pb"))
+
+
+def test_the_kernels_of_a_cpu_agree_with_float32(monkeypatch):
+    monkeypatch.setattr(kernels, "SHAPES", ((64, 64, 8), (32, 77, 16)))
+    for dtype, least in (("float32", 0), ("bfloat16", 1e-4)):
+        rows = kernels.compare_kernels(dtype)
+        assert [row.kernel for row in rows] == ["heads_first"] * 2
+        assert all(row.agrees and row.value >= least for row in rows)
+        assert kernels.parity_table(rows).count("heads_first") == 2
+
+
+def test_a_kernel_that_is_wrong_is_found(monkeypatch, capsys, tmp_path):
+    def wrong(query, key, value):
+        return attention.heads_first(query, key, value) * 1.1
+
+    monkeypatch.setattr(kernels, "SHAPES", ((64, 64, 8),))
+    for run in (wrong, lambda *given: jnp.nan * wrong(*given)):
+        monkeypatch.setitem(attention.KERNELS, "cpu", (attention.Kernel(run, attention.always),))
+        assert command.bench_kernels(None, str(tmp_path / "out.json")) == 1
+        assert "further from float32 than 1e-05" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["shape"] == [64, 64, 8]
