@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from catversion_jax.models.parametrized import ZEROS
-from catversion_jax.utils.types import Array, Float
+from catversion_jax.utils.types import AnyArray, Array, Float
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_normalize(
-    x: Float[Array, "*B C"], scale: Float[Array, "C"], bias: Float[Array, "C"], epsilon: float
+    x: Float[Array, "*B C"], scale: Float[AnyArray, "C"], bias: Float[AnyArray, "C"], epsilon: float
 ) -> Float[Array, "*B C"]:
     """Normalizes the channels of each position, then scales and shifts.
 
-    Mean and variance are computed in float32; the result has the dtype of x. Source: Ba et al. 2016.
+    Mean and variance are computed in float32; the result has the dtype of x, and is NaN where the variance is beyond
+    float32. Source: Ba et al. 2016.
     """
     normal, _ = normalized(x, epsilon)
     return (normal * scale + bias).astype(x.dtype)
@@ -28,7 +29,9 @@ def normalized(x, epsilon: float) -> tuple[Float[Array, "*B C"], Float[Array, "*
     # One mean after the other, of which XLA's GPU backend makes one kernel; of two side by side it makes three.
     centered = x.astype(jnp.float32)
     centered = centered - centered.mean(-1, keepdims=True)
-    rate = jax.lax.rsqrt((centered * centered).mean(-1, keepdims=True) + epsilon)
+    variance = (centered * centered).mean(-1, keepdims=True)
+    # Of a variance beyond float32 the rate would be 0, and what went wrong would pass for a finite number.
+    rate = jnp.where(jnp.isfinite(variance), jax.lax.rsqrt(variance + epsilon), jnp.nan)
     return centered * rate, rate
 
 

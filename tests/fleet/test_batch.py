@@ -11,7 +11,7 @@ import pytest
 
 from catversion_jax.methods import concept_file
 from tests.commands import TIMEOUT, catversion
-from tests.fleet.clusters import PATIENCE, cluster_of, ended, start, wait_for, workers_of
+from tests.fleet.clusters import PATIENCE, cluster_of, ended, one_core, start, wait_for, workers_of  # noqa: F401
 from tests.training.test_many_concepts import LINES, flags, report, write
 
 COUNT = 12

@@ -29,3 +29,10 @@ def test_it_is_flaxs(dtype, tolerance):
     for mine, flaxs in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         scale = np.abs(np.asarray(flaxs, np.float32)).max()
         np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(flaxs, np.float32), atol=tolerance * scale)
+
+
+def test_what_overflows_is_not_finite():
+    x = jnp.array([[1.0, -1.0, 2.0, 0.5], [1e30, -1e30, 1e29, 0]])
+    y = LayerNorm(1e-5, jnp.float32).apply({"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}, x)
+    assert jnp.isfinite(y[0]).all()
+    assert jnp.isnan(y[1]).all()
