@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before JAX is imported. The cache is shared by the test processes and the commands they start, and new each time.
@@ -45,6 +46,16 @@ from tests import tiny
 
 GOLDEN = Path(__file__).parent / "golden" / "mini_torch.npz"
 cache.enable()
+
+
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """Has commands compute as the workers of tests/fleet/clusters.py: XLA splits a sum over a CPU's threads."""
+    from tests.commands import ENVIRONMENT
+
+    ENVIRONMENT["NPROC"] = "1"
+    yield
+    del ENVIRONMENT["NPROC"]
 
 
 OFFICIAL, DREAMBOOTH = (Path(__file__).parents[2] / "shared" / name for name in ("official", "dreambooth"))

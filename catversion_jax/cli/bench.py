@@ -84,7 +84,7 @@ def main(arguments: flags.FlagValues) -> int:
         return bench_kernels(config, arguments.out)
     if arguments["for"].value:
         return bench_for(arguments["for"].value, config, sizes, arguments.out)
-    facts: dict[str, Any] = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+    facts = stamp()
     rows: list[Row] = []
     for concepts, batch in (bar := tqdm(sizes, unit=" sizes")):
         bar.set_description(f"{concepts}x{batch}")
@@ -96,8 +96,7 @@ def main(arguments: flags.FlagValues) -> int:
         # After each size, so that an interrupted run leaves its rows.
         if arguments.out:
             write_facts(expand(arguments.out), facts | {"rows": [asdict(row) for row in rows]})
-    print(*(f"{name}: {value}" for name, value in facts.items() if name != "config"), sep="\n")
-    print("", bench_table(rows), sep="\n")
+    print_report({name: value for name, value in facts.items() if name != "config"}, bench_table(rows))
     return 0
 
 
@@ -109,11 +108,10 @@ def bench_for(chip: str, config: Config | None, sizes: list[tuple[int, int]], ou
     for concepts, batch in (bar := tqdm(sizes, unit=" sizes")):
         bar.set_description(f"{concepts}x{batch}")
         rows.append(forecast(Size(config, concepts, batch, None, False), chip))
-    facts = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "chip": CHIPS[chip].name}
+    facts = stamp() | {"chip": CHIPS[chip].name}
     if out:
         write_facts(expand(out), facts | {"rows": [asdict(row) for row in rows]})
-    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
-    print("", forecast_table(rows), sep="\n")
+    print_report(facts, forecast_table(rows))
     return 0
 
 
@@ -121,11 +119,10 @@ def bench_kernels(config: Config | None, out: str | None) -> int:
     """Compares the kernels in the dtype of a config; returns 1 if one is further from float32 than its tolerance."""
     dtype = config.model.dtype if config else drawing_dtype()
     rows = compare_kernels(dtype)
-    facts = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "device": device_name(), "dtype": dtype}
+    facts = stamp() | {"device": device_name(), "dtype": dtype}
     if out:
         write_facts(expand(out), facts | {"rows": [asdict(row) for row in rows]})
-    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
-    print("", parity_table(rows), sep="\n")
+    print_report(facts, parity_table(rows))
     for row in rows:
         if not row.agrees:
             print(f"{row.kernel} at {row.shape}: further from float32 than {row.tolerance:g}", file=sys.stderr)
@@ -141,9 +138,7 @@ def bench_service(arguments: flags.FlagValues) -> int:
     load, config = Load(concepts, pictures, arguments.clients), checked_config(arguments, OF_A_RUN)
     # As they were given: the service and the batch have processes of their own.
     given = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
-    facts = {
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
+    facts = stamp() | {
         "batch": measure_batch(given, load, config),
         "service": measure_service(given, load, config),
     }
@@ -151,6 +146,15 @@ def bench_service(arguments: flags.FlagValues) -> int:
         write_facts(expand(arguments.out), facts)
     print(load_table(facts))
     return 0
+
+
+def stamp() -> dict[str, Any]:
+    """Returns what every report begins with."""
+    return {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+
+
+def print_report(facts: dict[str, Any], table: str) -> None:
+    print(*(f"{name}: {value}" for name, value in facts.items()), "", table, sep="\n")
 
 
 def write_facts(out: AnyPath, facts: dict[str, Any]) -> None:

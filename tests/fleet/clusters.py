@@ -9,19 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.commands import ENVIRONMENT, ROOT, command
 
 PATIENCE = 300.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core() -> Iterator[None]:
-    """Has what runs without Ray compute as the workers do: XLA splits a product's sum over a CPU's threads."""
-    ENVIRONMENT["NPROC"] = "1"
-    yield
-    del ENVIRONMENT["NPROC"]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 
 from catversion_jax.methods import concept_file
 from tests.commands import TIMEOUT, catversion
-from tests.fleet.clusters import PATIENCE, cluster_of, ended, one_core, start, wait_for, workers_of  # noqa: F401
+from tests.fleet.clusters import PATIENCE, cluster_of, ended, start, wait_for, workers_of
 from tests.training.test_many_concepts import LINES, flags, report, write
 
 COUNT = 12
@@ -34,7 +34,7 @@ def command_of(model: Path, folder: Path, manifest: list[dict] | None = None) ->
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model, tmp_path_factory) -> dict[str, np.ndarray]:
+def expected(tiny_model, tmp_path_factory, one_core) -> dict[str, np.ndarray]:
     """What `catversion batch` learns without Ray."""
     folder = tmp_path_factory.mktemp("one")
     catversion(*command_of(tiny_model, folder))

@@ -9,7 +9,7 @@ from catversion_jax.service.fleet_trainer import check_state_size
 from catversion_jax.training.step import StepConfig
 from catversion_jax.utils.errors import UserError
 from tests.commands import catversion, error_of
-from tests.fleet.clusters import cluster_of, one_core, workers_of  # noqa: F401
+from tests.fleet.clusters import cluster_of, workers_of
 from tests.service.servers import Running, config_flags, ended, learn, running, wait_for
 from tests.service.test_durability import NAMES, bytes_of
 
@@ -18,7 +18,7 @@ WORDS = (*NAMES, "robot", "rocket")
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model, tmp_path_factory) -> dict[str, bytes]:
+def expected(tiny_model, tmp_path_factory, one_core) -> dict[str, bytes]:
     """What a server learns that trains by itself."""
     with running(tmp_path_factory.mktemp("alone") / "store", tiny_model, sample__every=50) as server:
         ids = {name: learn(server.client, name, steps=STEPS)["id"] for name in WORDS}
