@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measure this machine in one call, for docs/performance.md: what is installed, the attention kernels against float32,
-# the step at several sizes with its compile times (beside PyTorch where that is installed), a profile, and the mini
-# model from photos to pictures. What fails is said in the report, and does not keep the rest from running.
+# the step at several sizes with its compile times (beside PyTorch where that is installed), a profile, the mini model
+# from photos to pictures, and how fast pictures are drawn. What fails is said in the report, and does not keep the rest
+# from running.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "${BASH_SOURCE[0]%/*}/lib.sh"
@@ -63,6 +64,7 @@ part "Attention kernels against float32" catversion bench --kernels "${config[@]
 part "The step, $first" catversion bench "${config[@]}" --sizes="$first" "${vs[@]}" --out="$out/first.json" --trace="$out/trace"
 part "The mini model, from photos to pictures" catversion train --config=mini --config.run_dir="$out/mini" \
   --config.concept.class_word=teapot --config.data.dir="$teapot/train" --config.data.masks_dir="$teapot/train_masks"
+part "Pictures" catversion bench "${config[@]}" --pictures=1,8 --out="$out/pictures.json"
 if [[ -n $sizes ]]; then
   part "The step, more sizes" catversion bench "${config[@]}" --sizes="$sizes" --out="$out/sizes.json"
 fi

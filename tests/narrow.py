@@ -2,7 +2,7 @@
 
 import jax
 
-from catversion_jax.bench.absent import compile_step
+from catversion_jax.bench.absent import as_if_there, lower_step
 from catversion_jax.bench.random_model import RANDOM, random_networks
 from catversion_jax.config import from_config_dict, stable_diffusion
 
@@ -27,4 +27,5 @@ def program(backend: str, devices: list[jax.Device], concepts: int, length: int,
     config = config.replaced({"train.batch_size": 2} | {f"mesh.{key}": value for key, value in mesh.items()})
     networks = random_networks("bfloat16", {name: RANDOM[name] | NARROW[name] for name in NARROW})
     on = config.make_mesh(concepts, devices)
-    return compile_step(config, networks, backend, on, concepts, length).as_text()
+    with as_if_there(backend, devices):
+        return lower_step(config, networks, on, concepts, length).compile().as_text()

@@ -96,7 +96,7 @@ def test_guided_ddim(mini, golden):
         denoising.Guided(jnp.zeros(1, jnp.uint32), both, jnp.float32(5.0)),
         trajectory,
         networks=mini.networks,
-        calls_per_dispatch=1,
+        at_once=1,
     )
     assert max_error(latents, golden["ddim.x_0_guidance5_prefix_p1_bias0"]) < 2e-3
 

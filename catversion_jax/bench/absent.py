@@ -162,26 +162,23 @@ def as_if_there(backend: str, devices: Sequence[jax.Device]) -> Iterator[None]:
         jax.default_backend, jax.devices, cudnn.check_compute_capability = before
 
 
-def compile_step(
-    config: Config, networks: Networks, backend: str, mesh: Mesh, concepts: int, length: int
-) -> jax.stages.Compiled:
-    """Compiles `length` steps of that many concepts for the devices of a mesh, which need not be there."""
+def lower_step(config: Config, networks: Networks, mesh: Mesh, concepts: int, length: int) -> jax.stages.Lowered:
+    """Returns the program of `length` steps of that many concepts, for the devices of a mesh, within `as_if_there`."""
     dtype = DTYPES[config.model.dtype]
-    with as_if_there(backend, list(mesh.devices.flat)):
-        step_config = StepConfig.of(config, networks, concepts, mesh)
+    step_config = StepConfig.of(config, networks, concepts, mesh)
 
-        def on_concepts(tree):
-            place = sharding(mesh, "concept")
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+    def on_concepts(tree):
+        place = sharding(mesh, "concept")
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
-        def spread(name: str, module: Any):
-            return abstract(name, module, dtype, mesh, config.mesh.rules)
+    def spread(name: str, module: Any):
+        return abstract(name, module, dtype, mesh, config.mesh.rules)
 
-        text = tuple(spread("text", encoder) for encoder in networks.text)
-        frozen = Frozen(spread("unet", networks.unet), text, networks.schedule.alphas_cumprod)
-        state = jax.eval_shape(lambda: step_config.init_state([0] * concepts))
-        data = random_data(config, step_config, text, concepts)
-        return compile_chunk(step_config, length).lower(on_concepts(state), frozen, on_concepts(data)).compile()
+    text = tuple(spread("text", encoder) for encoder in networks.text)
+    frozen = Frozen(spread("unet", networks.unet), text, networks.schedule.alphas_cumprod)
+    state = jax.eval_shape(lambda: step_config.init_state([0] * concepts))
+    data = random_data(config, step_config, text, concepts)
+    return compile_chunk(step_config, length).lower(on_concepts(state), frozen, on_concepts(data))
 
 
 def set_environment() -> None:

@@ -1,103 +1,177 @@
-"""What a step should cost on a chip that is not there: the kernels, bytes, FLOPs and memory of its program."""
+"""What programs should cost on a chip that is not there: their kernels, bytes, FLOPs and memory."""
 
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+
 from catversion_jax.base.pipeline import Networks
-from catversion_jax.bench.absent import CHIPS, compile_step, set_environment
-from catversion_jax.bench.measure import Size, find_source, fresh
+from catversion_jax.base.sampler_config import SamplerConfig
+from catversion_jax.bench.absent import CHIPS, as_if_there, lower_step, set_environment
+from catversion_jax.bench.measure import Size, config_networks, fresh, measured_config
+from catversion_jax.bench.pictures import PictureBatch, count_pictures, picture_shapes
 from catversion_jax.bench.program import Program, read_program
-from catversion_jax.bench.random_model import random_networks
 from catversion_jax.bench.step import count_flops
 from catversion_jax.config import Config
-from catversion_jax.training.run import load_model
 from catversion_jax.training.step import ACCELERATOR_STEPS_PER_DISPATCH
 from catversion_jax.utils import markdown
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """A size on one chip. The times are what its bytes and its FLOPs alone take at the chip's full rates."""
+class Cost:
+    """A program on one chip. The times are what its bytes and its FLOPs alone take at the chip's full rates."""
 
-    chip: str  # a key of CHIPS
-    concepts: int
-    batch: int
-    compile_s: float  # on this machine
-    kernels: int  # of a step
-    bytes_per_step: float
-    flops_per_step: float
+    kernels: int
+    bytes: float  # that they read and write
+    flops: float
     memory_bytes: float  # arguments, results and temporary memory
     ms_of_bytes: float
     ms_of_flops: float
     fits: bool  # the memory into the chip's
+    compile_s: float  # on this machine
     kinds: dict[str, tuple[int, int]]  # kernels and bytes of each kind
+
+    @property
+    def ms(self) -> float:
+        """The milliseconds that it takes at least."""
+        return max(self.ms_of_bytes, self.ms_of_flops)
+
+
+@dataclass(frozen=True)
+class StepForecast:
+    """A step of the training of some concepts, each with a batch of photos, on one chip."""
+
+    chip: str  # a key of CHIPS
+    concepts: int
+    batch: int
+    step: Cost
+
+    @property
+    def images_per_s(self) -> float:
+        """At most."""
+        return 1e3 * self.concepts * self.batch / self.step.ms
+
+
+@dataclass(frozen=True)
+class PictureForecast:
+    """A batch of pictures, drawn on one chip."""
+
+    chip: str  # a key of CHIPS
+    pictures: int
+    calls: int  # of the UNet
+    call: Cost
+    decoder: Cost
+
+    @property
+    def pictures_per_s(self) -> float:
+        """At most."""
+        return 1e3 * self.pictures / (self.calls * self.call.ms + self.decoder.ms)
 
 
 class Compiled(NamedTuple):
-    """What the process that compiles returns."""
+    """A program that was compiled for a chip."""
 
-    seconds: float
     program: Program
     memory: float
-    networks: Networks
-    config: Config
+    seconds: float
 
 
-def forecast(size: Size, chip: str) -> Forecast:
+def forecast_step(size: Size, chip: str) -> StepForecast:
     """Compiles a size for one chip, in fresh processes. Raises UserError if its compiler is not installed."""
     set_environment()  # of this process, which the fresh ones inherit
-    compiled = fresh(compile_size, size, chip)
-    flops = fresh(count_flops, compiled.config, compiled.networks, size.concepts)
-    of = CHIPS[chip]
-    return Forecast(
-        chip,
-        size.concepts,
-        size.batch,
-        compiled.seconds,
-        len(compiled.program.kernels),
-        compiled.program.bytes,
-        flops,
-        compiled.memory,
-        1e3 * compiled.program.bytes / of.bandwidth,
-        1e3 * flops / of.flops,
-        compiled.memory < of.memory,
-        compiled.program.by_kind(),
-    )
+    step, networks, config = fresh(compile_size, size, chip)
+    flops = fresh(count_flops, config, networks, size.concepts)
+    return StepForecast(chip, size.concepts, size.batch, cost(step, flops, chip))
 
 
-def compile_size(size: Size, chip: str) -> Compiled:
+def compile_size(size: Size, chip: str) -> tuple[Compiled, Networks, Config]:
     """Compiles a size for one chip, in a process that has used no device."""
     config, of = size.measured_config(), CHIPS[chip]
     length = config.train.steps_per_dispatch or ACCELERATOR_STEPS_PER_DISPATCH
-    networks = random_networks(config.model.dtype) if find_source(config) is None else load_model(config).networks
+    networks = config_networks(config)
     mesh = config.make_mesh(size.concepts, of.devices()[:1])
+    with as_if_there(of.backend, of.devices()[:1]):
+        lowered = lower_step(config, networks, mesh, size.concepts, length)
+        return compiled(lowered), networks, config
+
+
+def forecast_pictures(config: Config | None, pictures: int, chip: str) -> PictureForecast:
+    """Compiles the drawing of that many pictures at once for one chip, as `forecast_step` does."""
+    set_environment()
+    programs, networks, sampler = fresh(compile_pictures, config, pictures, chip)
+    calls, *flops = fresh(count_pictures, networks, sampler, pictures)
+    call, decoder = (cost(*of_each, chip) for of_each in zip(programs, flops, strict=True))
+    return PictureForecast(chip, pictures, calls, call, decoder)
+
+
+def compile_pictures(config: Config | None, pictures: int, chip: str) -> tuple[list[Compiled], Networks, SamplerConfig]:
+    """Compiles the UNet's calls and the decoder for one chip, in a process that has used no device."""
+    config, of = measured_config(config), CHIPS[chip]
+    networks, sampler, device = config_networks(config), config.sample.sampler, of.devices()[0]
+    batch = PictureBatch.random(networks, sampler, pictures, picture_shapes(networks))
+    with as_if_there(of.backend, [device]):
+        return [compiled(lowered) for lowered in batch.lower(device)], networks, sampler
+
+
+def compiled(lowered: jax.stages.Lowered) -> Compiled:
     begun = time.monotonic()
-    compiled = compile_step(config, networks, of.backend, mesh, size.concepts, length)
+    program = lowered.compile()
     took = time.monotonic() - begun
-    program = read_program(compiled.as_text() or "")
-    memory: Any = compiled.memory_analysis()
+    memory: Any = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(took, program, held + memory.temp_size_in_bytes, networks, config)
+    return Compiled(read_program(program.as_text() or ""), held + memory.temp_size_in_bytes, took)
+
+
+def cost(compiled: Compiled, flops: float, chip: str) -> Cost:
+    program, of = compiled.program, CHIPS[chip]
+    return Cost(
+        len(program.kernels),
+        program.bytes,
+        flops,
+        compiled.memory,
+        1e3 * program.bytes / of.bandwidth,
+        1e3 * flops / of.flops,
+        compiled.memory < of.memory,
+        compiled.seconds,
+        program.by_kind(),
+    )
 
 
 COLUMNS = {
-    "concepts x batch": lambda row: f"{row.concepts}x{row.batch}",
-    "kernels a step": lambda row: str(row.kernels),
-    "GB": lambda row: f"{row.bytes_per_step / 1e9:.2f}",
-    "TFLOP": lambda row: f"{row.flops_per_step / 1e12:.2f}",
-    "ms of bytes": lambda row: f"{row.ms_of_bytes:.1f}",
-    "ms of FLOPs": lambda row: f"{row.ms_of_flops:.1f}",
-    "at most images/s": lambda row: f"{1e3 * row.concepts * row.batch / max(row.ms_of_bytes, row.ms_of_flops):.0f}",
-    "memory GiB": lambda row: f"{row.memory_bytes / 2**30:.2f}" + ("" if row.fits else ", does not fit"),
-    "compile s": lambda row: f"{row.compile_s:.0f}",
+    "kernels": lambda cost: str(cost.kernels),
+    "GB": lambda cost: f"{cost.bytes / 1e9:.2f}",
+    "TFLOP": lambda cost: f"{cost.flops / 1e12:.2f}",
+    "ms of bytes": lambda cost: f"{cost.ms_of_bytes:.1f}",
+    "ms of FLOPs": lambda cost: f"{cost.ms_of_flops:.1f}",
+    "memory GiB": lambda cost: f"{cost.memory_bytes / 2**30:.2f}" + ("" if cost.fits else ", does not fit"),
+    "compile s": lambda cost: f"{cost.compile_s:.0f}",
 }
 
 
-def forecast_table(rows: list[Forecast]) -> str:
-    """Returns the rows as a Markdown table, and the kernels of each by their kind."""
-    tables = [markdown.table(list(COLUMNS), ([cell(row) for cell in COLUMNS.values()] for row in rows))]
+def step_table(rows: list[StepForecast]) -> str:
+    """Returns the steps as a Markdown table, and the kernels of each by their kind."""
+    return cost_tables(
+        ["concepts x batch", "at most images/s"],
+        [([f"{row.concepts}x{row.batch}", f"{row.images_per_s:.0f}"], row.step) for row in rows],
+    )
+
+
+def picture_table(rows: list[PictureForecast]) -> str:
+    """Returns the programs of each batch of pictures as a Markdown table, and their kernels by their kind."""
+    costs = []
     for row in rows:
-        kinds = ([kind, str(count), f"{size / 1e9:.3f}"] for kind, (count, size) in row.kinds.items())
-        tables.append(f"{row.concepts}x{row.batch}:\n" + markdown.table(["kernels of a step", "count", "GB"], kinds))
+        rate = f"{row.pictures_per_s:.2f} by {row.calls} calls"
+        costs.append(([f"{row.pictures}, a call of the UNet", rate], row.call))
+        costs.append(([f"{row.pictures}, the decoder", ""], row.decoder))
+    return cost_tables(["pictures at once", "at most pictures/s"], costs)
+
+
+def cost_tables(titles: list[str], costs: list[tuple[list[str], Cost]]) -> str:
+    """Returns a table of programs, each with its name and its rate, and one of each program's kernels."""
+    rows = ([*cells, *(column(cost) for column in COLUMNS.values())] for cells, cost in costs)
+    tables = [markdown.table([*titles, *COLUMNS], rows)]
+    for (name, _), cost in costs:
+        kinds = ([kind, str(count), f"{size / 1e9:.3f}"] for kind, (count, size) in cost.kinds.items())
+        tables.append(f"{name}:\n" + markdown.table(["kernels", "count", "GB"], kinds))
     return "\n\n".join(tables)

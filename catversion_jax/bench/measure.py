@@ -19,7 +19,7 @@ import jax
 from catversion_jax.base.pipeline import MINI, Networks, model_source
 from catversion_jax.bench import torch_step
 from catversion_jax.bench.machine import cores, device_name, matrix_peak, on_cpu
-from catversion_jax.bench.random_model import RANDOM, RANDOM_FOR, SD15, random_model
+from catversion_jax.bench.random_model import RANDOM, RANDOM_FOR, SD15, random_model, random_networks
 from catversion_jax.bench.row import OURS, Row, with_flops, with_ratios, with_times
 from catversion_jax.bench.step import count_flops, ours
 from catversion_jax.bench.timing import take_turns
@@ -47,19 +47,21 @@ class Size:
     trace: str | None = None  # folder for a profile of a dispatch
 
     def measured_config(self) -> Config:
-        """Returns the config of this size; a run's folder, photos and class word do not matter here."""
-        config = self.config
-        if config is None:
-            config = from_config_dict(default() if on_cpu() else stable_diffusion(SD15), OF_A_RUN)
-        # Placeholders: no photo is read, and the prompts are random numbers.
-        given = {
-            "run_dir": config.run_dir,
-            "data.dir": config.data.dir,
-            "concept.class_word": config.concept.class_word,
-        }
-        return config.replaced(
-            {key: value or "none" for key, value in given.items()} | {"train.batch_size": self.batch}
-        )
+        """Returns the config of this size."""
+        return measured_config(self.config).replaced({"train.batch_size": self.batch})
+
+
+def measured_config(config: Config | None) -> Config:
+    """Returns a config that is complete: by default the machine's, with placeholders for what does not matter here."""
+    if config is None:
+        config = from_config_dict(default() if on_cpu() else stable_diffusion(SD15), OF_A_RUN)
+    # No photo is read, and the prompts are random numbers.
+    given = {
+        "run_dir": config.run_dir,
+        "data.dir": config.data.dir,
+        "concept.class_word": config.concept.class_word,
+    }
+    return config.replaced({key: value or "none" for key, value in given.items()})
 
 
 Builder = Callable[[Row], tuple[Row, Callable[[], object]]]
@@ -146,6 +148,11 @@ def measure(size: Size) -> Measured:
         with jax.profiler.trace(size.trace):
             dispatches[OURS]()
     return Measured(facts, with_ratios(list(rows.values())), pipeline.networks, config)
+
+
+def config_networks(config: Config) -> Networks:
+    """Returns the networks of a config's model, or random ones' if these stand in for it."""
+    return random_networks(config.model.dtype) if find_source(config) is None else load_model(config).networks
 
 
 def find_source(config: Config) -> Source | None:

@@ -63,7 +63,9 @@ def random_model(dtype: str) -> BasePipeline:
 
 def random_networks(dtype: str, configs: Mapping[str, dict[str, Any]] = RANDOM) -> Networks:
     """Returns Stable Diffusion 1.x's networks, or others by their config.json."""
-    text_encoder, unet, vae = (COMPONENTS[name].make(of_part, DTYPES[dtype]) for name, of_part in configs.items())
+    # As a model that is loaded: its VAE's weights are float32.
+    dtypes = dict.fromkeys(configs, DTYPES[dtype]) | {"vae": jnp.float32}
+    text_encoder, unet, vae = (COMPONENTS[name].make(of_part, dtypes[name]) for name, of_part in configs.items())
     return Networks((text_encoder,), unet, vae, NoiseSchedule.from_json(ldm.FAMILIES[0].scheduler))
 
 

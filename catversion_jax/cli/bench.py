@@ -5,7 +5,9 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +17,16 @@ from tqdm import tqdm
 from catversion_jax.base.pipeline import drawing_dtype
 from catversion_jax.bench import torch_step
 from catversion_jax.bench.absent import CHIPS
-from catversion_jax.bench.forecast import Forecast, forecast, forecast_table
+from catversion_jax.bench.forecast import (
+    forecast_pictures,
+    forecast_step,
+    picture_table,
+    step_table,
+)
 from catversion_jax.bench.kernels import compare_kernels, parity_table
 from catversion_jax.bench.machine import device_name
 from catversion_jax.bench.measure import REPETITIONS, Size, measure_size
+from catversion_jax.bench.picture_rate import PictureRate, measure_pictures, rate_table
 from catversion_jax.bench.random_model import SD15
 from catversion_jax.bench.row import Row, bench_table
 from catversion_jax.bench.service_load import Load, load_table, measure_batch, measure_service
@@ -50,6 +58,12 @@ def define_flags() -> None:
         list(CHIPS),
         "Times nothing: compiles the step for a chip that need not be here, and says what it should cost there.",
     )
+    flags.DEFINE_string(
+        "pictures",
+        None,
+        "Numbers of pictures to draw at once, separated by commas, such as 1,8: times the UNet's calls and the decoder "
+        "instead of the step, or with --for says what these should cost.",
+    )
     flags.DEFINE_bool(
         "kernels", False, "Times nothing: compares this machine's attention kernels with attention in float32."
     )
@@ -70,6 +84,7 @@ def define_flags() -> None:
 def main(arguments: flags.FlagValues) -> int:
     """Times each size and prints the table; the row of a size that does not fit in memory says so."""
     sizes = parse_sizes(arguments.sizes)
+    pictures = parse_pictures(arguments.pictures) if arguments.pictures is not None else []
     if arguments.out:
         check_writable(expand(arguments.out))  # before the work
     if arguments.vs:
@@ -82,8 +97,10 @@ def main(arguments: flags.FlagValues) -> int:
     config = arguments.config and checked_config(arguments, OF_A_RUN)
     if arguments.kernels:
         return bench_kernels(config, arguments.out)
-    if arguments["for"].value:
-        return bench_for(arguments["for"].value, config, sizes, arguments.out)
+    if chip := arguments["for"].value:
+        return bench_for(chip, config, sizes, pictures, arguments.out)
+    if pictures:
+        return bench_pictures(config, pictures, arguments.out)
     facts = stamp()
     rows: list[Row] = []
     for concepts, batch in (bar := tqdm(sizes, unit=" sizes")):
@@ -100,18 +117,32 @@ def main(arguments: flags.FlagValues) -> int:
     return 0
 
 
-def bench_for(chip: str, config: Config | None, sizes: list[tuple[int, int]], out: str | None) -> int:
-    """Compiles each size for a chip, and prints what it should cost there."""
+def bench_for(
+    chip: str, config: Config | None, sizes: list[tuple[int, int]], pictures: list[int], out: str | None
+) -> int:
+    """Compiles each size, or the drawing of pictures, for a chip, and prints what it should cost there."""
     if config is None:
         config = from_config_dict(stable_diffusion(SD15), OF_A_RUN)
-    rows: list[Forecast] = []
-    for concepts, batch in (bar := tqdm(sizes, unit=" sizes")):
-        bar.set_description(f"{concepts}x{batch}")
-        rows.append(forecast(Size(config, concepts, batch, None, False), chip))
+    drawings: list[Callable[[], Any]] = [partial(forecast_pictures, config, count, chip) for count in pictures]
+    steps = [partial(forecast_step, Size(config, *size, steps=None, vs_torch=False), chip) for size in sizes]
+    rows = [foretell() for foretell in tqdm(drawings or steps, unit=" sizes")]
     facts = stamp() | {"chip": CHIPS[chip].name}
     if out:
         write_facts(expand(out), facts | {"rows": [asdict(row) for row in rows]})
-    print_report(facts, forecast_table(rows))
+    print_report(facts, (picture_table if pictures else step_table)(rows))
+    return 0
+
+
+def bench_pictures(config: Config | None, pictures: list[int], out: str | None) -> int:
+    """Times the drawing of so many pictures at once, and prints a table."""
+    facts, rows = stamp(), list[PictureRate]()
+    for count in tqdm(pictures, unit=" sizes"):
+        of_machine, row = measure_pictures(config, count)
+        facts |= of_machine
+        rows.append(row)
+        if out:
+            write_facts(expand(out), facts | {"rows": [asdict(row) for row in rows]})
+    print_report(facts, rate_table(rows))
     return 0
 
 
@@ -175,3 +206,10 @@ def parse_sizes(value: str) -> list[tuple[int, int]]:
             raise UserError(f"--sizes={value}: expected CONCEPTSxBATCH, several separated by commas, such as {SIZES}")
         sizes.append((int(match[1]), int(match[2])))
     return sizes
+
+
+def parse_pictures(value: str) -> list[int]:
+    """Parses numbers of pictures."""
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", value):
+        raise UserError(f"--pictures={value}: expected numbers of pictures, separated by commas, such as 1,8")
+    return [int(count) for count in value.split(",")]

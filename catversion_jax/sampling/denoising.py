@@ -95,10 +95,16 @@ def denoise_steps(
             state = state.at[0].set(kept.drawn * state[0] + (1 - kept.drawn) * own)
         return state, None
 
-    # XLA's CPU convolutions are slow in a loop's body, even in a scan of one call (docs/performance.md).
+    # Without a loop, even of one call: see `calls_per_dispatch`.
     if len(calls.number) == 1:
         return step(state, jax.tree.map(lambda x: x[0], calls))[0]
     return jax.lax.scan(step, state, calls)[0]
+
+
+def calls_per_dispatch() -> int | None:
+    """Returns how many calls of the UNet one program makes here; None: all of them."""
+    # XLA's CPU convolutions are slow in a loop's body (docs/performance.md).
+    return 1 if jax.default_backend() == "cpu" else None
 
 
 def denoise(
@@ -108,11 +114,15 @@ def denoise(
     trajectory: Trajectory,
     *,
     networks: Networks,
-    calls_per_dispatch: int,
+    at_once: int | None = None,
 ) -> Float[Array, "B h w c"]:
-    """Denoises a trajectory's first state to latents. `calls_per_dispatch` changes the speed, not the numbers."""
-    for start in range(0, len(trajectory.calls.number), calls_per_dispatch):
-        part = Calls(*(x[start : start + calls_per_dispatch] for x in trajectory.calls))
+    """Denoises a trajectory's first state to latents, with `at_once` calls of the UNet in one program.
+
+    By default they are `calls_per_dispatch`; their number changes the speed, not the numbers.
+    """
+    at_once = at_once or calls_per_dispatch() or len(trajectory.calls.number)
+    for start in range(0, len(trajectory.calls.number), at_once):
+        part = Calls(*(x[start : start + at_once] for x in trajectory.calls))
         state = denoise_steps(unet, state, guided, part, networks=networks)
     if (kept := guided.kept) is not None:
         # Some schedulers end at a level of a little noise, which the picture itself does not have.

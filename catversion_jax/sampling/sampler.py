@@ -146,8 +146,6 @@ def latent_batches(
     skipped = picture.skipped(sampler.steps) if picture else 0
     trajectory = schedulers.plan(net.schedule, sampler.scheduler, sampler.steps, skipped)
     clean = jnp.asarray(clean_latents(pipeline, picture)) if picture else None
-    # One call per dispatch on a CPU: XLA's CPU convolutions are slow in a loop's body (docs/performance.md).
-    calls_per_dispatch = 1 if jax.default_backend() == "cpu" else len(trajectory.calls.number)
     for concepts in {tuple(map(id, concepts)): concepts for concepts in of_each}.values():
         check_composition(concepts)
     # Guidance of 1 is the conditional prediction itself: half of the work.
@@ -176,7 +174,7 @@ def latent_batches(
         guided = Guided(seeds, context, jnp.float32(sampler.guidance), of_words, kept)
         state = trajectory.start(noise, clean_start)
         unet = unet_of(keys[index[0]].unet)
-        latents = denoise(unet, state, guided, trajectory, networks=net, calls_per_dispatch=calls_per_dispatch)
+        latents = denoise(unet, state, guided, trajectory, networks=net)
         check_finite(all_finite(context), "text encoder")
         check_finite(all_finite(latents), "UNet")
         return images, latents

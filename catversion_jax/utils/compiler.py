@@ -1,7 +1,7 @@
 """How programs are compiled: `jit`, which is jax.jit with the compiler options that suit the backend."""
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, cached_property, update_wrapper
 from typing import Any
 
 import jax
@@ -26,12 +26,21 @@ def compiler_options() -> dict[str, str]:
     return options
 
 
-def jit(function: Callable, **arguments: Any) -> Callable:
-    """Returns jax.jit(function, **arguments), with `compiler_options`; it cannot be called in another such function."""
+class jit:
+    """jax.jit(function, ...) with `compiler_options`; it cannot be called in another such function."""
+
+    def __init__(self, function: Callable, **arguments: Any) -> None:
+        update_wrapper(self, function)
+        self.function, self.arguments = function, arguments
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.jitted(*args, **kwargs)
 
     # At the first call, since a module that is imported must not start the backend.
-    @cache
-    def compiled():
-        return jax.jit(function, compiler_options=compiler_options(), **arguments)
+    @cached_property
+    def jitted(self) -> Any:
+        return jax.jit(self.function, compiler_options=compiler_options(), **self.arguments)
 
-    return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """Returns the program for arguments, which may be shapes, as the method of jax.jit's functions does."""
+        return self.jitted.lower(*args, **kwargs)

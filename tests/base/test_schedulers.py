@@ -130,7 +130,7 @@ def test_dispatches_give_the_same_latents(tiny_pipeline, name):
             denoising.Guided(seeds, context, jnp.float32(2.0)),
             trajectory,
             networks=net,
-            calls_per_dispatch=n,
+            at_once=n,
         )
         for n in (1, len(trajectory.calls.number))
     ]
