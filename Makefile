@@ -19,7 +19,7 @@ TEAPOT := catversion_jax/concepts/teapot
 DEMO := --config.run_dir=runs/demo --config.concept.class_word=teapot \
 	--config.data.dir=$(TEAPOT)/train --config.data.masks_dir=$(TEAPOT)/train_masks
 
-.PHONY: demo study test parity newest fuzz kills full-size gpu tpu lint clean
+.PHONY: demo study test parity newest fuzz kills full-size gpu h100 tpu lint environments clean
 
 demo: .venv/installed
 	$(BIN)/catversion train --config=mini $(DEMO) --resume
@@ -50,7 +50,10 @@ full-size: .venv-parity/installed
 	$(PARITY)/python -m pytest tests/full_size -s
 
 gpu: .venv-gpu/installed
-	JAX_PLATFORMS=cpu $(GPU)/python -m pytest tests/gpu -n 2
+	JAX_PLATFORMS=cpu $(GPU)/python -m pytest tests/gpu -n 2 --dist loadfile
+
+h100: .venv-gpu/installed
+	JAX_PLATFORMS=cpu $(GPU)/python -m pytest tests/gpu/test_h100.py
 
 tpu: .venv-tpu/installed
 	JAX_PLATFORMS=cpu $(TPU)/python -m pytest tests/tpu
@@ -99,6 +102,9 @@ lint: .venv/tested
 	$(NEWEST) -m venv .venv-gpu
 	$(GPU)/python -m pip install --quiet -e '.[cuda]' 'pytest>=8' 'pytest-xdist>=3'
 	touch $@
+
+# All that .ci/run needs beside .venv.
+environments: .venv-parity/comfyui .venv-newest/installed .venv-gpu/installed
 
 clean:
 	rm -rf .venv .venv-parity .venv-newest .venv-tpu .venv-gpu build *.egg-info

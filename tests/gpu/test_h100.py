@@ -1,30 +1,16 @@
-"""GPU programs of the step, with XLA's CUDA compiler: they can be built, and hold the kernels that they should."""
+"""An H100's program of the step, with XLA's CUDA compiler: it can be built, and holds the kernels that it should."""
 
 import re
 
 import pytest
 
-from catversion_jax.bench.absent import CHIPS, set_environment
-from catversion_jax.bench.program import Program, read_program
-from catversion_jax.models import attention
-from tests.narrow import program
-
-set_environment()  # before the first compilation
-
-FLASH = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
-
-
-def text_of(chip: str, concepts: int = 1, length: int = 3) -> str:
-    return program(CHIPS[chip].backend, CHIPS[chip].devices()[:1], concepts, length)
+from catversion_jax.bench.program import read_program
+from tests.gpu.programs import FLASH, kernels_of, text_of
 
 
 @pytest.fixture(scope="module")
 def h100() -> str:
     return text_of("h100")
-
-
-def kernels_of(text: str, kind: str) -> list[str]:
-    return [kernel.text for kernel in read_program(text).kernels if kernel.kind == kind]
 
 
 def test_convolutions_are_cudnns_with_the_channels_last(h100):
@@ -62,22 +48,3 @@ def test_the_loop_moves_no_weights_to_the_host_nor_around(h100):
 
 def test_no_gradient_of_weights(h100):
     assert "convBackwardFilter" not in h100
-
-
-def test_without_flash_attention_there_is_none(monkeypatch):
-    """So that the tests above see what they say."""
-    monkeypatch.setitem(attention.KERNELS, "gpu", (attention.XLA,))
-    text = text_of("h100", length=1)
-    assert not kernels_of(text, FLASH[0])
-    assert re.findall(r"\[[\d,]*1024,77\]", "".join(k.text for k in read_program(text).kernels))
-
-
-@pytest.mark.parametrize("chip", ["a100", "l4"])
-def test_ampere_and_ada_take_flash_attention(chip):
-    assert kernels_of(text_of(chip, length=1), FLASH[0])
-
-
-def test_several_concepts(h100):
-    many = read_program(text_of("h100", concepts=4))
-    assert isinstance(many, Program)
-    assert len(many.kernels) < 1.5 * len(read_program(h100).kernels)
