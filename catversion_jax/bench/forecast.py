@@ -23,7 +23,7 @@ class Cost:
     """A program on one chip. The times are what its bytes and its FLOPs alone take at the chip's full rates."""
 
     kernels: int
-    bytes: float  # that they read and write
+    bytes: float  # that the kernels read and write
     flops: float
     memory_bytes: float  # arguments, results and temporary memory
     ms_of_bytes: float
@@ -92,8 +92,7 @@ def compile_size(size: Size, chip: str) -> tuple[Compiled, Networks, Config]:
     networks = config_networks(config)
     mesh = config.make_mesh(size.concepts, of.devices()[:1])
     with as_if_there(of.backend, of.devices()[:1]):
-        lowered = lower_step(config, networks, mesh, size.concepts, length)
-        return compiled(lowered), networks, config
+        return compiled(lower_step(config, networks, mesh, size.concepts, length)), networks, config
 
 
 def forecast_pictures(config: Config | None, pictures: int, chip: str) -> PictureForecast:

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
+from catversion_jax.base.pipeline import MINI, load_pipeline
 from catversion_jax.bench.machine import device_name
 from catversion_jax.bench.measure import config_networks, find_source, fresh, measured_config, of_memory
 from catversion_jax.bench.pictures import PictureBatch, picture_shapes
 from catversion_jax.bench.random_model import random_params
 from catversion_jax.bench.timing import empty_cache
 from catversion_jax.config import Config
-from catversion_jax.training.run import load_model
 from catversion_jax.utils import markdown
 
 BATCHES = 3  # that are timed
@@ -48,7 +48,7 @@ def draw(config: Config | None, pictures: int) -> tuple[dict[str, Any], PictureR
     facts = {
         "platform": jax.default_backend(),
         "device": device_name(),
-        "model": config.model.path or "mini",
+        "model": config.model.path or MINI.name,
         "dtype": config.model.dtype,
         "sampler": f"{calls} calls of the UNet, guidance {config.sample.guidance:g}",
     }
@@ -65,13 +65,14 @@ def draw(config: Config | None, pictures: int) -> tuple[dict[str, Any], PictureR
 
 
 def random_pictures(config: Config, pictures: int) -> PictureBatch:
-    """Returns a batch of pictures of the config's model, or with random weights if these stand in for it."""
+    """Returns a batch of pictures of the config's model, or of random weights if these stand in for it."""
     if find_source(config) is not None:
-        pipeline = load_model(config)
-        return PictureBatch.random(pipeline.networks, config.sample.sampler, pictures, pipeline.params)
-    networks = config_networks(config)
-    shapes = picture_shapes(networks)
-    params = {name: random_params(tree, jax.tree.leaves(tree)[0].dtype) for name, tree in shapes.items()}
+        pipeline = load_pipeline(config.model)
+        networks, params = pipeline.networks, pipeline.params
+    else:
+        networks = config_networks(config)
+        shapes = picture_shapes(networks)
+        params = {name: random_params(tree, jax.tree.leaves(tree)[0].dtype) for name, tree in shapes.items()}
     return PictureBatch.random(networks, config.sample.sampler, pictures, params)
 
 

@@ -37,6 +37,10 @@ from catversion_jax.utils.files import check_writable, write_atomically
 from catversion_jax.utils.paths import AnyPath, expand
 
 SIZES = "1x2,4x2,16x2,32x2"
+INSTEAD = ("service", "kernels", "pictures")
+"""Flags that measure something else than the step."""
+OF_THE_STEP = ("vs", "trace", "steps")
+"""Flags of the step's timing."""
 
 
 def define_flags() -> None:
@@ -83,6 +87,7 @@ def define_flags() -> None:
 
 def main(arguments: flags.FlagValues) -> int:
     """Times each size and prints the table; the row of a size that does not fit in memory says so."""
+    check_together(arguments)
     sizes = parse_sizes(arguments.sizes)
     pictures = parse_pictures(arguments.pictures) if arguments.pictures is not None else []
     if arguments.out:
@@ -117,6 +122,14 @@ def main(arguments: flags.FlagValues) -> int:
     return 0
 
 
+def check_together(arguments: flags.FlagValues) -> None:
+    """Raises UserError for flags of which one would be passed over."""
+    given = [name for name in (*INSTEAD, "for", *OF_THE_STEP) if arguments[name].value]
+    first, *others = given or [""]
+    if others and (first, *others) != ("pictures", "for") and first not in OF_THE_STEP:
+        raise UserError(f"--{first}: cannot be combined with --{', --'.join(others)}; leave one out")
+
+
 def bench_for(
     chip: str, config: Config | None, sizes: list[tuple[int, int]], pictures: list[int], out: str | None
 ) -> int:
@@ -125,7 +138,9 @@ def bench_for(
         config = from_config_dict(stable_diffusion(SD15), OF_A_RUN)
     drawings: list[Callable[[], Any]] = [partial(forecast_pictures, config, count, chip) for count in pictures]
     steps = [partial(forecast_step, Size(config, *size, steps=None, vs_torch=False), chip) for size in sizes]
-    rows = [foretell() for foretell in tqdm(drawings or steps, unit=" sizes")]
+    # Closed, its line ends before that of an error.
+    with tqdm(drawings or steps, unit=" sizes") as bar:
+        rows = [foretell() for foretell in bar]
     facts = stamp() | {"chip": CHIPS[chip].name}
     if out:
         write_facts(expand(out), facts | {"rows": [asdict(row) for row in rows]})
@@ -136,12 +151,13 @@ def bench_for(
 def bench_pictures(config: Config | None, pictures: list[int], out: str | None) -> int:
     """Times the drawing of so many pictures at once, and prints a table."""
     facts, rows = stamp(), list[PictureRate]()
-    for count in tqdm(pictures, unit=" sizes"):
-        of_machine, row = measure_pictures(config, count)
-        facts |= of_machine
-        rows.append(row)
-        if out:
-            write_facts(expand(out), facts | {"rows": [asdict(row) for row in rows]})
+    with tqdm(pictures, unit=" sizes") as bar:
+        for count in bar:
+            of_machine, row = measure_pictures(config, count)
+            facts |= of_machine
+            rows.append(row)
+            if out:
+                write_facts(expand(out), facts | {"rows": [asdict(row) for row in rows]})
     print_report(facts, rate_table(rows))
     return 0
 

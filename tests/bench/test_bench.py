@@ -91,6 +91,19 @@ def test_wrong_sizes_are_refused_in_a_line():
             command.parse_sizes(value)
 
 
+@pytest.mark.parametrize(
+    ("given", "others"),
+    [
+        (["--pictures=1", "--kernels"], "--kernels: cannot be combined with --pictures"),
+        (["--for=h100", "--trace=t", "--vs=torch"], "--for: cannot be combined with --vs, --trace"),
+        (["--pictures=1", "--steps=3"], "--pictures: cannot be combined with --steps"),
+        (["--service=1x1", "--for=h100"], "--service: cannot be combined with --for"),
+    ],
+)
+def test_flags_that_would_be_passed_over(given, others):
+    assert error_of("bench", *given).startswith(f"catversion: error: {others}; leave one out")
+
+
 def test_torch_is_missed_in_a_line():
     line = error_of("bench", "--vs=torch")
     assert line == "catversion: error: --vs=torch: no torch, no diffusers here; pip install torch diffusers"
