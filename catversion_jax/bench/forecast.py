@@ -1,6 +1,5 @@
 """What programs should cost on a chip that is not there: their kernels, bytes, FLOPs and memory."""
 
-import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from catversion_jax.bench.measure import Size, config_networks, fresh, measured_
 from catversion_jax.bench.pictures import PictureBatch, count_pictures, picture_shapes
 from catversion_jax.bench.program import Program, read_program
 from catversion_jax.bench.step import count_flops
+from catversion_jax.bench.timing import timed
 from catversion_jax.config import Config
 from catversion_jax.training.step import ACCELERATOR_STEPS_PER_DISPATCH
 from catversion_jax.utils import markdown
@@ -114,9 +114,7 @@ def compile_pictures(config: Config | None, pictures: int, chip: str) -> tuple[l
 
 
 def compiled(lowered: jax.stages.Lowered) -> Compiled:
-    begun = time.monotonic()
-    program = lowered.compile()
-    took = time.monotonic() - begun
+    took, program = timed(lowered.compile)
     memory: Any = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(read_program(program.as_text() or ""), held + memory.temp_size_in_bytes, took)

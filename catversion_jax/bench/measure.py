@@ -117,14 +117,7 @@ def measure(size: Size) -> Measured:
     length = steps_per_dispatch(config.train)
     repetitions = REPETITIONS if size.steps is None else math.ceil(size.steps / length)
     peak, peak_from = matrix_peak(config.model.dtype)
-    facts = {
-        "platform": jax.default_backend(),
-        "device": device_name(),
-        "devices": jax.local_device_count(),
-        "cores": cores(),
-        "model": config.model.path or MINI.name,
-        "weights": "random" if source is None else "its own",
-        "dtype": config.model.dtype,
+    facts = facts_of(config) | {
         "peak": peak_from,
         "config": config.identity(),
     }
@@ -148,6 +141,19 @@ def measure(size: Size) -> Measured:
         with jax.profiler.trace(size.trace):
             dispatches[OURS]()
     return Measured(facts, with_ratios(list(rows.values())), pipeline.networks, config)
+
+
+def facts_of(config: Config) -> dict[str, Any]:
+    """Returns the machine and the model that are measured."""
+    return {
+        "platform": jax.default_backend(),
+        "device": device_name(),
+        "devices": jax.local_device_count(),
+        "cores": cores(),
+        "model": config.model.path or MINI.name,
+        "weights": "random" if find_source(config) is None else "its own",
+        "dtype": config.model.dtype,
+    }
 
 
 def config_networks(config: Config) -> Networks:

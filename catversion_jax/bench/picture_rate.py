@@ -1,19 +1,16 @@
 """Measures how fast this machine draws pictures, a batch at a time: the UNet's calls and the decoder, one by one."""
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from catversion_jax.base.pipeline import MINI, load_pipeline
-from catversion_jax.bench.machine import device_name
-from catversion_jax.bench.measure import config_networks, find_source, fresh, measured_config, of_memory
+from catversion_jax.base.pipeline import load_pipeline
+from catversion_jax.bench.measure import facts_of, find_source, fresh, measured_config, of_memory
 from catversion_jax.bench.pictures import PictureBatch, picture_shapes
-from catversion_jax.bench.random_model import random_params
-from catversion_jax.bench.timing import empty_cache
+from catversion_jax.bench.random_model import random_networks, random_params
+from catversion_jax.bench.timing import empty_cache, timed
 from catversion_jax.config import Config
 from catversion_jax.utils import markdown
 
@@ -45,11 +42,7 @@ def draw(config: Config | None, pictures: int) -> tuple[dict[str, Any], PictureR
     config = measured_config(config)
     batch = random_pictures(config, pictures)
     calls = len(batch.trajectory.calls.number)
-    facts = {
-        "platform": jax.default_backend(),
-        "device": device_name(),
-        "model": config.model.path or MINI.name,
-        "dtype": config.model.dtype,
+    facts = facts_of(config) | {
         "sampler": f"{calls} calls of the UNet, guidance {config.sample.guidance:g}",
     }
     with empty_cache():
@@ -70,17 +63,10 @@ def random_pictures(config: Config, pictures: int) -> PictureBatch:
         pipeline = load_pipeline(config.model)
         networks, params = pipeline.networks, pipeline.params
     else:
-        networks = config_networks(config)
+        networks = random_networks(config.model.dtype)
         shapes = picture_shapes(networks)
         params = {name: random_params(tree, jax.tree.leaves(tree)[0].dtype) for name, tree in shapes.items()}
     return PictureBatch.random(networks, config.sample.sampler, pictures, params)
-
-
-def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
-    """Calls a function; returns the seconds until its result is there, and the result."""
-    begun = time.perf_counter()
-    result = jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - begun, result
 
 
 COLUMNS = {

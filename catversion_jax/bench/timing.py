@@ -24,6 +24,13 @@ def take_turns(dispatches: dict[str, Callable[[], object]], repetitions: int) ->
     return seconds
 
 
+def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
+    """Calls a function; returns the seconds until its result is there, and the result."""
+    begun = time.perf_counter()
+    result = jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - begun, result
+
+
 @contextlib.contextmanager
 def empty_cache() -> Iterator[None]:
     """Uses a new, empty persistent compilation cache within the context."""

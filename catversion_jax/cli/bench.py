@@ -17,12 +17,7 @@ from tqdm import tqdm
 from catversion_jax.base.pipeline import drawing_dtype
 from catversion_jax.bench import torch_step
 from catversion_jax.bench.absent import CHIPS
-from catversion_jax.bench.forecast import (
-    forecast_pictures,
-    forecast_step,
-    picture_table,
-    step_table,
-)
+from catversion_jax.bench.forecast import forecast_pictures, forecast_step, picture_table, step_table
 from catversion_jax.bench.kernels import compare_kernels, parity_table
 from catversion_jax.bench.machine import device_name
 from catversion_jax.bench.measure import REPETITIONS, Size, measure_size
@@ -37,10 +32,14 @@ from catversion_jax.utils.files import check_writable, write_atomically
 from catversion_jax.utils.paths import AnyPath, expand
 
 SIZES = "1x2,4x2,16x2,32x2"
-INSTEAD = ("service", "kernels", "pictures")
-"""Flags that measure something else than the step."""
-OF_THE_STEP = ("vs", "trace", "steps")
-"""Flags of the step's timing."""
+OF_THE_STEP = ("vs", "trace", "steps")  # its timing
+EXCLUDES = {
+    "service": ("kernels", "pictures", "for", *OF_THE_STEP),
+    "kernels": ("pictures", "for", *OF_THE_STEP),
+    "pictures": OF_THE_STEP,
+    "for": OF_THE_STEP,
+}
+"""Flags, and those that would be passed over beside them."""
 
 
 def define_flags() -> None:
@@ -124,10 +123,10 @@ def main(arguments: flags.FlagValues) -> int:
 
 def check_together(arguments: flags.FlagValues) -> None:
     """Raises UserError for flags of which one would be passed over."""
-    given = [name for name in (*INSTEAD, "for", *OF_THE_STEP) if arguments[name].value]
-    first, *others = given or [""]
-    if others and (first, *others) != ("pictures", "for") and first not in OF_THE_STEP:
-        raise UserError(f"--{first}: cannot be combined with --{', --'.join(others)}; leave one out")
+    for name, excluded in EXCLUDES.items():
+        others = [other for other in excluded if arguments[other].value]
+        if arguments[name].value and others:
+            raise UserError(f"--{name}: cannot be combined with --{', --'.join(others)}; leave one out")
 
 
 def bench_for(
@@ -136,11 +135,18 @@ def bench_for(
     """Compiles each size, or the drawing of pictures, for a chip, and prints what it should cost there."""
     if config is None:
         config = from_config_dict(stable_diffusion(SD15), OF_A_RUN)
-    drawings: list[Callable[[], Any]] = [partial(forecast_pictures, config, count, chip) for count in pictures]
-    steps = [partial(forecast_step, Size(config, *size, steps=None, vs_torch=False), chip) for size in sizes]
+    foretell: list[tuple[str, Callable[[], Any]]] = [
+        (str(count), partial(forecast_pictures, config, count, chip)) for count in pictures
+    ] or [
+        (f"{concepts}x{batch}", partial(forecast_step, Size(config, concepts, batch, None, False), chip))
+        for concepts, batch in sizes
+    ]
+    rows = []
     # Closed, its line ends before that of an error.
-    with tqdm(drawings or steps, unit=" sizes") as bar:
-        rows = [foretell() for foretell in bar]
+    with tqdm(foretell, unit=" sizes") as bar:
+        for size, forecast in bar:
+            bar.set_description(size)
+            rows.append(forecast())
     facts = stamp() | {"chip": CHIPS[chip].name}
     if out:
         write_facts(expand(out), facts | {"rows": [asdict(row) for row in rows]})
